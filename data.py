@@ -1,0 +1,287 @@
+"""Episodes and questions on disk, text tokens, statistics, and batches.
+
+A data set is a folder that numpy alone can read:
+
+    data/<name>/meta.json     cameras, motors, fps, statistics, what made it, and one entry per episode:
+                              {start, length, task, reason: [[first step, text], ...], success, seed, family, kind}
+    data/<name>/front.npy     (frames, px, px, 3) uint8, one file per camera
+    data/<name>/state.npy     (frames, S) float32, LeRobot units (degrees, gripper 0..100)
+    data/<name>/action.npy    (frames, A) float32, target positions in the same units
+
+A question set has the camera files and `questions.json`: per image a list of [kind, question, answer].
+
+Batches are a pure function of (seed, step): resuming needs no sampler state, and every process of a torchrun job draws the
+same global batch and takes its own rows.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class Tokenizer:
+    """Words of the training text as single tokens, anything else as UTF-8 bytes: lossless for every string, no packages needed.
+
+    A token carries the space before it, so that decode(encode(text)) == text. Token ids: specials, 256 bytes, words.
+    """
+
+    SPECIAL = ("<pad>", "<task>", "<reason>", "</reason>", "<ask>", "<answer>", "<end>")
+    PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s")
+    LONGEST = 128  # tokens of an instruction or question; the longest of ours has under 40
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.first_word = len(self.SPECIAL) + 256
+        self.ids = {word: self.first_word + i for i, word in enumerate(self.words)}
+        self.task, self.reason, self.end_thought, self.ask, self.reply, self.end_answer = range(1, 7)
+
+    @classmethod
+    def train(cls, texts, limit):
+        """The most frequent pieces of `texts`, so that the whole vocabulary has at most `limit` tokens.
+
+        A piece seen fewer than 20 times stays bytes: its embedding would hardly be trained.
+        """
+        counts = Counter(piece for text in texts for piece in cls.PIECES.findall(" " + text))
+        ranked = sorted((piece for piece in counts if counts[piece] >= 20), key=lambda piece: (-counts[piece], piece))
+        return cls(ranked[: limit - len(cls.SPECIAL) - 256])
+
+    def __len__(self):
+        return self.first_word + len(self.words)
+
+    def encode(self, text):
+        """Any string -> token ids."""
+        ids = []
+        for piece in self.PIECES.findall(" " + text):
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+            else:
+                ids += [len(self.SPECIAL) + byte for byte in piece.encode("utf-8", "surrogatepass")]
+        return ids
+
+    def decode(self, ids):
+        """Token ids -> string; special tokens are left out."""
+        parts = []
+        for i in ids:
+            if i >= self.first_word:
+                parts.append(self.words[i - self.first_word].encode() if i < len(self) else b"")
+            elif i >= len(self.SPECIAL):
+                parts.append(bytes([i - len(self.SPECIAL)]))
+        return b"".join(parts).decode("utf-8", "replace").removeprefix(" ")
+
+    def tidy(self, text, what):
+        """A user's words in the form of the training text (lower case, punctuation apart), or a ValueError."""
+        ids = self.encode(" ".join(re.findall(r"\w+|[^\w\s]", text.lower())))
+        if not text.strip():
+            raise ValueError(f'the {what} is empty; try "put the red cube on the blue pad"')
+        if len(ids) > self.LONGEST:
+            raise ValueError(f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words")
+        return ids
+
+    def prompt(self, task, reasoning=True):
+        """Instruction -> the ids that the chain of thought (or, without reasoning, the feature queries) follows."""
+        return [self.task, *self.tidy(task, "instruction"), *([self.reason] if reasoning else [])]
+
+    def thought(self, reason):
+        return [*self.encode(reason), self.end_thought]
+
+    def question(self, question):
+        """Question -> the ids that the answer follows. An instruction as a question asks for its reasoning."""
+        if question.startswith("<task>"):
+            return self.prompt(question.removeprefix("<task>"))
+        return [self.ask, *self.tidy(question, "question"), self.reply]
+
+    def answer(self, question, answer):
+        return [*self.encode(answer), self.end_thought if question.startswith("<task>") else self.end_answer]
+
+    def save(self, folder):
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(self.words))
+
+    @classmethod
+    def load(cls, folder):
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is no checkpoint: it has no tokenizer.json; run: python train.py --config small")
+        return cls(json.loads(path.read_text()))
+
+
+def pack(rows):
+    """Rows of segments -> padded tensors. A row is a list of (prompt ids, target ids); each pair becomes a segment 1, 2, ...
+
+    -> tokens, segments (-1: padding), positions (within the segment), labels (the next token where it is a target, else
+    -100), all (B, T) int64.
+    """
+    T = max(sum(len(p) + len(t) for p, t in row) for row in rows)
+    tokens, segments, positions, labels = (np.full((len(rows), T), fill, np.int64) for fill in (0, -1, 0, -100))
+    for b, row in enumerate(rows):
+        i = 0
+        for k, (prompt, target) in enumerate(row):
+            n, m = len(prompt), len(prompt) + len(target)
+            tokens[b, i : i + m] = prompt + target
+            segments[b, i : i + m] = k + 1
+            positions[b, i : i + m] = np.arange(m)
+            labels[b, i + n - 1 : i + m - 1] = target
+            i += m
+    return {"tokens": tokens, "segments": segments, "positions": positions, "labels": labels}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def statistics(array):
+    """Per dimension of (N, D): min, max, mean, std and the quantiles that normalisation uses, as plain lists."""
+    x = np.asarray(array, np.float64)
+    names = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
+    names |= {f"q{int(q * 100):02d}": np.quantile(x, q, axis=0) for q in (0.01, 0.5, 0.99)}
+    return {name: value.tolist() for name, value in names.items()}
+
+
+def wilson(successes, n):
+    """95 % Wilson interval of a success rate -> (low, high)."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, successes / n
+    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+def read_json(folder, name):
+    path = Path(folder) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no data set (no {name}); run: python prepare.py --config small")
+    return json.loads(path.read_text())
+
+
+def read_images(folder, meta, cfg):
+    """The camera arrays of a data set, memory-mapped, in the model's order; an error that shows both sides if they do not fit."""
+    wanted = cfg.cameras.split(",")
+    if missing := [c for c in wanted if c not in meta["cameras"]]:
+        raise ValueError(f"{folder} has cameras {meta['cameras']}, the model wants {wanted} ({missing} missing); set --cameras or choose another --data")
+    images = [np.load(Path(folder) / f"{camera}.npy", mmap_mode="r") for camera in wanted]
+    if images[0].shape[1] != cfg.image_size:
+        raise ValueError(f"{folder} has images of {images[0].shape[1]} px, the model takes {cfg.image_size}; set --image_size={images[0].shape[1]}")
+    return images
+
+
+class Episodes:
+    """Demonstrations: frames to draw action samples from."""
+
+    def __init__(self, folder, cfg, families=None):
+        self.meta, self.cfg = read_json(folder, "meta.json"), cfg
+        if self.meta["motors"] != cfg.motors.split(","):
+            raise ValueError(f"{folder} has motors {self.meta['motors']}, the model {cfg.motors.split(',')}")
+        self.images = read_images(folder, self.meta, cfg)
+        self.state = np.load(Path(folder) / "state.npy", mmap_mode="r")
+        self.action = np.load(Path(folder) / "action.npy", mmap_mode="r")
+        self.episodes = [e for e in self.meta["episodes"] if e["success"] and (families is None or e["family"] in families)]
+        if not self.episodes:
+            raise ValueError(f"{folder} has no successful episode of {families}; it has {sorted({e['family'] for e in self.meta['episodes']})}")
+        self.frames, self.end, self.episode_of, weights = [], [], [], []
+        for i, e in enumerate(self.episodes):
+            changes = [step for step, _ in e["reason"]]
+            for step in range(e["length"]):
+                self.frames.append(e["start"] + step)
+                self.end.append(e["start"] + e["length"])
+                self.episode_of.append(i)
+                # Only the frames at which a new thought begins need the words: later ones give the target away by the arm's
+                # own motion. Drawing them more often is what makes the policy listen.
+                weights.append(3.0 if any(0 <= step - change < 3 for change in changes) else 1.0)
+        self.cumulative = np.cumsum(weights) / np.sum(weights)
+
+    def reason_at(self, i):
+        """(task, reason) of the i-th frame."""
+        e = self.episodes[self.episode_of[i]]
+        step = self.frames[i] - e["start"]
+        return e["task"], [text for first, text in e["reason"] if first <= step][-1]
+
+    def texts(self):
+        return [text for e in self.episodes for text in (e["task"], *(r for _, r in e["reason"]))]
+
+    def batch(self, tokenizer, rng, n, rows=slice(None)):
+        """n random frames as one action batch (dict of tensors, SyVLA.forward's keys); only `rows` of it are built.
+
+        All random numbers are drawn for the whole batch first, so every process of a job agrees on them.
+        """
+        cfg, H, A = self.cfg, self.cfg.chunk, self.cfg.action_dim
+        picks = np.searchsorted(self.cumulative, rng.random(n))[rows]
+        eps = rng.standard_normal((n, cfg.noise_samples, H, A), dtype=np.float32)[rows]
+        t = (rng.beta(1.5, 1.0, (n, cfg.noise_samples)).astype(np.float32) * 0.999 + 0.001)[rows]  # pi0's times: more mass at noise
+        uniform = rng.random((n, cfg.queries), dtype=np.float32)[rows]
+        return self.samples(tokenizer, picks) | {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {"eps": eps, "t": t, "uniform": uniform}.items()}
+
+    def samples(self, tokenizer, picks):
+        """Frames by index -> images, text, state, actions, valid (False behind the episode's end) as tensors."""
+        H = self.cfg.chunk
+        frames = np.array([self.frames[i] for i in picks])
+        steps = frames[:, None] + np.arange(H)  # (B, H)
+        last = np.array([self.end[i] for i in picks])[:, None] - 1
+        rows = []
+        for i in picks:
+            task, reason = self.reason_at(i)
+            rows.append([(tokenizer.prompt(task, self.cfg.reasoning), tokenizer.thought(reason) if self.cfg.reasoning else [])])
+        batch = pack(rows) | {
+            "images": np.stack([view[frames] for view in self.images], axis=1),  # (B, V, px, px, 3)
+            "state": self.state[frames],
+            "actions": self.action[np.minimum(steps, last)],  # (B, H, A)
+            "valid": steps <= last,
+        }
+        return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
+
+    def __len__(self):
+        return len(self.frames)
+
+
+class Questions:
+    """Pictures with questions and answers: the multimodal part of the mix, and the held-out test of language ability."""
+
+    def __init__(self, folder, cfg):
+        self.meta = read_json(folder, "meta.json")
+        self.images = read_images(folder, self.meta, cfg)
+        self.questions = read_json(folder, "questions.json")
+
+    def texts(self):
+        return [text.removeprefix("<task>") for scene in self.questions for _, question, answer in scene for text in (question, answer)]
+
+    def batch(self, tokenizer, rng, n, room, rows=slice(None)):
+        """n random pictures, each with as many random questions as fit into `room` tokens -> dict of tensors (SyVLA.forward's keys)."""
+        picks = rng.integers(len(self.questions), size=n)[rows]
+        seeds = rng.integers(2**31, size=n)[rows]
+        packed = []
+        for scene, seed in zip(picks, seeds):
+            row, left = [], room
+            for i in np.random.default_rng(seed).permutation(len(self.questions[scene])):
+                _, question, answer = self.questions[scene][i]
+                prompt, target = tokenizer.question(question), tokenizer.answer(question, answer)
+                if not row or len(prompt) + len(target) <= left:
+                    row.append((prompt, target))
+                    left -= len(prompt) + len(target)
+            packed.append(row)
+        batch = pack(packed) | {"images": np.stack([view[picks] for view in self.images], axis=1)}
+        return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
+
+    def accuracy(self, answer, n=1000, batch=50):
+        """Exact-match accuracy per kind of question on the first scenes; answer(images, questions) -> strings.
+
+        One question per scene and kind is asked in turn. -> {kind: {"accuracy", "n"}, ..., "all": ...}
+        """
+        items = [(scene, *q) for scene, qs in enumerate(self.questions) for q in qs][:n]
+        right, total = Counter(), Counter()
+        for i in range(0, len(items), batch):
+            part = items[i : i + batch]
+            images = np.stack([view[[scene for scene, *_ in part]] for view in self.images], axis=1)
+            for (_, kind, _, truth), said in zip(part, answer(images, [q for _, _, q, _ in part])):
+                for name in (kind, "all"):
+                    right[name] += said == truth
+                    total[name] += 1
+        return {kind: {"accuracy": right[kind] / total[kind], "n": total[kind]} for kind in sorted(total)}

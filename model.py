@@ -1,0 +1,730 @@
+"""SyVLA in plain PyTorch: a small VLM that thinks in text, 20 feature query tokens, a flow-matching action expert.
+
+    images, instruction -> VLM writes <reason> ... </reason> -> the 20 query tokens follow the thought
+    -> their last hidden states ("feature query states") -> MLP adapter -> Transformer flow-matching expert -> action chunk
+
+Read it in this order: Config and PRESETS, VisionEncoder, LanguageModel, VLM (the mask is the interesting part), Expert,
+then SyVLA: `forward` is training (with intention decoupling), `act` is inference.
+
+Shapes.  B batch, V camera views, P visual tokens, T text tokens, Q feature queries, H action chunk (horizon), A action dim,
+S state dim, D width, M noise samples per observation, K denoising steps, N = P + T + Q, nh heads, hd head dim.
+Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity u = eps - a, Euler step x <- x - v/K.
+
+Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (SyVLA), arXiv 2606.09009.
+"""
+
+import ctypes
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def opt(default, help):
+    """A dataclass field with the one line of meaning that --help prints."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """What shapes the weights or the way a policy acts; saved in every checkpoint as config.json."""
+
+    cameras: str = opt("front,wrist", "camera roles, in the order the model sees them")
+    motors: str = opt("shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper", "joint names, in order (state and action)")
+    image_size: int = opt(96, "pixels per side of each camera image")
+    patch_size: int = opt(12, "pixels per side of a vision patch")
+    vision_width: int = opt(96, "vision encoder width")
+    vision_depth: int = opt(3, "vision encoder blocks")
+    vision_heads: int = opt(3, "vision encoder attention heads")
+    pixel_shuffle: int = opt(2, "k: k x k neighbouring patches become one visual token")
+    width: int = opt(128, "language model width D")
+    depth: int = opt(3, "language model blocks")
+    heads: int = opt(4, "language model query heads")
+    kv_heads: int = opt(2, "language model key/value heads (grouped queries)")
+    mlp_width: int = opt(384, "language model SwiGLU width")
+    qk_norm: bool = opt(True, "RMS-normalise queries and keys per head")
+    rope_theta: float = opt(10000.0, "rotary embedding base")
+    vocab_size: int = opt(1024, "rows of the token embedding")
+    queries: int = opt(20, "Q, number of feature query tokens (paper: 20)")
+    expert_width: int = opt(128, "action expert width")
+    expert_depth: int = opt(3, "action expert blocks")
+    expert_heads: int = opt(4, "action expert heads")
+    chunk: int = opt(8, "H, control steps predicted at once")
+    execute: int = opt(6, "control steps executed before looking again")
+    denoise_steps: int = opt(5, "K, Euler steps of the flow sampler")
+    reasoning: bool = opt(True, "write the chain of thought before the feature queries (paper: think before act)")
+    max_thought: int = opt(24, "longest chain of thought generated, tokens")
+    decouple: str = opt("gradient", "intention decoupling: gradient (the paper's) | random | attention | off")
+    decouple_percentile: float = opt(5.0, "query states whose score is under this percentile are masked to zero")
+    decouple_scope: str = opt("sample", "the percentile is taken per sample, or over the batch")
+    decouple_samples: int = opt(1, "of the M noise samples, how many the first pass averages its gradient over")
+    noise_samples: int = opt(4, "M, noise samples (eps, t) per observation")
+
+    def __post_init__(self):
+        choices = {"decouple": ("gradient", "random", "attention", "off"), "decouple_scope": ("sample", "batch")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.image_size % (self.patch_size * self.pixel_shuffle):
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size * pixel_shuffle = {self.patch_size * self.pixel_shuffle}")
+        for width, heads in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads"), ("expert_width", "expert_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})")
+        if not 1 <= self.execute <= self.chunk:
+            raise ValueError(f"execute ({self.execute}) must lie between 1 and chunk ({self.chunk})")
+        if not 1 <= self.decouple_samples <= self.noise_samples:
+            raise ValueError(f"decouple_samples ({self.decouple_samples}) must lie between 1 and noise_samples ({self.noise_samples})")
+        if not 0 <= self.decouple_percentile < 100:
+            raise ValueError(f"decouple_percentile ({self.decouple_percentile}) must lie in [0, 100)")
+
+    @property
+    def views(self):
+        return len(self.cameras.split(","))
+
+    @property
+    def action_dim(self):
+        return len(self.motors.split(","))
+
+    @property
+    def tokens_per_view(self):
+        return (self.image_size // self.patch_size // self.pixel_shuffle) ** 2
+
+    @classmethod
+    def pick(cls, config):
+        """The model's share of a larger config (dataclass or dict); keys that are not the model's are left out."""
+        values = config if isinstance(config, dict) else dataclasses.asdict(config)
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+PRESETS = {
+    # for tests: every part present, nothing learnt
+    "debug": dict(image_size=32, patch_size=8, vision_width=16, vision_depth=1, vision_heads=2, width=32, depth=2, heads=4, kv_heads=2, mlp_width=32,
+                  expert_width=32, expert_depth=1, expert_heads=2, vocab_size=512, queries=4, max_thought=6, decouple_percentile=25.0),
+    # a newcomer's first success: one cube, one pad
+    "tiny": dict(vision_width=64, vision_depth=2, vision_heads=2, width=96, depth=2, heads=3, kv_heads=3, mlp_width=256, expert_width=96,
+                 expert_depth=2, expert_heads=3),
+    # the whole recipe from random weights on two CPU cores
+    "small": dict(),
+}
+
+
+def parse_config(cls, presets, argv, positional=None):
+    """Command line -> config dataclass: `--config NAME --key=value`, `--key value`, `--flag`. Exits with status 2 on bad input.
+
+    `positional` names the field that takes the one free word, if any.
+    """
+
+    def fail(message):
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def nearest(word, names):
+        close = difflib.get_close_matches(word, names, 1)
+        return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(sorted(names))}"
+
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if "--help" in argv or "-h" in argv:
+        print(f"--config NAME   preset: {', '.join(presets)}")
+        for f in fields.values():
+            print(f"--{f.name}={f.default}   {f.metadata.get('help', '')}")
+        raise SystemExit(0)
+    preset, given, words = None, {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if positional is None or positional in given:
+                fail(f"unexpected word {word!r}; options are written --key=value")
+            given[positional] = word
+            continue
+        key, equals, text = word[2:].partition("=")
+        if key != "config" and key not in fields:
+            fail(f"unknown option --{key}{nearest(key, list(fields) + ['config'])}")
+        is_flag = key != "config" and fields[key].type in (bool, "bool")
+        if not equals and is_flag:
+            text = words.pop(0) if words and words[0].lower() in ("true", "false", "0", "1") else "true"
+        elif not equals:
+            if not words or words[0].startswith("--"):
+                fail(f"--{key} needs a value: --{key}=...")
+            text = words.pop(0)
+        if key == "config":
+            if text not in presets:
+                fail(f"unknown preset {text!r}{nearest(text, presets)}")
+            preset = text
+            continue
+        kind = fields[key].type if isinstance(fields[key].type, str) else fields[key].type.__name__
+        try:
+            if kind == "bool":
+                given[key] = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            elif kind == "int":
+                given[key] = int(text) if text.lstrip("+-").isdigit() else int(float(text))
+                if given[key] != float(text):
+                    raise ValueError
+            else:
+                given[key] = float(text) if kind == "float" else text
+        except (KeyError, ValueError, OverflowError):
+            fail(f"--{key} takes {kind}, not {text!r}")
+    values = dict(presets.get(preset, {}), **given)
+    if preset is not None and "config" in fields:
+        values["config"] = preset
+    try:
+        return cls(**values)
+    except ValueError as e:
+        fail(str(e))
+
+
+def fast_cpu(threads=0):
+    """Process-wide settings that make CPU training about 1.6 times faster; call before the first large tensor.
+
+    glibc hands freed buffers back to the kernel and the page faults of fresh ones dominate; keep them instead. Denormal
+    numbers are flushed to zero because arithmetic on them is slow.
+    """
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+            for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+                mallopt(parameter, value)
+        except AttributeError:
+            pass  # musl and others have no mallopt
+    torch.set_flush_denormal(True)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# VLM, SmolVLM-shaped: SigLIP-style vision encoder, pixel-shuffle connector, Llama-style language model
+
+
+def relu2(x):
+    """Squared ReLU: as good as GELU here and measurably cheaper on a CPU."""
+    return F.relu(x).square()
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm Transformer block of SigLIP: LayerNorm, biases everywhere, full attention."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        n, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (n, nh, length, hd)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
+        x = x + self.proj(y)
+        return x + self.down(relu2(self.up(self.norm2(x))))
+
+
+class VisionEncoder(nn.Module):
+    """SigLIP-style encoder of one image, then pixel shuffle and projection to the language model's width (SmolVLM's connector)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        side, self.shuffle = cfg.image_size // cfg.patch_size, cfg.pixel_shuffle
+        self.patch = nn.Conv2d(3, cfg.vision_width, cfg.patch_size, stride=cfg.patch_size)
+        self.position = nn.Parameter(torch.zeros(side * side, cfg.vision_width))
+        self.blocks = nn.ModuleList(VisionBlock(cfg.vision_width, cfg.vision_heads) for _ in range(cfg.vision_depth))
+        self.norm = nn.LayerNorm(cfg.vision_width)
+        self.connector = nn.Linear(cfg.vision_width * self.shuffle**2, cfg.width, bias=False)
+
+    def forward(self, images):
+        """(n, 3, px, px) in [-1, 1] -> (n, tokens_per_view, D)."""
+        x = self.patch(images).flatten(2).transpose(1, 2) + self.position  # (n, side*side, vision_width)
+        for block in self.blocks:
+            x = block(x)
+        x, k = self.norm(x), self.shuffle
+        side = math.isqrt(x.shape[1])
+        x = x.view(len(x), side // k, k, side // k, k, -1).transpose(2, 3).reshape(len(x), (side // k) ** 2, -1)  # (n, side^2/k^2, k*k*vision_width)
+        return self.connector(x)
+
+
+def rope(x, cos, sin):
+    """Rotary position embedding (Llama's half-split form). x (B, nh, N, hd); cos, sin (B, 1, N, hd/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class LanguageBlock(nn.Module):
+    """Llama block: RMSNorm, rotary grouped-query attention, SwiGLU."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.nh, self.nkv, self.hd = cfg.heads, cfg.kv_heads, cfg.width // cfg.heads
+        self.norm1, self.norm2 = nn.RMSNorm(cfg.width), nn.RMSNorm(cfg.width)
+        self.qkv = nn.Linear(cfg.width, (self.nh + 2 * self.nkv) * self.hd, bias=False)
+        self.proj = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.gate_up = nn.Linear(cfg.width, 2 * cfg.mlp_width, bias=False)
+        self.down = nn.Linear(cfg.mlp_width, cfg.width, bias=False)
+        self.qk_gain = nn.Parameter(torch.ones(self.nh + self.nkv, 1, self.hd)) if cfg.qk_norm else None
+
+    def forward(self, x, cos, sin, mask, cache=None):
+        """x (B, n, D); mask (B, 1, n, past + n) bool, True = may look; cache: [k, v] of the past, extended in place."""
+        B, n, D = x.shape
+        qk, v = self.qkv(self.norm1(x)).view(B, n, -1, self.hd).transpose(1, 2).split([self.nh + self.nkv, self.nkv], dim=1)  # (B, heads, n, hd)
+        if self.qk_gain is not None:
+            qk = F.rms_norm(qk, (self.hd,)) * self.qk_gain
+        q, k = rope(qk, cos, sin).split([self.nh, self.nkv], dim=1)  # (B, nh, n, hd), (B, kv_heads, n, hd)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)  # (B, kv_heads, past + n, hd)
+            cache[:] = [k, v]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.nh != self.nkv)  # (B, nh, n, hd)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, n, D))
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)  # 2 x (B, n, mlp_width)
+        return x + self.down(F.silu(gate) * up)
+
+
+class LanguageModel(nn.Module):
+    """Causal Llama-style language model over embeddings."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.blocks = nn.ModuleList(LanguageBlock(cfg) for _ in range(cfg.depth))
+        self.norm = nn.RMSNorm(cfg.width)
+        self.head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        hd = cfg.width // cfg.heads
+        self.register_buffer("frequency", cfg.rope_theta ** (-torch.arange(0, hd, 2) / hd), persistent=False)  # (hd/2,)
+
+    def forward(self, x, positions, mask, caches=None):
+        """x (B, n, D), positions (B, n), mask (B, n, past + n) -> hidden states (B, n, D)."""
+        angle = positions[:, None, :, None].float() * self.frequency  # (B, 1, n, hd/2)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask[:, None], caches[i] if caches is not None else None)
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """(..., D) -> (..., vocab) in fp32."""
+        return self.head(hidden).float()
+
+
+class VLM(nn.Module):
+    """Images, text and feature queries in one sequence: [P visual | T text | Q queries].
+
+    The mask has one rule: a token sees itself, and earlier tokens of its own segment or of the shared prefix (segment 0, the
+    images). Questions packed behind one image are segments 1, 2, ...: each sees the picture and itself, never another question
+    or its answer. Without that isolation a model trained from nothing learns to answer from the neighbours' answers instead of
+    from the picture. Padding is segment -1. The queries belong to segment 1, the instruction with its thought.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.vision = VisionEncoder(cfg)
+        self.lm = LanguageModel(cfg)
+        self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
+
+    def see(self, images):
+        """(B, V, px, px, 3) uint8 -> visual tokens (B, P, D)."""
+        B, V = images.shape[:2]
+        x = images.flatten(0, 1).permute(0, 3, 1, 2).to(self.queries.dtype).div(127.5).sub(1.0)  # (B*V, 3, px, px)
+        return self.vision(x).view(B, -1, self.queries.shape[-1])  # (B, P, D)
+
+    @staticmethod
+    def visible(segments, past=None):
+        """Segments (B, n) of the new tokens and (B, past) of those before -> (B, n, past + n) bool."""
+        n = segments.shape[1]
+        everything = segments if past is None else torch.cat((past, segments), dim=1)  # (B, past + n)
+        same = everything[:, None, :] == segments[:, :, None]  # (B, n, past + n)
+        seen = (same | (everything[:, None, :] == 0)) & (everything[:, None, :] >= 0)
+        causal = torch.ones(n, everything.shape[1], dtype=torch.bool, device=segments.device).tril(everything.shape[1] - n)
+        itself = torch.eye(n, dtype=torch.bool, device=segments.device)
+        itself = F.pad(itself, (everything.shape[1] - n, 0))  # padding sees only itself, so that no softmax is empty
+        return (seen & causal) | itself
+
+    def forward(self, visual, tokens, segments, positions, with_queries):
+        """visual (B, P, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D) and queries (B, Q, D) or None.
+
+        `positions` count within a segment, from 0; every segment starts right behind the images, as if it were alone.
+        """
+        B, P, _ = visual.shape
+        x = [visual, self.lm.embed(tokens)]
+        seg = [segments.new_zeros(B, P), segments]
+        pos = [torch.arange(P, device=tokens.device).expand(B, P), P + positions]
+        if with_queries:
+            Q = len(self.queries)
+            x.append(self.queries.expand(B, -1, -1))
+            seg.append(segments.new_ones(B, Q))
+            length = (segments == 1).sum(1, keepdim=True)  # (B, 1) tokens of instruction and thought
+            pos.append(P + length + torch.arange(Q, device=tokens.device))
+        seg = torch.cat(seg, dim=1)  # (B, N)
+        hidden = self.lm(torch.cat(x, dim=1), torch.cat(pos, dim=1), self.visible(seg))  # (B, N, D)
+        text, queries = hidden[:, P : P + tokens.shape[1]], hidden[:, P + tokens.shape[1] :]
+        return text, queries if with_queries else None
+
+    @torch.inference_mode()
+    def generate(self, visual, prompts, stop, limit, with_queries=False):
+        """Greedy decoding with a key/value cache; rows may have prompts of different length.
+
+        visual (B, P, D), prompts: B lists of token ids -> (B lists of generated ids without `stop`, query states (B, Q, D) or None).
+        `limit` 0 writes no thought and goes straight to the queries.
+        """
+        B, P, _ = visual.shape
+        device = visual.device
+        length = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
+        T = int(length.max())
+        tokens = torch.tensor([list(p) + [0] * (T - len(p)) for p in prompts], device=device)  # (B, T)
+        segments = torch.where(torch.arange(T, device=device) < length[:, None], 1, -1)  # (B, T)
+        segments = torch.cat((segments.new_zeros(B, P), segments), dim=1)  # (B, P + T)
+        positions = torch.arange(P + T, device=device).expand(B, -1)
+        caches = [[] for _ in self.lm.blocks]
+        hidden = self.lm(torch.cat((visual, self.lm.embed(tokens)), dim=1), positions, self.visible(segments), caches)
+        last = hidden[torch.arange(B, device=device), P + length - 1]  # (B, D)
+        written = [[] for _ in range(B)]
+        alive = torch.ones(B, dtype=torch.bool, device=device)
+        for i in range(limit):
+            token = self.lm.logits(last).argmax(-1) if i < limit - 1 else torch.full((B,), stop, device=device)  # (B,), closed at the limit
+            for row, (word, live) in enumerate(zip(token.tolist(), alive.tolist())):
+                if live and word != stop:
+                    written[row].append(word)
+            new = torch.where(alive, 1, -1)[:, None]  # rows that ended write padding
+            hidden = self.lm(self.lm.embed(token)[:, None], (P + length)[:, None], self.visible(new, segments), caches)
+            last, segments = hidden[:, 0], torch.cat((segments, new), dim=1)
+            length = length + alive
+            alive = alive & (token != stop)
+            if not alive.any():
+                break
+        if not with_queries:
+            return written, None
+        Q = len(self.queries)
+        positions = (P + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
+        states = self.lm(self.queries.expand(B, -1, -1), positions, self.visible(segments.new_ones(B, Q), segments), caches)
+        return written, states
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Action expert: flow matching on a chunk of joint targets, conditioned on the adapted feature query states
+
+
+def time_embedding(t, dim):
+    """Sines and cosines of flow time t in [0, 1], periods 4e-3 .. 4 (pi0's range): (...,) -> (..., dim)."""
+    frequency = 2 * math.pi / torch.logspace(math.log10(4e-3), math.log10(4.0), dim // 2, device=t.device)
+    angle = t.float()[..., None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+class ExpertBlock(nn.Module):
+    """Self-attention over the chunk, cross-attention to the query states, MLP; each modulated by flow time (adaLN-zero, DiT)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.modulate = nn.Linear(width, 9 * width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.cross_q, self.cross_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.cross_kv = nn.Linear(width, 2 * width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def keys_values(self, states):
+        """Adapted states (B, Q, De) -> keys, values (2, B, nh, Q, hd): once per chunk, for all noise samples and steps."""
+        B, Q, _ = states.shape
+        return self.cross_kv(states).view(B, Q, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, modulation, keys_values, attention=None):
+        """x (B, M, L, De), modulation (B, M, 1, 9 De) -> (B, M, L, De). A list `attention` receives (B, nh, M*L, Q) weights."""
+        B, M, L, De = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.chunk(9, dim=-1)
+        y = F.layer_norm(x, (De,)) * (1 + scale1) + shift1
+        q, k, v = self.qkv(y).view(B * M, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B*M, nh, L, hd)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, M, L, De)
+        x = x + gate1 * self.proj(y)
+
+        y = F.layer_norm(x, (De,)) * (1 + scale2) + shift2
+        q = self.cross_q(y).view(B, M * L, self.heads, -1).transpose(1, 2)  # (B, nh, M*L, hd): the noise samples share keys and values
+        k, v = keys_values
+        if attention is not None:
+            attention.append((q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, M, L, De)
+        x = x + gate2 * self.cross_proj(y)
+
+        y = F.layer_norm(x, (De,)) * (1 + scale3) + shift3
+        return x + gate3 * self.down(relu2(self.up(y)))
+
+
+class Expert(nn.Module):
+    """Velocity field v(x_t, t | joint state, adapted query states). Tokens: [joint state | H actions]."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        De, A = cfg.expert_width, cfg.action_dim
+        self.action_in, self.state_in = nn.Linear(A, De), nn.Linear(A, De)
+        self.position = nn.Parameter(torch.randn(1 + cfg.chunk, De) * 0.5)
+        self.time = nn.Sequential(nn.Linear(De, De), nn.SiLU(), nn.Linear(De, De))
+        self.blocks = nn.ModuleList(ExpertBlock(De, cfg.expert_heads) for _ in range(cfg.expert_depth))
+        self.modulate = nn.Linear(De, 2 * De)
+        self.action_out = nn.Linear(De, A)
+
+    def condition(self, states):
+        """Adapted states (B, Q, De) -> keys and values of every block."""
+        return [block.keys_values(states) for block in self.blocks]
+
+    def modulation(self, t):
+        """Flow times (B, M) -> adaLN numbers of every block and of the output, each (B, M, 1, 9 De or 2 De)."""
+        De = self.time[0].in_features
+        c = F.silu(self.time(time_embedding(t, De).to(self.position.dtype)))[:, :, None]  # (B, M, 1, De)
+        return [block.modulate(c) for block in self.blocks] + [self.modulate(c)]
+
+    def forward(self, x, modulation, state, keys_values, attention=None):
+        """x (B, M, H, A) noisy chunk, state (B, S), both normalised -> velocity (B, M, H, A)."""
+        B, M = x.shape[:2]
+        state = self.state_in(state)[:, None, None].expand(B, M, 1, -1)  # (B, M, 1, De)
+        h = torch.cat((state, self.action_in(x)), dim=2) + self.position  # (B, M, 1 + H, De)
+        for block, m, kv in zip(self.blocks, modulation, keys_values):
+            h = block(h, m, kv, attention)
+        shift, scale = modulation[-1].chunk(2, dim=-1)
+        h = F.layer_norm(h[:, :, 1:], h.shape[-1:]) * (1 + scale) + shift  # (B, M, H, De)
+        return self.action_out(h)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The policy
+
+
+class SyVLA(nn.Module):
+    """VLM + feature queries + adapter + expert, with the data's normalisation statistics as buffers.
+
+    tokenizer: data.Tokenizer, or anything with its `prompt`, `question`, `decode`, `end_thought` and `end_answer`.
+    """
+
+    def __init__(self, cfg, tokenizer):
+        super().__init__()
+        if len(tokenizer) > cfg.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but vocab_size is {cfg.vocab_size}; raise --vocab_size")
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.vlm = VLM(cfg)
+        # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the adapter.
+        self.adapter = nn.Sequential(nn.Linear(cfg.width, cfg.expert_width, bias=False), nn.SiLU(), nn.Linear(cfg.expert_width, cfg.expert_width, bias=False))
+        self.expert = Expert(cfg)
+        for name in ("state_low", "state_high", "action_low", "action_high"):
+            self.register_buffer(name, torch.full((cfg.action_dim,), math.nan))  # NaN until set_statistics: never silently unnormalised
+        self.mark = lambda stage: None  # called after every stage; --bench and the latency table put a stopwatch here
+        self._init_weights()
+
+    def _init_weights(self):
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                fan_in = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=fan_in**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+        # As loud as the patches: what attention brings to a word is a token's content, so where it was must be part of it.
+        nn.init.normal_(self.vlm.vision.position, std=0.5)
+        # Residual branches and modulation start at zero: every block begins as the identity (adaLN-zero in the expert).
+        for block in [*self.vlm.vision.blocks, *self.vlm.lm.blocks]:
+            nn.init.zeros_(block.proj.weight)
+            nn.init.zeros_(block.down.weight)
+        for block in self.expert.blocks:
+            nn.init.zeros_(block.modulate.weight)
+        nn.init.zeros_(self.vlm.lm.head.weight)
+        nn.init.zeros_(self.expert.modulate.weight)
+        nn.init.zeros_(self.expert.action_out.weight)
+
+    def set_statistics(self, statistics):
+        """{"state" | "action": {"q01": (A,), "q99": (A,)}} in LeRobot units, as data.py computes them."""
+        for name in ("state", "action"):
+            for side, quantile in (("low", "q01"), ("high", "q99")):
+                getattr(self, f"{name}_{side}").copy_(torch.as_tensor(statistics[name][quantile]))
+
+    def normalise(self, x, name):
+        """LeRobot units -> 1st..99th percentile mapped to [-1, 1], clipped to +-1.5 (a constant joint maps to 0)."""
+        low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+        span = high - low
+        return torch.where(span > 1e-3, 2 * (x - low) / span.clamp(min=1e-3) - 1, torch.zeros_like(x)).clamp(-1.5, 1.5)
+
+    def denormalise(self, x):
+        """Normalised action -> LeRobot units."""
+        return self.action_low + (x + 1) / 2 * (self.action_high - self.action_low)
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def flow_loss(self, states, state, actions, valid, eps, t, attention=None):
+        """Conditional flow matching, one number per noise sample.
+
+        states (B, Q, D) feature query states, state (B, S), actions (B, H, A) normalised, valid (B, H) bool (False: padded
+        tail of an episode), eps (B, M, H, A), t (B, M) -> (B, M), mean over valid steps and joints, fp32.
+        """
+        a, time = actions[:, None], t[:, :, None, None]
+        x_t = time * eps + (1 - time) * a  # (B, M, H, A)
+        keys_values = self.expert.condition(self.adapter(states))
+        v = self.expert(x_t, self.expert.modulation(t), state, keys_values, attention)
+        error = (v.float() - (eps - a)).square().mean(-1)  # (B, M, H)
+        weight = valid[:, None].float()
+        return (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+
+    def gradient_norms(self, states, *flow_args):
+        """|| d loss / d h_i || of every feature query state: the paper's measure of what a state contributes. -> (B, Q)."""
+        leaf = states.detach().requires_grad_()
+        loss = self.flow_loss(leaf, *flow_args).mean(1).sum()  # a sum over the batch keeps per-sample gradients exact
+        (gradient,) = torch.autograd.grad(loss, leaf)  # only the expert is walked through, and no weight gradient is made
+        return gradient.float().norm(dim=-1)
+
+    def keep_mask(self, states, state, actions, valid, eps, t, uniform):
+        """Intention decoupling, first pass: which feature query states the second pass may use. -> (B, Q) bool.
+
+        States whose gradient norm lies under the percentile are dropped (paper: 5th). Per sample at least one is dropped, so
+        n=20 at 5 % masks exactly one; over the batch one threshold serves all. `random` and `attention` are controls that drop
+        as many, drawn by `uniform` (B, Q) or by lowest attention mass.
+        """
+        m = self.cfg.decouple_samples
+        first = (state, actions, valid, eps[:, :m], t[:, :m])  # the same noise and times that the second pass sees
+        if self.cfg.decouple == "gradient":
+            score = self.gradient_norms(states, *first)
+        elif self.cfg.decouple == "attention":
+            attention = []
+            with torch.no_grad():
+                self.flow_loss(states, *first, attention)
+            score = torch.stack(attention).float().mean(dim=(0, 2, 3))  # (B, Q): mean over blocks, heads, action tokens
+        else:
+            score = uniform
+        q = self.cfg.decouple_percentile / 100
+        if self.cfg.decouple_scope == "batch":
+            return score >= torch.quantile(score.flatten(), q)
+        drop = max(1, round(q * score.shape[1])) if q > 0 else 0
+        return score.argsort(dim=1).argsort(dim=1) >= drop
+
+    def forward(self, batch):
+        """Losses of one batch, each a mean over the batch: {"text", and for action samples "action", "kept"}.
+
+        images (B, V, px, px, 3) uint8; tokens, segments, positions, labels (B, T) int64 (label -100: not trained). Action
+        samples also carry state (B, S), actions (B, H, A) in LeRobot units, valid (B, H), eps (B, M, H, A), t (B, M), uniform (B, Q).
+        """
+        with_actions = "actions" in batch
+        visual = self.vlm.see(batch["images"])
+        self.mark("vision")
+        text, states = self.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], with_actions)
+        labels = batch["labels"]
+        rows, columns = (labels >= 0).nonzero(as_tuple=True)
+        nll = F.cross_entropy(self.vlm.lm.logits(text[rows, columns]), labels[rows, columns], reduction="none")
+        # a mean per row, then over rows: unlike a mean over tokens it does not depend on how rows are spread over processes
+        per_row = nll.new_zeros(len(labels)).index_add(0, rows, nll) / (labels >= 0).sum(1).clamp(min=1)
+        losses = {"text": per_row.mean()}
+        self.mark("language")
+        if with_actions:
+            state, actions = self.normalise(batch["state"], "state"), self.normalise(batch["actions"], "action")
+            flow = (state, actions, batch["valid"], batch["eps"], batch["t"])
+            if self.cfg.decouple != "off":
+                keep = self.keep_mask(states, *flow, batch["uniform"])
+                states = states * keep[..., None]  # h_masked = h_raw * 1(||g|| >= tau): no gradient reaches a masked state
+                losses["kept"] = keep.float().mean()
+                self.mark("decoupling")
+            losses["action"] = self.flow_loss(states, *flow).mean()
+            self.mark("expert")
+        return losses
+
+    # -- acting -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def sample_chunk(self, states, state, noise):
+        """Flow sampler: K Euler steps from noise (B, H, A) at t=1 to actions at t=0, normalised. states (B, Q, D), state (B, S)."""
+        K = self.cfg.denoise_steps
+        times = torch.linspace(1, 1 / K, K, device=noise.device)
+        modulation = self.expert.modulation(times[:, None])  # each (K, 1, 1, ...): the K times are known, so computed at once
+        keys_values = self.expert.condition(self.adapter(states))
+        x = noise[:, None]  # (B, 1, H, A)
+        for k in range(K):
+            x = x - self.expert(x, [m[k : k + 1] for m in modulation], state, keys_values) / K
+        return x[:, 0].clamp(-1.5, 1.5)
+
+    @torch.inference_mode()
+    def think(self, images, tasks):
+        """images (B, V, px, px, 3) uint8, tasks: B strings -> (B reasonings, feature query states (B, Q, D))."""
+        visual = self.vlm.see(images)
+        self.mark("vision")
+        prompts = [self.tokenizer.prompt(task, self.cfg.reasoning) for task in tasks]
+        limit = self.cfg.max_thought if self.cfg.reasoning else 0
+        thoughts, states = self.vlm.generate(visual, prompts, self.tokenizer.end_thought, limit, with_queries=True)
+        self.mark("thinking")
+        return [self.tokenizer.decode(ids) for ids in thoughts], states
+
+    @torch.inference_mode()
+    def act(self, images, state, task, seed=0):
+        """What to do next: images (B, V, px, px, 3) uint8, state (B, S) in LeRobot units, task: B strings.
+
+        -> (chunk (B, H, A) float32 in LeRobot units, B reasonings). The same seed gives the same chunk. Arrays or tensors.
+        """
+        images, state = self.check_inputs(images, state, task)
+        reasonings, states = self.think(images, task)
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same noise on every device
+        noise = torch.randn(len(state), self.cfg.chunk, self.cfg.action_dim, generator=generator).to(state.device)
+        chunk = self.denormalise(self.sample_chunk(states, self.normalise(state, "state"), noise))
+        self.mark("expert")
+        return chunk.float().cpu().numpy(), reasonings
+
+    @torch.inference_mode()
+    def answer(self, images, questions, limit=24):
+        """Answers to B questions about B scenes. images (B, V, px, px, 3) uint8 -> B strings."""
+        visual = self.vlm.see(torch.as_tensor(np.asarray(images)).to(self.vlm.queries.device))
+        prompts = [self.tokenizer.question(q) for q in questions]
+        ids, _ = self.vlm.generate(visual, prompts, self.tokenizer.end_answer, limit)
+        return [self.tokenizer.decode(i) for i in ids]
+
+    def check_inputs(self, images, state, task):
+        """Tensors on the model's device, or a ValueError that shows both sides of what does not fit."""
+        device = self.vlm.queries.device
+        images, state = torch.as_tensor(np.asarray(images)).to(device), torch.as_tensor(np.asarray(state), dtype=torch.float32).to(device)
+        cfg = self.cfg
+        expected = (cfg.views, cfg.image_size, cfg.image_size, 3)
+        if tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
+            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}) uint8, cameras {cfg.cameras}; got {tuple(images.shape)} {images.dtype}")
+        if tuple(state.shape[1:]) != (cfg.action_dim,):
+            raise ValueError(f"state must be (B, {cfg.action_dim}), motors {cfg.motors}; got {tuple(state.shape)}")
+        if isinstance(task, str) or not len(task) == len(images) == len(state):
+            raise ValueError(f"one task string per row: got {len(images)} images, {len(state)} states, tasks {task!r}"[:300])
+        if not torch.isfinite(self.state_low).all():
+            raise ValueError("the policy has no normalisation statistics; train it with train.py or call set_statistics")
+        return images, state
+
+    # -- on disk ------------------------------------------------------------------------------------------------
+
+    def save_weights(self, path, state=None):
+        """model.safetensors: every parameter and buffer (or `state`, a dict in their place, such as the EMA)."""
+        save_file({k: v.detach().cpu().contiguous() for k, v in (state or self.state_dict()).items()}, path)
+
+    def load_weights(self, path):
+        """Strict: a missing, unknown or misshapen tensor is an error that names it."""
+        loaded, own = load_file(path), self.state_dict()
+        missing, unknown = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(f"{path} does not fit: missing {missing[:3]}, unknown {unknown[:3]}")
+        for name, tensor in loaded.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here")
+        self.load_state_dict(loaded)
+
+    @classmethod
+    def load(cls, folder, tokenizer, device="cpu"):
+        """A trained policy from its checkpoint folder alone (config.json + model.safetensors), ready to act."""
+        config = read_checkpoint_config(folder)
+        policy = cls(Config.pick(config), tokenizer).to(device).eval()
+        policy.load_weights(os.path.join(folder, "model.safetensors"))
+        return policy
+
+    def parameter_table(self):
+        """{part: number of parameters}."""
+        parts = {"vision": self.vlm.vision, "language": self.vlm.lm, "adapter": self.adapter, "expert": self.expert}
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} | {"queries": self.vlm.queries.numel()}
+
+
+def read_checkpoint_config(folder):
+    """config.json of a checkpoint folder as a dict; an error that says what to type where there is none."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint (needs config.json and model.safetensors); run: python train.py --config small --out={folder}")
+    return json.loads((folder / "config.json").read_text())

@@ -1,0 +1,280 @@
+"""Run a trained policy: films, success tables, questions, open-loop replay.
+
+    python sample.py --config small "put the red cube on the blue pad"    # a GIF and a contact sheet, reasoning drawn in
+    python sample.py --config small --eval 300                            # success by family and split, eval.json
+    python sample.py --config small --ask "which pad is blue"             # a question about a scene
+    python sample.py --config small --replay                              # open-loop error per joint on recorded episodes
+
+A checkpoint folder is all that a policy needs; only --replay reads the data set, because it compares with recorded actions.
+"""
+
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import sim_env
+from data import Episodes, Tokenizer
+from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
+
+
+@dataclass
+class SampleConfig:
+    config: str = opt("small", "preset whose run is used")
+    run: str = opt("", "checkpoint folder (default out/<config>)")
+    task: str = opt("", "instruction; without one the environment draws it")
+    family: str = opt("place", "task family when the environment draws the instruction: place, calculate, sequence, tiny")
+    split: str = opt("id", "id, ood_position or ood_instruction, when the environment draws the instruction")
+    seed: int = opt(2_000_000, "scene seed (report seeds start at 2000000), and of the sampler's noise")
+    eval: int = opt(0, "closed-loop episodes per family and split; writes eval.json and prints the table")
+    families: str = opt("", "families for --eval, with commas (default: those the run was trained on)")
+    ask: str = opt("", "a question about the scene of --seed")
+    replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot")
+    data: str = opt("", "data set for --replay (default: the one the run was trained on)")
+    out: str = opt("", "folder for pictures (default out/<config>/sample)")
+    arms: int = opt(24, "arms simulated at once in --eval")
+    threads: int = opt(0, "CPU threads; 0 lets torch choose")
+
+    def __post_init__(self):
+        self.run = self.run or f"out/{self.config}"
+        self.out = self.out or f"{self.run}/sample"
+        if self.eval < 0 or self.arms < 1:
+            raise ValueError("eval counts episodes (0 or more), arms at least 1")
+
+
+class Stopwatch:
+    """Milliseconds per stage of SyVLA.act."""
+
+    def __init__(self):
+        self.seconds, self.last = defaultdict(float), time.perf_counter()
+
+    def mark(self, stage):
+        now = time.perf_counter()
+        self.seconds[stage] += now - self.last
+        self.last = now
+
+
+def load_policy(run):
+    return SyVLA.load(run, Tokenizer.load(run))
+
+
+def look(obs, policy):
+    """One observation of the environment -> the policy's batch of one: images (1, V, px, px, 3), state (1, S), [task]."""
+    views = policy.cfg.cameras.split(",")
+    if missing := [v for v in views if v not in obs["images"]]:
+        raise ValueError(f"the policy looks through {views}, the environment has {list(obs['images'])}: {missing} missing")
+    return np.stack([obs["images"][v] for v in views])[None], obs["state"][None], [obs["task"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Film
+
+
+def importance(policy, obs, chunk):
+    """How much each feature query state matters to the flow loss of the chunk just chosen: gradient norms (Q,), largest 1."""
+    images, state, task = policy.check_inputs(*look(obs, policy))
+    _, states = policy.think(images, task)
+    generator = torch.Generator().manual_seed(0)
+    eps, t = torch.randn(1, 8, *chunk.shape, generator=generator), torch.linspace(0.1, 0.9, 8)[None]
+    action = policy.normalise(torch.as_tensor(chunk)[None], "action")
+    norms = policy.gradient_norms(states.clone(), policy.normalise(state, "state").clone(), action, torch.ones(1, len(chunk), dtype=torch.bool), eps, t)[0]
+    return (norms / norms.max().clamp(min=1e-9)).numpy()
+
+
+def wrap_text(text, font, width):
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
+    return lines
+
+
+def draw_frame(env, task, reasoning, weights, note="", px=256):
+    """Both views side by side with the instruction, the reasoning and a bar per feature query state underneath."""
+    frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
+    for i, camera in enumerate(sim_env.CAMERAS):
+        frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
+    pen, font = ImageDraw.Draw(frame), ImageFont.load_default(13)
+    y = px + 4
+    for text, colour in ((task, (20, 20, 20)), (f"<reason> {reasoning} </reason>", (170, 60, 20))):
+        for line in wrap_text(text, font, 2 * px - 12)[:3]:
+            pen.text((6, y), line, fill=colour, font=font)
+            y += 16
+    pen.text((6, px + 92), f"query states {note}", fill=(120, 120, 120), font=ImageFont.load_default(11))
+    left, step = 6 + 90 + 110, (2 * px - 218) / len(weights)
+    for i, w in enumerate(weights):
+        pen.rectangle((left + i * step, px + 106 - 24 * float(w), left + (i + 0.7) * step, px + 106), fill=(40, 90, 170))
+    return frame
+
+
+def film(policy, cfg):
+    """One episode -> GIF and contact sheet in cfg.out, and the reasoning on the screen."""
+    env = sim_env.SO100Env(cfg.family, cfg.split, policy.cfg.image_size)
+    if cfg.task:
+        policy.tokenizer.prompt(cfg.task)  # complain about the words before anything is simulated
+        obs, info = env.reset_for(cfg.task, cfg.seed)
+    else:
+        obs, info = env.reset(seed=cfg.seed)
+    print(f"instruction: {obs['task']}")
+    frames, terminated, truncated, said = [], False, False, None
+    while not terminated and not truncated:
+        chunk, (reasoning,) = policy.act(*look(obs, policy), seed=cfg.seed + info["steps"])
+        if reasoning != said:
+            print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>")
+            said = reasoning
+        weights = importance(policy, obs, chunk[0])
+        for action in chunk[0, : policy.cfg.execute]:
+            frames.append(draw_frame(env, obs["task"], reasoning, weights, f"(step {info['steps']})"))
+            obs, _, terminated, truncated, info = env.step(action)
+            if terminated or truncated:
+                break
+    frames += [draw_frame(env, obs["task"], reasoning, weights, "success" if terminated else "out of time")] * sim_env.FPS
+    env.close()
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    name = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in obs["task"]).split())[:60] or "task"
+    palette = [f.quantize(128, dither=Image.Dither.NONE) for f in frames]
+    palette[0].save(out / f"{name}.gif", save_all=True, append_images=palette[1:], duration=1000 // sim_env.FPS, loop=0)
+    contact_sheet(frames).save(out / f"{name}.png")
+    print(f"{'success' if terminated else 'no success'} after {info['steps']} steps; wrote {out / name}.gif and .png")
+    return terminated
+
+
+def contact_sheet(frames, columns=4, rows=4):
+    """Evenly spaced frames in a grid."""
+    picks = [frames[i] for i in np.linspace(0, len(frames) - 1, columns * rows).round().astype(int)]
+    w, h = picks[0].size
+    sheet = Image.new("RGB", (columns * w, rows * h))
+    for i, frame in enumerate(picks):
+        sheet.paste(frame, (i % columns * w, i // columns * h))
+    return sheet.resize((columns * w // 2, rows * h // 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def latency(policy, env, n=30):
+    """Median milliseconds of one act() at batch 1 by stage, over n observations -> {stage: ms, "total": ms}."""
+    samples = defaultdict(list)
+    for i in range(n + 5):  # five to warm up
+        obs, _ = env.reset(seed=sim_env.SEEDS["val"][i])
+        batch = look(obs, policy)
+        watch = Stopwatch()
+        policy.mark = watch.mark
+        policy.act(*batch)
+        if i >= 5:
+            for stage, seconds in watch.seconds.items():
+                samples[stage].append(seconds * 1e3)
+            samples["total"].append(sum(watch.seconds.values()) * 1e3)
+    policy.mark = lambda stage: None
+    return {stage: float(np.median(values)) for stage, values in samples.items()}
+
+
+def evaluate(policy, cfg):
+    """Success by family and split on the report seeds; eval.json in the run folder."""
+    trained = read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))
+    families = (cfg.families or trained).split(",")
+    calls = iter(range(10**9))
+
+    def act(obs):
+        chunk, reasonings = policy.act(obs["images"], obs["state"], obs["task"], seed=next(calls))
+        return chunk[:, : policy.cfg.execute], reasonings
+
+    began = time.time()
+    results = sim_env.evaluate(act, families, cfg.eval, policy.cfg.image_size, cfg.arms)
+    for family in families:
+        env = sim_env.SO100Env(family, px=policy.cfg.image_size)
+        stages = latency(policy, env)
+        env.close()
+        for cell in results[family].values():
+            cell["ms_per_chunk"] = stages["total"]
+        print(f"{family}: one chunk at batch 1 in {stages['total']:.1f} ms (" + ", ".join(f"{k} {v:.1f}" for k, v in stages.items() if k != "total") + ")")
+    temporary = Path(cfg.run) / "eval.json.tmp"
+    temporary.write_text(json.dumps(results, indent=1))
+    os.replace(temporary, Path(cfg.run) / "eval.json")
+    print(sim_env.table(results))
+    print(f"{time.time() - began:.0f} s; wrote {cfg.run}/eval.json")
+
+
+def replay(policy, cfg):
+    """Open-loop error per joint on recorded frames: the first thing to look at when a policy does nothing."""
+    folder = cfg.data or read_checkpoint_config(cfg.run)["data"]
+    episodes = Episodes(folder, policy.cfg)
+    motors = policy.cfg.motors.split(",")
+    rng = np.random.default_rng(0)
+    picks = rng.choice(len(episodes), min(400, len(episodes)), replace=False)
+    errors, valid = [], []
+    for part in np.array_split(picks, max(1, len(picks) // 40)):
+        batch = episodes.samples(policy.tokenizer, part)
+        chunk, _ = policy.act(batch["images"], batch["state"], [episodes.reason_at(i)[0] for i in part])
+        errors.append(np.abs(chunk - batch["actions"].numpy()))
+        valid.append(batch["valid"].numpy())
+    errors, valid = np.concatenate(errors), np.concatenate(valid)  # (n, H, A), (n, H)
+    print(f"mean absolute error of the predicted chunk on {len(picks)} recorded frames, by step of the chunk:")
+    print(f"{'':14s}" + "".join(f"{'t+' + str(h):>8s}" for h in range(errors.shape[1])) + "    mean")
+    for j, motor in enumerate(motors):
+        row = [errors[valid[:, h], h, j].mean() for h in range(errors.shape[1])]
+        print(f"{motor:14s}" + "".join(f"{e:8.2f}" for e in row) + f"{errors[..., j][valid].mean():8.2f}")
+    episode = episodes.episodes[int(rng.integers(len(episodes.episodes)))]
+    first = episodes.frames.index(episode["start"])
+    shown = range(first, first + episode["length"], policy.cfg.execute)
+    batch = episodes.samples(policy.tokenizer, shown)
+    chunk, _ = policy.act(batch["images"], batch["state"], [episode["task"]] * len(shown))
+    truth = episodes.action[episode["start"] : episode["start"] + episode["length"]]
+    path = Path(cfg.out) / "replay.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_replay(truth, chunk, policy.cfg.execute, motors, episode["task"]).save(path)
+    print(f"wrote {path}: one episode, recorded actions in grey, predicted chunks in blue")
+
+
+def plot_replay(truth, chunks, every, motors, title, width=640, height=110):
+    """truth (n, A), chunks (k, H, A) that begin every `every` steps -> a picture with one strip per joint."""
+    picture = Image.new("RGB", (width, height * len(motors) + 24), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((6, 4), title, fill="black")
+    for j, motor in enumerate(motors):
+        top = 24 + j * height
+        low, high = min(truth[:, j].min(), chunks[..., j].min()), max(truth[:, j].max(), chunks[..., j].max()) + 1e-6
+        point = lambda step, value: (90 + step / len(truth) * (width - 100), top + height - 10 - (value - low) / (high - low) * (height - 20))  # noqa: B023
+        pen.text((6, top + height // 2 - 6), motor, fill="black")
+        pen.line([point(s, v) for s, v in enumerate(truth[:, j])], fill=(150, 150, 150), width=4)
+        for k, chunk in enumerate(chunks):
+            line = [point(k * every + s, v) for s, v in enumerate(chunk[:, j]) if k * every + s < len(truth)]
+            if len(line) > 1:
+                pen.line(line, fill=(40, 90, 170), width=2)
+    return picture
+
+
+def ask(policy, cfg):
+    """Answer a question about the scene of --seed; the picture is saved so that the answer can be checked."""
+    env = sim_env.SO100Env("sequence", px=policy.cfg.image_size)
+    obs, _ = env.reset(seed=cfg.seed)
+    (answer,) = policy.answer(look(obs, policy)[0], [cfg.ask])
+    path = Path(cfg.out) / f"scene_{cfg.seed}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.hstack([env.render(384, camera) for camera in sim_env.CAMERAS])).save(path)
+    env.close()
+    print(f"{cfg.ask}\n{answer}\n(the scene is in {path})")
+
+
+def main(argv=None):
+    cfg = parse_config(SampleConfig, {"debug": {}, "tiny": dict(family="tiny"), "small": {}}, sys.argv[1:] if argv is None else argv, positional="task")
+    fast_cpu(cfg.threads)
+    try:
+        policy = load_policy(cfg.run)
+        (evaluate if cfg.eval else replay if cfg.replay else ask if cfg.ask else film)(policy, cfg)
+    except (ValueError, FileNotFoundError, RuntimeError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

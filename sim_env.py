@@ -1,0 +1,1130 @@
+"""The SO-100 arm in MuJoCo: scene, language tasks, cameras, success tests, scripted expert, many arms at once.
+
+    python sim_env.py              # contact sheet and expert GIFs in out/sim/, expert success, viewer if there is a display
+
+Everything a policy sees is in LeRobot's units: degrees for five joints, 0 (closed) .. 100 (open) for the gripper.
+
+Geometry. The arm stands at the back of the table and points to -y; the pan axis is vertical, through PAN_AXIS. Places on
+the table are polar about it: `phi` in degrees, 0 straight ahead, positive towards the arm's left (+x), and radius `r` in
+metres. The front camera looks back at the arm, so phi grows from left to right in its image and pads 1..5 read left to
+right there. LeRobot's shoulder_pan is -phi.
+"""
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+GL_HELP = ("MuJoCo cannot draw: no working OpenGL library. On Debian or Ubuntu type: apt-get install libegl1 libgl1 "
+           "(or, without EGL: apt-get install libosmesa6, then MUJOCO_GL=osmesa)")
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before mujoco is imported
+try:
+    import mujoco
+except (ImportError, AttributeError) as error:  # what PyOpenGL raises when libEGL is not there
+    if getattr(error, "name", None) == "mujoco":
+        raise
+    if __name__ == "__main__":
+        sys.exit(GL_HELP)
+    raise RuntimeError(GL_HELP) from error
+
+MOTORS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+COLOURS = ("red", "green", "blue", "yellow", "purple")
+CAMERAS = ("front", "wrist")
+FAMILIES = ("place", "calculate", "sequence")  # and "tiny": one cube, one pad, one sentence; a first success in minutes
+SPLITS = ("id", "ood_position", "ood_instruction")
+SEEDS = {"train": range(0, 1_000_000), "val": range(1_000_000, 2_000_000), "report": range(2_000_000, 3_000_000)}
+FPS = 10
+LIMIT = {"place": 60, "calculate": 60, "sequence": 110, "tiny": 60}  # control steps before truncation
+
+# ---------------------------------------------------------------------------------------------------------------
+# The arm and the table. Kinematics, inertias and gripper pads are the real SO-100's, every rotation a right angle; shapes
+# are a few primitives, because on a CPU drawing costs more than physics. Only jaws, wrist and base can touch anything.
+
+MJCF = """
+<mujoco model="so100">
+  <compiler angle="radian"/>
+  <option timestep="0.004" integrator="implicitfast" cone="elliptic" impratio="10"/>
+  <visual>
+    <global offwidth="1024" offheight="1024"/>
+    <quality offsamples="0" shadowsize="0" numslices="12" numstacks="4" numquads="1"/>
+    <headlight ambient=".4 .4 .4" diffuse=".25 .25 .25" specular="0 0 0"/>
+    <map znear=".005" zfar="20"/>
+  </visual>
+  <default>
+    <geom contype="0" conaffinity="0" rgba=".93 .92 .88 1"/>
+    <joint armature=".1" frictionloss=".1"/>
+    <site group="4"/>
+    <position kp="50" dampratio="1" forcerange="-3.5 3.5" inheritrange="1"/>
+    <default class="motor"><geom type="box" rgba=".16 .16 .18 1"/></default>
+    <default class="solid"><geom type="box" contype="1"/></default>
+    <default class="pad_contact">
+      <!-- Menagerie's solimp="2 1 .01" for these pads loses one cube in four on the way; MuJoCo's own value loses none -->
+      <geom type="box" group="3" contype="1" friction="1 .005 .0001" solref=".01 1"/>
+    </default>
+    <default class="cube">
+      <!-- 1 mm larger than the mean cube: bounding volumes are fixed here, reset() then sets the true size -->
+      <geom type="box" size=".013 .013 .013" mass=".02" condim="4" friction="1.5 .005 .0001" contype="1" conaffinity="1"/>
+    </default>
+    <default class="pad"><geom type="box" size=".03 .03 .0005"/></default>
+  </default>
+  <worldbody>
+    <light name="lamp" pos=".3 -.6 1.2" dir="-.2 .3 -1" diffuse=".45 .45 .45" specular="0 0 0" directional="true"/>
+    <geom name="table" type="plane" size="3 3 9" conaffinity="1" rgba=".72 .7 .66 1"/>
+    <camera name="front" pos="0 -.63 .74" xyaxes="1 0 0 0 .87 .494" fovy="32"/>
+    <body name="base">
+      <geom class="solid" pos="0 -.023 .035" size=".04 .045 .035"/>
+      <body name="pan_link" pos="0 -.0452 .0165" quat="1 1 0 0">
+        <joint name="shoulder_pan" axis="0 1 0" range="-1.92 1.92"/>
+        <inertial pos="-9.07886e-5 .0590972 .031089" mass=".119226" quat=".363978 .441169 -.623108 .533504"
+                  diaginertia="5.94278e-5 5.89975e-5 3.13712e-5"/>
+        <geom class="motor" pos="0 .085 .03" size=".021 .03 .022"/>
+        <body name="upper_arm" pos="0 .1025 .0306" quat="1 1 0 0">
+          <joint name="shoulder_lift" axis="1 0 0" range="-3.32 .174"/>
+          <inertial pos="-1.72052e-5 .0701802 .00310545" mass=".162409" quat=".50104 .498994 -.493562 .50632"
+                    diaginertia="2.13312e-4 1.67164e-4 7.01522e-5"/>
+          <geom type="capsule" fromto="0 0 0 0 .11257 .01" size=".017"/>
+          <geom class="motor" pos="0 .11 .02" size=".022 .016 .017"/>
+          <body name="lower_arm" pos="0 .11257 .028" quat="1 -1 0 0">
+            <joint name="elbow_flex" axis="1 0 0" range="-.174 3.14"/>
+            <inertial pos="-.00339604 .00137796 .0768007" mass=".147968" quat=".701995 .0787996 .0645626 .704859"
+                      diaginertia="1.38803e-4 1.07748e-4 4.84242e-5"/>
+            <geom type="capsule" fromto="0 .003 0 0 .005 .11" size=".016"/>
+            <geom class="motor" pos="0 .005 .125" size=".022 .014 .018"/>
+            <body name="wrist" pos="0 .0052 .1349" quat="1 -1 0 0">
+              <joint name="wrist_flex" axis="1 0 0" range="-1.66 1.66"/>
+              <inertial pos="-.00852653 -.0352279 -2.34622e-5" mass=".0661321" quat="-.0522806 .705235 .0549524 .704905"
+                        diaginertia="3.45403e-5 2.39041e-5 1.94704e-5"/>
+              <geom class="solid" pos="0 -.03 0" size=".018 .026 .014"/>
+              <body name="fixed_jaw" pos="0 -.0601 0" quat="1 0 1 0">
+                <joint name="wrist_roll" axis="0 1 0" range="-2.79 2.79"/>
+                <inertial pos=".00552377 -.0280167 4.83583e-4" mass=".0929859" quat=".41836 .620891 -.350644 .562599"
+                          diaginertia="5.03136e-5 4.64098e-5 2.72961e-5"/>
+                <camera name="wrist" pos="-.004 -.03 -.06" xyaxes="-1 0 0 0 .53 .85" fovy="75"/>
+                <geom class="motor" pos="0 -.018 0" size=".025 .018 .018"/>
+                <geom class="solid" pos=".02 -.066 0" size=".006 .036 .009"/>
+                <geom class="pad_contact" pos=".0089 -.1014 0" size=".001 .005 .004"/>
+                <geom class="pad_contact" pos=".0109 -.0914 0" size=".001 .005 .006"/>
+                <geom class="pad_contact" pos=".0126 -.0768 0" size=".001 .01 .007"/>
+                <geom class="solid" pos=".013 -.1 0" size=".0025 .006 .005"/>
+                <site name="gripper" pos=".0089 -.1014 0"/>
+                <body name="moving_jaw" pos="-.0202 -.0244 0" quat="0 0 1 0">
+                  <joint name="gripper" axis="0 0 1" range="-.174 1.75"/>
+                  <inertial pos="-.00161745 -.0303473 4.49646e-4" mass=".0202444"
+                            quat=".696562 .716737 -.0239844 -.0227026" diaginertia="1.11265e-5 8.99651e-6 2.99548e-6"/>
+                  <geom class="solid" pos="0 -.038 0" size=".006 .036 .009"/>
+                  <geom class="solid" pos="-.0065 -.077 0" size=".0035 .005 .005"/>
+                  <geom class="pad_contact" pos="-.0113 -.077 0" size=".001 .005 .004"/>
+                  <geom class="pad_contact" pos="-.0093 -.067 0" size=".001 .005 .006"/>
+                  <geom class="pad_contact" pos="-.0073 -.055 0" size=".001 .01 .006"/>
+                  <site name="jaw_tip" pos="-.0113 -.077 0"/>
+                </body>
+              </body>
+            </body>
+          </body>
+        </body>
+      </body>
+    </body>
+    <body name="pad1"><geom class="pad"/></body>
+    <body name="pad2"><geom class="pad"/></body>
+    <body name="pad3"><geom class="pad"/></body>
+    <body name="pad4"><geom class="pad"/></body>
+    <body name="pad5"><geom class="pad"/></body>
+    <!-- gravcomp 1 makes unused cubes float where they are parked, under the table; reset() clears it for the others -->
+    <body name="cube0" gravcomp="1"><freejoint/><geom class="cube"/></body>
+    <body name="cube1" gravcomp="1"><freejoint/><geom class="cube"/></body>
+    <body name="cube2" gravcomp="1"><freejoint/><geom class="cube"/></body>
+    <body name="cube3" gravcomp="1"><freejoint/><geom class="cube"/></body>
+  </worldbody>
+  <actuator>
+    <position joint="shoulder_pan"/>
+    <position joint="shoulder_lift"/>
+    <position joint="elbow_flex"/>
+    <position joint="wrist_flex"/>
+    <position joint="wrist_roll"/>
+    <position joint="gripper"/>
+  </actuator>
+</mujoco>
+"""
+SUBSTEPS = 25  # physics steps of 4 ms in one control step
+PAN_AXIS = np.array([0.0, -0.0452])
+CUBE = 0.012  # half size of a cube, metres
+PAD = 0.03  # half size of a pad
+RGB = {"red": (.86, .1, .1), "green": (.1, .62, .15), "blue": (.08, .25, .9), "yellow": (.97, .82, .08),
+       "purple": (.62, .15, .7)}
+TABLE, LINK = (.72, .70, .66), (.93, .92, .88)
+
+JOINT_RANGE = np.array([(-1.92, 1.92), (-3.32, .174), (-.174, 3.14), (-1.66, 1.66), (-2.79, 2.79), (-.174, 1.75)])
+SCALE = np.array([-180 / np.pi] + [180 / np.pi] * 4 + [100 / 1.924])  # LeRobot = radians * SCALE + OFFSET
+OFFSET = np.array([0, 90, -90, 0, 0, 100 * .174 / 1.924])
+
+
+def to_position(qpos):
+    """Joint angles of the model in radians (..., 6) -> LeRobot units (..., 6)."""
+    return np.asarray(qpos) * SCALE + OFFSET
+
+
+def to_qpos(position):
+    """LeRobot units (..., 6) -> joint angles of the model in radians (..., 6)."""
+    return (np.asarray(position) - OFFSET) / SCALE
+
+
+LOW, HIGH = np.sort(to_position(JOINT_RANGE.T), axis=0)  # joint limits in LeRobot units, each (6,)
+
+
+def polar_to_xy(phi, r):
+    """Degrees and metres about the pan axis -> world x, y (2,)."""
+    return PAN_AXIS + r * np.array([math.sin(math.radians(phi)), -math.cos(math.radians(phi))])
+
+
+def xy_to_polar(xy):
+    """World x, y -> (phi in degrees, r in metres) about the pan axis."""
+    x, y = xy[0] - PAN_AXIS[0], xy[1] - PAN_AXIS[1]
+    return math.degrees(math.atan2(x, -y)), math.hypot(x, y)
+
+
+def wrap(degrees, period=360):
+    """The same angle in [-period/2, period/2)."""
+    return (degrees + period / 2) % period - period / 2
+
+
+def direction_bin(phi):
+    """Word for a direction: t0..t11, 12 bins of 8 degrees over [-48, 48]."""
+    return f"t{min(max(int((phi + 48) // 8), 0), 11)}"
+
+
+def distance_bin(r):
+    """Word for a distance: r0..r7, 8 bins of 15 mm over [.12, .24]."""
+    return f"r{min(max(int((r - .12) // .015), 0), 7)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Language. A goal is a plain dict {"legs": [(cube colour, vague name or None, pad colour, pad number), ...],
+# "sum": "3 + 1" or None}. One leg is "place" (or "calculate", with a sum), two legs are "sequence".
+
+VAGUE_NAMES = {"red": ("tomato", "strawberry", "cherry", "fire", "blood", "ketchup"),
+               "green": ("grass", "frog", "leaf", "lime", "cucumber", "broccoli"),
+               "blue": ("sky", "sea", "sapphire", "blueberry", "ocean", "jeans"),
+               "yellow": ("banana", "lemon", "sun", "corn", "butter", "canary"),
+               "purple": ("grape", "plum", "lavender", "lilac", "eggplant", "amethyst")}
+HELD_OUT_NAMES = {colour: names[-2:] for colour, names in VAGUE_NAMES.items()}  # only ever said in ood_instruction
+ARTICLE = {"the": ("sky", "sea", "sun", "ocean"),
+           "": ("grass", "fire", "blood", "ketchup", "jeans", "corn", "butter", "lavender", "lilac", "broccoli")}
+
+ALL_SUMS = [f"{a} {op} {b}" for result in range(1, 6) for op in "+-" for a in range(10) for b in range(10)
+            if result == (a + b if op == "+" else a - b)]  # 11 for each result 1..5
+HELD_OUT_SUMS = ALL_SUMS[2::5]  # two or three for each result, never trained on
+SUMS = [s for s in ALL_SUMS if s not in HELD_OUT_SUMS]
+
+# {c} cube, {d} destination, {v} verb, {p} preposition
+FRAMES = ("{v} {c} {p} {d}", "{v} {c} {p} {d}", "{p} {d} {v} {c}", "{c} goes {p} {d}", "{d} gets {c}")
+VERBS = ("put", "place", "move", "set", "bring", "lay")
+PREPOSITIONS = ("on", "onto", "on top of", "to")
+PREFIXES, SUFFIXES = ("now ,", "robot ,", "hello robot ,"), (", please", "now", ", robot", ", robot , please")
+JOINS = ("{a} , then {b}", "{a} and then {b}", "first {a} , then {b}", "{a} , after that {b}", "first {a} , after that {b}")
+NEW_FRAMES = ("i want {c} on {d}", "make sure {c} ends up on {d}", "{d} should hold {c}", "drop {c} onto {d}",
+              "could you carry {c} over to {d}", "{c} has to be on {d}", "take {c} and leave it on {d}", "let {c} rest on {d}")
+
+
+def number_of(expression):
+    """"3 + 1" -> 4."""
+    a, op, b = expression.split()
+    return int(a) + int(b) if op == "+" else int(a) - int(b)
+
+
+def cube_phrase(colour, vague, rng, plain):
+    """"the red cube", "the red block" or "the one that looks like a tomato"."""
+    if vague is None:
+        return f"the {colour} cube" if plain or rng.random() < .6 else f"the {colour} block"
+    article = next((a for a, names in ARTICLE.items() if vague in names), "an" if vague[0] in "aeiou" else "a")
+    return " ".join(f"the one that looks like {article} {vague}".split())
+
+
+def pad_phrase(colour, expression, rng, plain):
+    """"the blue pad", or for a sum "pad 3 + 1", "pad number 3 plus 1", ..."""
+    if expression is None:
+        return f"the {colour} pad" if plain or rng.random() < .6 else f"the {colour} square"
+    if not plain and rng.random() < .5:
+        expression = expression.replace("+", "plus").replace("-", "minus")
+    return ("pad " if plain or rng.random() < .6 else "pad number ") + expression
+
+
+def instruction(family, goal, rng, split="id"):
+    """The sentence for a goal, lower case, words and punctuation separated by single spaces.
+
+    Training sentences are the canonical one (30 %) or a random phrasing. Split ood_instruction uses sentence frames that
+    training never has, except where something else is already new: half the sums, and goals with held-out vague names.
+    """
+    new = split == "ood_instruction" and family != "tiny"
+    if new:
+        new = rng.random() < .5 if goal["sum"] else not any(vague for _, vague, _, _ in goal["legs"])
+    plain = family == "tiny" or (not new and rng.random() < .3)
+    clauses = []
+    for i, (cube, vague, pad, _) in enumerate(goal["legs"]):
+        c, d = cube_phrase(cube, vague, rng, plain), pad_phrase(pad, goal["sum"], rng, plain)
+        frame = rng.choice(NEW_FRAMES) if new else FRAMES[0] if plain else rng.choice(FRAMES)
+        if i == 1 and not new and (plain or rng.random() < .3):
+            frame = "{c} {p} {d}"  # "... , then the green cube on the yellow pad"
+        verb, preposition = ("put", "on") if plain else (rng.choice(VERBS), rng.choice(PREPOSITIONS))
+        clauses.append(frame.format(v=verb, p=preposition, c=c, d=d))
+    if len(clauses) == 2:
+        join = JOINS[0] if plain else rng.choice(JOINS)
+        clauses = [join.format(a=clauses[0], b=clauses[1])]
+    text = clauses[0]
+    if not plain and not new and rng.random() < .4:
+        text = f"{rng.choice(PREFIXES)} {text}" if rng.random() < .5 else f"{text} {rng.choice(SUFFIXES)}"
+    return text
+
+
+def reasoning(goal, scene):
+    """What a teacher would think now: `blue is pad 2 , red cube at t5 r3`, from the truth in `scene` (SO100Env.scene()).
+
+    The first leg whose cube does not lie on its pad is the one being worked on; none left: `done`.
+    """
+    cubes = {cube["colour"]: cube for cube in scene["cubes"]}
+    for i, (colour, vague, pad, number) in enumerate(goal["legs"]):
+        cube = cubes[colour]
+        if cube["pad"] == number:
+            continue
+        where = "in hand" if cube["held"] else f"at {cube['t']} {cube['r']}"
+        order = "" if len(goal["legs"]) == 1 else ("first , ", "then , ")[i]
+        name = f"{vague} is {colour} , " if vague else ""
+        return f"{order}{name}{goal['sum'] or pad} is pad {number} , {colour} cube {where}"
+    return "done"
+
+
+def sample_goal(scene, family, rng, split="id"):
+    """A random goal that the cubes and pads in `scene` allow. Target cubes are the first in the list for ood_position."""
+    n = 2 if family == "sequence" else 1
+    if len(scene["cubes"]) < n or len(scene["pads"]) < n:
+        raise ValueError(f"family {family!r} needs {n} cubes and {n} pads, the scene has "
+                         f"{len(scene['cubes'])} and {len(scene['pads'])}")
+    colours = [cube["colour"] for cube in scene["cubes"]]
+    colours = colours[:n] if split == "ood_position" else [str(c) for c in rng.permutation(colours)[:n]]
+    expression = None
+    if family == "calculate":
+        sums = HELD_OUT_SUMS if split == "ood_instruction" else SUMS
+        numbers = {pad["number"]: pad for pad in scene["pads"]}
+        number = int(rng.choice(list(numbers)))  # pads equally often, whatever the number of sums that name them
+        expression = str(rng.choice([s for s in sums if number_of(s) == number]))
+        pads = [numbers[number]]
+    else:
+        pads = [scene["pads"][i] for i in rng.permutation(len(scene["pads"]))[:n]]
+    chance = {"id": .15, "ood_position": .15, "ood_instruction": 0 if expression else float(rng.random() < .5)}[split]
+    legs = []
+    for colour, pad in zip(colours, pads):
+        vague = None
+        if family != "tiny" and rng.random() < chance:
+            vague = str(rng.choice(VAGUE_NAMES[colour][-2:] if split == "ood_instruction" else VAGUE_NAMES[colour][:-2]))
+        legs.append((colour, vague, pad["colour"], pad["number"]))
+    return {"legs": legs, "sum": expression}
+
+
+def understand(task, scene):
+    """A person's own words -> the goal they name in this scene, or ValueError. Cubes and pads pair up in the order said."""
+    words = " ".join(re.findall(r"\w+|[^\w\s]", task.lower()))
+    vague = {name: colour for colour, names in VAGUE_NAMES.items() for name in names}
+    colours, names = "|".join(COLOURS), "|".join(vague)
+    cubes = [(c or vague[v], v or None) for c, v in re.findall(rf"\b({colours}) (?:cube|block)\b|looks like (?:an? |the )?({names})\b", words)]
+    sums = [f"{a} {'+' if op in ('+', 'plus') else '-'} {b}" for a, op, b in re.findall(r"pad (?:number )?(\d) (\+|-|plus|minus) (\d)\b", words)]
+    pads = [(c, None) for c in re.findall(rf"\b({colours}) (?:pad|square)\b", words)] + [(None, s) for s in sums]
+    colour_of = {pad["number"]: pad["colour"] for pad in scene["pads"]}
+    number_with = {colour: number for number, colour in colour_of.items()}
+    if not cubes or len(cubes) != len(pads) or len(cubes) > 2 or (sums and len(cubes) != 1):
+        raise ValueError(f"cannot tell which cube goes where in {task[:80]!r}; say it like: put the red cube on the blue pad")
+    present = {cube["colour"] for cube in scene["cubes"]}
+    if missing := [c for c, _ in cubes if c not in present]:
+        raise ValueError(f"there is no {missing[0]} cube in this scene, only {', '.join(sorted(present))}; choose another --seed")
+    numbers = [number_with.get(colour) if colour else number_of(s) for colour, s in pads]
+    if missing := [p for p, n in zip(pads, numbers) if n not in colour_of]:
+        raise ValueError(f"there is no pad {missing[0][0] or missing[0][1]} in this scene; pads are {', '.join(f'{n} {c}' for n, c in colour_of.items())}")
+    return {"legs": [(c, v, colour_of[n], n) for (c, v), n in zip(cubes, numbers)], "sum": sums[0] if sums else None}
+
+
+def random_task(scene, family, rng, split="id"):
+    """A random instruction about any scene and the reasoning that answers it: (task, reason)."""
+    goal = sample_goal(scene, family, rng, split)
+    return instruction(family, goal, rng, split), reasoning(goal, scene)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where things lie.
+
+PAD_R, PAD_PHI = .265, (-40, -20, 0, 20, 40)
+CUBE_AREA = ((-42, 42), (.13, .21))  # phi, r
+TINY_AREA = ((-25, 25), (.15, .20))
+HELD_OUT_AREA = ((9, 25), (.165, .21))  # no cube is ever there in training; in ood_position every target cube is
+CUBE_GAP = .055  # between centres: room for an open jaw between two cubes
+
+
+def sample_place(rng, area):
+    """Uniform on an arc-shaped area ((phi, phi), (r, r)) -> (phi, r)."""
+    (phi0, phi1), (r0, r1) = area
+    return rng.uniform(phi0, phi1), math.sqrt(rng.uniform(r0 ** 2, r1 ** 2))
+
+
+def held_out(phi, r):
+    (phi0, phi1), (r0, r1) = HELD_OUT_AREA
+    return phi0 <= phi <= phi1 and r0 <= r <= r1
+
+
+def sample_cubes(rng, family, split, n):
+    """Places of n cubes [(phi, r), ...], targets of ood_position first, at least CUBE_GAP apart."""
+    targets = 0 if split != "ood_position" else 2 if family == "sequence" else 1
+    while True:
+        places = []
+        for i in range(n):
+            for _ in range(50):
+                area = HELD_OUT_AREA if i < targets else TINY_AREA if family == "tiny" else CUBE_AREA
+                phi, r = sample_place(rng, area)
+                apart = all(np.linalg.norm(polar_to_xy(phi, r) - polar_to_xy(*p)) >= CUBE_GAP for p in places)
+                if apart and (i < targets or not held_out(phi, r)):
+                    places.append((phi, r))
+                    break
+        if len(places) == n:
+            return places
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Inverse kinematics, in closed form but for the tilt of the tool. In the vertical plane of the arm, u points forward and
+# v up; angles are measured downwards from u, so pi/2 is straight down.
+
+SHOULDER = np.array([.0306, .119])  # from the foot of the pan axis
+UPPER, FOREARM = np.array([.11257, -.028]), np.array([.1349, .0052])
+TIP = .0601 + .1014  # wrist axis to the centre of the fingertips
+WRIST_LIMIT = 1.62  # a little inside the joint's 1.66
+OPEN, CLOSED = 27.0, 11.0  # gripper: 45 mm between the fingers; and a little narrower than a cube, so that it squeezes
+
+
+def turn(vector, angle):
+    """Rotate (u, v) downwards."""
+    u, v = vector
+    return np.array([u * math.cos(angle) + v * math.sin(angle), v * math.cos(angle) - u * math.sin(angle)])
+
+
+def pinch_x(gripper):
+    """Middle between the fingers across the jaw, metres in the fixed jaw's frame, for a gripper in 0..100."""
+    jaw = (gripper - OFFSET[5]) / SCALE[5]
+    moving = -.0202 + .0103 * math.cos(jaw) - .077 * math.sin(jaw)
+    return max((.0079 + moving) / 2, -.015)  # wider open, the cube stays near the fixed finger
+
+
+def solve_plane(u, v, tool, tilt):
+    """Angles (lift, elbow, wrist) in radians that bring the tool's end to (u, v) at a tilt, or None."""
+    wrist = np.array([u, v]) - turn(tool, tilt) - SHOULDER
+    a, b, d = math.hypot(*UPPER), math.hypot(*FOREARM), math.hypot(*wrist)
+    if not abs(a - b) < d < a + b:
+        return None
+    down = math.atan2(-wrist[1], wrist[0])
+    upper = down - math.acos((a * a + d * d - b * b) / (2 * a * d))  # elbow up
+    fore = down + math.acos((b * b + d * d - a * a) / (2 * b * d))
+    lift = upper + math.atan2(UPPER[1], UPPER[0])
+    elbow = fore + math.atan2(FOREARM[1], FOREARM[0]) - lift
+    inside = JOINT_RANGE[1, 0] < lift < JOINT_RANGE[1, 1] and JOINT_RANGE[2, 0] < elbow < JOINT_RANGE[2, 1]
+    return (lift, elbow, tilt - lift - elbow) if inside and abs(tilt - lift - elbow) <= WRIST_LIMIT else None
+
+
+def inverse(phi, r, z, roll=-90.0, gripper=CLOSED):
+    """Joint positions (6,) in LeRobot units that bring the middle between the fingertips to a place.
+
+    phi (degrees) and r (metres) about the pan axis, z (metres) above the table, roll: wrist_roll in degrees, gripper 0..100.
+    The tool is as close to vertical as the joints allow: exactly vertical is impossible higher than about 9 cm.
+    """
+    x = pinch_x(gripper)
+    side, rise = -x * math.sin(math.radians(roll)), -x * math.cos(math.radians(roll))  # of the pinch from the roll axis
+    u, tool = math.sqrt(max(r * r - side * side, 0)), np.array([TIP, rise])
+    steep, flat = math.pi / 2, None
+    best = solve_plane(u, z, tool, steep)
+    for degrees in range(85, -45, -5) if best is None else ():
+        best, flat = solve_plane(u, z, tool, math.radians(degrees)), math.radians(degrees)
+        if best:
+            steep = flat + math.radians(5)
+            break
+    if best is None:
+        raise ValueError(f"out of reach: r={r:.3f} z={z:.3f} metres; stay within r .13 to .38 and z 0 to .15")
+    for _ in range(12 if flat is not None else 0):  # halve the interval between a tilt that works and one that does not
+        middle = (steep + flat) / 2
+        solution = solve_plane(u, z, tool, middle)
+        best, steep, flat = (solution, steep, middle) if solution else (best, middle, flat)
+    pan = math.radians(phi) - math.atan2(side, u)
+    position = to_position(np.array([pan, *best, math.radians(roll), 0]))
+    position[5] = gripper
+    return position
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The environment.
+
+def check_task(family, split):
+    if family not in LIMIT:
+        raise ValueError(f"unknown family {family!r}: type one of {', '.join(LIMIT)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: type one of {', '.join(SPLITS)}")
+
+
+class SO100Env:
+    """One simulated arm with Gymnasium's signatures.
+
+    family: place, calculate, sequence or tiny. split: id, ood_position or ood_instruction. px: side of the images.
+    randomise: how much colours, light, cameras, friction, cube size and the first arm pose vary; 0 is not at all.
+    """
+
+    def __init__(self, family="place", split="id", px=96, randomise=1.0):
+        check_task(family, split)
+        self.family, self.split, self.px, self.randomise = family, split, px, randomise
+        self.model = mujoco.MjModel.from_xml_string(MJCF)
+        self.data = mujoco.MjData(self.model)
+        self.seeder = np.random.default_rng()
+        self.goal = self.task = self.renderer = self.big = None
+        self._name_things()
+
+    def _name_things(self):
+        """Look up the model's indices once, and keep the fields that reset() varies as they were."""
+        m = self.model
+        geoms_of = lambda body: np.flatnonzero(m.geom_bodyid == m.body(body).id)
+        self.cube_body = [m.body(f"cube{i}").id for i in range(4)]
+        self.cube_geom = [int(geoms_of(f"cube{i}")[0]) for i in range(4)]
+        self.cube_q = [m.jnt_qposadr[m.body_jntadr[b]] for b in self.cube_body]  # 7 numbers: place and quaternion
+        self.cube_v = [m.jnt_dofadr[m.body_jntadr[b]] for b in self.cube_body]
+        self.pad_body = [m.body(f"pad{i}").id for i in range(1, 6)]
+        self.pad_geom = [geoms_of(f"pad{i}")[0] for i in range(1, 6)]
+        self.fixed, self.moving = ({int(g) for g in geoms_of(body)} for body in ("fixed_jaw", "moving_jaw"))
+        self.arm_geoms = np.flatnonzero((m.geom_bodyid >= m.body("base").id) & (m.geom_bodyid <= m.body("moving_jaw").id))
+        self.links = self.arm_geoms[np.isclose(m.geom_rgba[self.arm_geoms, 0], LINK[0])]
+        self.table = m.geom("table").id
+        self.original = {name: getattr(m, name).copy() for name in
+                         ("cam_pos", "cam_quat", "light_diffuse", "light_dir", "geom_rgba", "geom_friction", "geom_size")}
+
+    # -- episodes -----------------------------------------------------------------------------------------------
+
+    def reset(self, *, seed=None, options=None):
+        """Start an episode -> obs, info. options: family, split, start (True: any valid arm pose instead of near home).
+
+        The same seed, family, split and start give the same episode, bit for bit. Without a seed a training one is drawn,
+        or for the two out-of-distribution splits a report one.
+        """
+        options = dict(options or {})
+        start = options.pop("start", False)
+        family, split = options.pop("family", self.family), options.pop("split", self.split)
+        if options:
+            raise ValueError(f"unknown reset options {sorted(options)}: type family, split or start")
+        check_task(family, split)
+        if seed is None:
+            seed = int(self.seeder.choice(SEEDS["train" if split == "id" else "report"]))
+        if seed in SEEDS["train"] and split != "id":
+            raise ValueError(f"seed {seed} is a training seed and split {split} must never be trained on: "
+                             f"type a seed of at least {SEEDS['val'].start}")
+        self.family, self.split, self.seed = family, split, seed
+        rng = np.random.default_rng([list(LIMIT).index(family), SPLITS.index(split), seed, int(start)])
+        mujoco.mj_resetData(self.model, self.data)
+        self._place_things(rng)
+        self._vary(rng)
+        self._pose_arm(rng, start)
+        self.steps, self.failure = 0, ""
+        self.goal = sample_goal(self.scene(), family, rng, split)
+        self.task = instruction(family, self.goal, rng, split)
+        return self._obs(), self._info(0)
+
+    def reset_for(self, task, seed):
+        """Like reset(), for a person's own instruction: the first scene from `seed` on that has the cubes it names."""
+        problem = None
+        for s in range(seed, seed + 200):
+            self.reset(seed=s, options={"family": "sequence"})
+            try:
+                self.goal, self.task = understand(task, self.scene()), task
+                self.family = "sequence" if len(self.goal["legs"]) == 2 else "calculate" if self.goal["sum"] else "place"
+                return self._obs(), self._info()
+            except ValueError as error:
+                problem = error
+        raise problem
+
+    def _place_things(self, rng):
+        """Lay out cubes and pads."""
+        m, d = self.model, self.data
+        tiny = self.family == "tiny"
+        n = 1 if tiny else int(rng.integers(2, 5))
+        self.cube_colours = ["red"] if tiny else [str(c) for c in rng.permutation(COLOURS)[:n]]
+        self.pad_colours = [None, None, "blue", None, None] if tiny else [str(c) for c in rng.permutation(COLOURS)]
+        far = self.split == "ood_position"
+        turned = rng.choice([-1, 1]) * rng.uniform(5, 8) if far else rng.uniform(-3, 3)
+        shift = rng.uniform(-.006, .006)
+        for body, phi, colour in zip(self.pad_body, PAD_PHI, self.pad_colours):
+            m.body_pos[body] = (*polar_to_xy(phi + turned, PAD_R + shift), 0 if colour else -1)
+            half = math.radians(phi + turned) / 2
+            m.body_quat[body] = (math.cos(half), 0, 0, math.sin(half))
+        places = sample_cubes(rng, self.family, self.split, n)
+        for i, (q, body, geom) in enumerate(zip(self.cube_q, self.cube_body, self.cube_geom)):
+            used = i < n
+            m.body_gravcomp[body] = 0 if used else 1
+            m.geom_contype[geom] = m.geom_conaffinity[geom] = int(used)
+            yaw = rng.uniform(0, math.pi / 2)
+            xy = polar_to_xy(*places[i]) if used else (i, 0)
+            d.qpos[q:q + 7] = (*xy, CUBE if used else -1, math.cos(yaw / 2), 0, 0, math.sin(yaw / 2))
+
+    def _vary(self, rng):
+        """Colours, light, cameras, friction and size: fields of the model, written anew at every reset."""
+        m, k = self.model, self.randomise
+        for name, value in self.original.items():
+            getattr(m, name)[:] = value
+        spread = lambda size, shape=3: k * rng.uniform(-size, size, shape)
+        shade = lambda rgb: np.clip(np.array(rgb) * (1 + spread(.12, 1)) + spread(.04), 0, 1)
+        shades = {colour: shade(RGB[colour]) for colour in COLOURS}
+        for geom, colour in [*zip(self.cube_geom, self.cube_colours), *zip(self.pad_geom, self.pad_colours)]:
+            m.geom_rgba[geom, :3] = shades.get(colour, (0, 0, 0))
+        m.geom_rgba[self.table, :3] = shade(TABLE)
+        m.geom_rgba[self.links, :3] = shade(LINK)
+        m.light_diffuse[0] *= 1 + spread(.3, 1)
+        m.light_dir[0] += spread(.25)
+        m.light_dir[0] /= np.linalg.norm(m.light_dir[0])
+        for camera, (metres, radians) in enumerate(((.01, .02), (.003, .02))):  # front, wrist
+            turned = np.zeros(4)
+            mujoco.mju_mulQuat(turned, m.cam_quat[camera], np.array([1, *(spread(radians) / 2)]))
+            m.cam_pos[camera] += spread(metres)
+            m.cam_quat[camera] = turned / np.linalg.norm(turned)
+        m.geom_friction[self.cube_geom, 0] *= 1 + spread(.2, 4)
+        m.geom_size[self.cube_geom] = (CUBE + spread(.0005, 4))[:, None]
+        for q, geom in zip(self.cube_q[:len(self.cube_colours)], self.cube_geom):
+            self.data.qpos[q + 2] = m.geom_size[geom, 2]
+
+    def _pose_arm(self, rng, start):
+        """Near home, or anywhere the tool is above the table and touches nothing."""
+        m, d, k = self.model, self.data, self.randomise
+        while True:
+            if start:
+                place = sample_place(rng, ((-60, 60), (.13, .29)))
+                z, roll, gripper = rng.uniform(.02, .15), rng.uniform(-160, 0), rng.uniform(0, 70)
+                noise = rng.uniform(-12, 12, 6)
+            else:
+                place = k * rng.uniform(-10, 10), .15 + k * rng.uniform(-.015, .015)
+                z, roll, gripper = .11 + k * rng.uniform(-.01, .01), -90 + k * rng.uniform(-10, 10), OPEN
+                noise = k * rng.uniform(-2, 2, 6)
+            position = np.clip(inverse(*place, z, roll, gripper) + noise, LOW, HIGH)
+            d.qpos[:6] = to_qpos(position)
+            d.ctrl[:] = d.qpos[:6]
+            mujoco.mj_forward(m, d)
+            touching = np.isin(d.contact.geom, self.arm_geoms).any() if d.ncon else False
+            low = min(d.site("gripper").xpos[2], d.site("jaw_tip").xpos[2])
+            if not touching and low > .012:
+                return
+
+    # -- truth --------------------------------------------------------------------------------------------------
+
+    def position(self):
+        """Measured joint positions (6,) in LeRobot units."""
+        return to_position(self.data.qpos[:6])
+
+    def cube_xyz(self, colour):
+        """Centre of a cube (3,), metres."""
+        return self.data.xpos[self.cube_body[self.cube_colours.index(colour)]].copy()
+
+    def cube_yaw(self, colour):
+        """Yaw of a cube in degrees, modulo 90, from whichever of its axes lies flattest."""
+        R = self.data.xmat[self.cube_body[self.cube_colours.index(colour)]].reshape(3, 3)
+        axis = R[:, np.abs(R[2]).argmin()]
+        return wrap(math.degrees(math.atan2(axis[1], axis[0])), 90)
+
+    def pad_xy(self, number):
+        """Centre of pad 1..5 (2,), metres."""
+        return self.model.body_pos[self.pad_body[number - 1], :2].copy()
+
+    def touching(self, colour):
+        """Does the cube touch the (fixed, moving) jaw?"""
+        cube = self.cube_geom[self.cube_colours.index(colour)]
+        others = {g for pair in self.data.contact.geom.tolist() if cube in pair for g in pair}
+        return not others.isdisjoint(self.fixed), not others.isdisjoint(self.moving)
+
+    def held(self, colour):
+        return all(self.touching(colour))
+
+    def pad_under(self, colour):
+        """Number of the pad that the cube lies on and is let go of, or None. Says nothing about rest: see placed()."""
+        xyz = self.cube_xyz(colour)
+        if xyz[2] > CUBE + .006 or self.held(colour):
+            return None
+        for number, pad_colour in enumerate(self.pad_colours, 1):
+            if pad_colour:
+                (x, y), (w, _, _, z) = self.pad_xy(number), self.model.body_quat[self.pad_body[number - 1]]
+                dx, dy, cos, sin = xyz[0] - x, xyz[1] - y, w * w - z * z, 2 * w * z
+                if max(abs(cos * dx + sin * dy), abs(cos * dy - sin * dx)) < PAD:
+                    return number
+        return None
+
+    def placed(self, colour, number):
+        """Strictly: centre over the pad, flat at table height, touching no jaw, at rest, and no other cube on that pad."""
+        i = self.cube_colours.index(colour)
+        speed = self.data.qvel[self.cube_v[i]:self.cube_v[i] + 6]
+        upright = np.abs(self.data.xmat[self.cube_body[i]].reshape(3, 3)[2]).max()  # 1: some face is exactly level
+        height = self.cube_xyz(colour)[2] - self.model.geom_size[self.cube_geom[i], 2]
+        return (self.pad_under(colour) == number and abs(height) < .002 and upright > .995 and not any(self.touching(colour))
+                and np.linalg.norm(speed[:3]) < .02 and np.linalg.norm(speed[3:]) < .3
+                and not any(self.pad_under(other) == number for other in self.cube_colours if other != colour))
+
+    def scene(self):
+        """The truth in words and numbers, plain Python: {"cubes": [...], "pads": [...]}."""
+        cubes, pads = [], []
+        for colour in self.cube_colours:
+            x, y, _ = self.cube_xyz(colour)
+            phi, r = xy_to_polar((x, y))
+            cubes.append({"colour": colour, "t": direction_bin(phi), "r": distance_bin(r), "x": float(x), "y": float(y),
+                          "held": self.held(colour), "pad": self.pad_under(colour)})
+        for number, colour in enumerate(self.pad_colours, 1):
+            if colour:
+                pads.append({"colour": colour, "number": number, "t": direction_bin(xy_to_polar(self.pad_xy(number))[0])})
+        return {"cubes": cubes, "pads": pads}
+
+    def _judge(self):
+        """Is the whole task done? Notes for ever when the second cube was placed before the first."""
+        placed = [self.placed(colour, number) for colour, _, _, number in self.goal["legs"]]
+        first, _, _, number = self.goal["legs"][0]
+        if len(placed) == 2 and placed[1] and self.pad_under(first) != number:
+            self.failure = "wrong order"
+        return all(placed) and not self.failure
+
+    def _info(self, executed=1):
+        return {"success": self._judge(), "reason": reasoning(self.goal, self.scene()), "split": self.split,
+                "family": self.family, "seed": self.seed, "steps": self.steps, "executed": executed, "failure": self.failure}
+
+    # -- acting and seeing --------------------------------------------------------------------------------------
+
+    def step(self, action):
+        """One control step of 1 / FPS seconds; action (6,) target positions -> obs, reward, terminated, truncated, info."""
+        return self.step_chunk(np.asarray(action)[None])
+
+    def step_chunk(self, actions):
+        """Up to n control steps, actions (n, 6), ending early with the episode; images are drawn once, at the end.
+
+        The reward is the sum, info["executed"] says how many were executed, info["steps"] how many since reset.
+        """
+        if self.goal is None:
+            raise ValueError("the episode has not begun: call reset() first")
+        actions = np.asarray(actions, np.float64)
+        if actions.ndim != 2 or actions.shape[1] != 6 or not len(actions):
+            raise ValueError(f"an action has 6 numbers, one for each of {', '.join(MOTORS)}; got shape {actions.shape[1:]}")
+        if not np.isfinite(actions).all():
+            raise ValueError(f"an action must be finite; got {actions[~np.isfinite(actions).all(1)][0]}")
+        for executed, action in enumerate(actions, 1):
+            terminated, truncated = self._advance(action)
+            if terminated or truncated:
+                break
+        return self._obs(), float(terminated), terminated, truncated, self._info(executed)
+
+    def _advance(self, action):
+        """One control step without drawing -> terminated, truncated."""
+        self.data.ctrl[:] = to_qpos(np.clip(action, LOW, HIGH))
+        mujoco.mj_step(self.model, self.data, SUBSTEPS)
+        mujoco.mj_forward(self.model, self.data)  # contacts and places of the state we now look at
+        self.steps += 1
+        terminated = self._judge()
+        return terminated, self.steps >= LIMIT[self.family] and not terminated
+
+    def _obs(self):
+        if self.renderer is None:
+            self.renderer = make_renderer(self.model, self.px)
+        images = {camera: draw(self.renderer, self.data, camera) for camera in CAMERAS}
+        return {"images": images, "state": self.position().astype(np.float32), "task": self.task}
+
+    def render(self, px=256, camera="front"):
+        """A larger picture (px, px, 3) uint8, for videos."""
+        if self.big is None or self.big.width != 2 * px:
+            self.big = make_renderer(self.model, px)
+        return draw(self.big, self.data, camera)
+
+    def close(self):
+        for renderer in (self.renderer, self.big):
+            if renderer:
+                renderer.close()
+        self.renderer = self.big = None
+
+
+def make_renderer(model, px):
+    """An offscreen renderer, twice as large as px, without shadows and reflections, which cost twenty times the rest."""
+    if not 8 <= px <= 512:
+        raise ValueError(f"images of {px} pixels: type a px between 8 and 512")
+    try:
+        renderer = mujoco.Renderer(model, 2 * px, 2 * px, max_geom=100)
+    except (RuntimeError, ImportError, AttributeError, mujoco.FatalError) as error:
+        raise RuntimeError(GL_HELP) from error
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
+    return renderer
+
+
+def draw(renderer, data, camera):
+    """One camera's image (px, px, 3) uint8: the mean of 2 x 2 pixels, so that a small cube's edges tell where it is."""
+    renderer.update_scene(data, camera)
+    image = renderer.render()
+    rows = image[::2].astype(np.uint16) + image[1::2]
+    return ((rows[:, ::2] + rows[:, 1::2]) >> 2).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The scripted expert.
+
+HOVER = .055  # the tool travels this far above the height at which it grasps
+GAIN = 1.3  # aim a little past the target: the servo gives way to gravity and to the noise of demonstrate()
+STRIDE = np.array([18, 16, 16, 16, 24, 10])  # largest step of a command away from the measured position, LeRobot units
+
+
+class Expert:
+    """A teacher that sees the truth. Each action depends on the present state alone, never on a clock or a remembered
+    phase: a policy without memory can imitate it, and after a disturbance it simply carries on from where things are."""
+
+    def __init__(self, env):
+        self.env = env
+
+    def action(self):
+        """The next target position (6,) float32 in LeRobot units."""
+        env, scene = self.env, self.env.scene()
+        at = env.position()
+        jaw = env.data.body("fixed_jaw")
+        tool = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(at[5]), -.1014, 0)
+        pads = {cube["colour"]: cube["pad"] for cube in scene["cubes"]}
+        todo = [leg for leg in env.goal["legs"] if pads[leg[0]] != leg[3]]
+        if not todo:
+            xy, z, gripper = self.leave(tool, at[5])
+            return self.towards(at, xy, z, -90, gripper)
+        colour, _, _, number = todo[0]
+        cube = env.cube_xyz(colour)
+        if env.held(colour):
+            return self.towards(at, *self.carry(tool, cube, env.pad_xy(number)))
+        return self.towards(at, *self.fetch(tool, at, cube, env.cube_yaw(colour)))
+
+    def leave(self, tool, gripper):
+        """Open where we are, then rise."""
+        return tool[:2], CUBE + HOVER if gripper > OPEN - 7 else tool[2], OPEN
+
+    def fetch(self, tool, at, cube, yaw):
+        """Above the cube, down around it, close -> xy, z, roll, gripper."""
+        phi, _ = xy_to_polar(cube)
+        roll = at[4] + wrap(yaw - phi - at[4], 90)  # of the four ways to hold a cube the one that turns the wrist least,
+        if abs(roll + 90) > 60:
+            roll = -90 + wrap(yaw - phi, 90)  # unless that leads away from the middle of its range
+        gap = np.linalg.norm(cube[:2] - tool[:2])
+        if gap < .014 and tool[2] < CUBE + .009:
+            return cube[:2], CUBE, roll, CLOSED
+        if tool[2] < CUBE + .03 and gap > .02:  # low beside something: open, then rise, before going anywhere
+            xy, z, gripper = self.leave(tool, at[5])
+            return xy, z, at[4], gripper
+        unready = gap + .0007 * abs(roll - at[4]) + .002 * max(OPEN - 4 - at[5], 0)
+        return cube[:2], CUBE + np.clip(4 * (unready - .012), 0, HOVER), roll, OPEN
+
+    def carry(self, tool, cube, pad):
+        """Up, over the pad, down, open -> xy, z, roll, gripper. Aims with the cube, wherever it sits between the fingers."""
+        gap = np.linalg.norm(pad - cube[:2])
+        if gap < .013 and min(cube[2] - CUBE, tool[2] - .008) < .007:  # the cube or the fingertips are down
+            return tool[:2], tool[2], -90, OPEN
+        sink = tool[2] - cube[2]
+        z = CUBE + np.clip(4 * (gap - .008), 0, HOVER)
+        free = np.clip((cube[2] - .028) / .02, 0, 1) if gap > .03 else 1  # do not drag it through its neighbours
+        return tool[:2] + free * (pad - cube[:2]), z + sink, -90, CLOSED
+
+    def towards(self, at, xy, z, roll, gripper):
+        """One stride in joint space towards a pose of the tool."""
+        phi, r = xy_to_polar(xy)
+        z = np.clip(z, .008, .12)
+        target = inverse(phi, np.clip(r, .085 + .4 * z, .34), z, roll, at[5])
+        target[5] = gripper
+        step = GAIN * (target - at) / STRIDE
+        step[:5] /= max(1, np.abs(step[:5]).max())  # all joints arrive together
+        step[5] = np.clip(step[5], -1, 1)
+        return np.clip(at + step * STRIDE, LOW, HIGH).astype(np.float32)
+
+
+def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=True):
+    """One episode by the expert, from the id split -> dict: states and actions (n, 6) float32, images (n, V, px, px, 3)
+    uint8, reasons [n strings], task, success, failure ("" or why not).
+
+    With noise the arm executes disturbed actions, but the label is always the clean one the expert would take there, so
+    the data show how to come back (DART: Laskey et al. 2017, arXiv:1703.09327). Goes on for three steps after success.
+    start: from any arm pose; limit: at most so many steps; images=False saves the time of drawing.
+    """
+    _, info = env.reset(seed=seed, options={"family": family, "split": "id", "start": start})
+    rng = np.random.default_rng([seed, 7])
+    accident = rng.choice(["open", "push", ""], p=[.04, .04, .92]) if noise else ""
+    begin, push, drift = int(rng.integers(4, LIMIT[family] // 3)), rng.normal(0, 12, 6), np.zeros(6)
+    expert, success, lifted, after = Expert(env), False, False, 0
+    states, actions, reasons, frames = [], [], [], []
+    while after < 4 and len(actions) < (limit or LIMIT[family]):
+        states.append(env.position())
+        actions.append(expert.action())
+        reasons.append(info["reason"])
+        if images:
+            frames.append([draw(env.renderer, env.data, camera) for camera in CAMERAS])
+        drift = .8 * drift + rng.normal(0, .9, 6) * noise  # stays near 1.5 degrees
+        executed = actions[-1] + drift
+        if accident and begin < len(actions) <= begin + 3:
+            executed = executed + push if accident == "push" else np.append(executed[:5], OPEN)
+        env._advance(executed)
+        info = env._info()
+        lifted = lifted or info["reason"].endswith("in hand")
+        success = success or info["success"]
+        after += success
+    why = env.failure or ("never grasped" if not lifted else "timeout" if info["reason"].endswith("in hand") else "dropped")
+    return {"states": np.array(states, np.float32), "actions": np.array(actions), "images": np.array(frames, np.uint8),
+            "reasons": reasons, "task": env.task, "success": success, "failure": "" if success else why}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many arms at once.
+
+def serve():
+    """Body of a worker process: answer pickled requests (method, {arm: arguments}) on standard input until it closes."""
+    requests, answers, sys.stdout = sys.stdin.buffer, sys.stdout.buffer, sys.stderr
+    n, kwargs = pickle.load(requests)
+    envs = [SO100Env(**kwargs) for _ in range(n)]
+    while True:
+        try:
+            method, calls = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer = {arm: getattr(envs[arm], method)(**arguments) for arm, arguments in calls.items()}
+        except Exception as error:
+            answer = error if isinstance(error, (ValueError, RuntimeError)) else RuntimeError(repr(error))
+        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+
+
+class VecEnv:
+    """n arms in worker processes. An arm whose episode ended rests until it is reset; its last observation stays.
+
+    obs = {"images": (n, V, px, px, 3) uint8, views in the order of CAMERAS, "state": (n, 6) float32, "task": [n strings]}.
+    Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor spawn's second
+    import of the main program. Use it in a `with` statement or call close().
+    """
+
+    def __init__(self, n, workers=2, **kwargs):
+        check_task(kwargs.get("family", "place"), kwargs.get("split", "id"))  # complain here, not in a worker
+        self.n, self.px = n, kwargs.get("px", 96)
+        here = os.path.dirname(os.path.abspath(__file__))
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+        self.groups = np.array_split(np.arange(n), min(workers, n))  # arms of each worker
+        self.workers = [subprocess.Popen([sys.executable, "-c", "import sim_env; sim_env.serve()"], env=environment,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in self.groups]
+        for worker, group in zip(self.workers, self.groups):
+            self._send(worker, (len(group), kwargs))
+        self.obs = {"images": np.zeros((n, len(CAMERAS), self.px, self.px, 3), np.uint8),
+                    "state": np.zeros((n, 6), np.float32), "task": [""] * n}
+        self.infos = [{} for _ in range(n)]
+        self.terminated, self.truncated = np.zeros(n, bool), np.ones(n, bool)  # nothing moves before its first reset
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _send(self, worker, message):
+        pickle.dump(message, worker.stdin, pickle.HIGHEST_PROTOCOL)
+        worker.stdin.flush()
+
+    def _call(self, method, calls):
+        """Run env.method(**arguments) for {arm: arguments} in all workers at once -> {arm: result}."""
+        busy = []
+        for worker, group in zip(self.workers, self.groups):
+            mine = {arm - group[0]: arguments for arm, arguments in calls.items() if arm in group}
+            if mine:
+                self._send(worker, (method, mine))
+                busy.append((worker, group[0]))
+        try:
+            answers = [(pickle.load(worker.stdout), first) for worker, first in busy]  # all, before complaining of one
+        except EOFError:
+            raise RuntimeError("a simulation worker died: its message is above") from None
+        for answer, _ in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return {arm + first: result for answer, first in answers for arm, result in answer.items()}
+
+    def _store(self, arm, obs, info):
+        for view, camera in enumerate(CAMERAS):
+            self.obs["images"][arm, view] = obs["images"][camera]
+        self.obs["state"][arm], self.obs["task"][arm], self.infos[arm] = obs["state"], obs["task"], info
+
+    def _copy(self, arms=slice(None)):
+        task = self.obs["task"] if isinstance(arms, slice) else [self.obs["task"][arm] for arm in arms]
+        return {"images": self.obs["images"][arms].copy(), "state": self.obs["state"][arms].copy(), "task": list(task)}
+
+    def reset(self, seeds, families="place", splits="id", arms=None, start=False):
+        """Reset the named arms (all by default) -> obs and infos of all arms. families and splits: one for all, or a list."""
+        arms = range(self.n) if arms is None else arms
+        every = lambda x: [x] * len(arms) if isinstance(x, str) else x
+        calls = {int(arm): {"seed": int(seed), "options": {"family": family, "split": split, "start": start}}
+                 for arm, seed, family, split in zip(arms, seeds, every(families), every(splits))}
+        for arm, (obs, info) in self._call("reset", calls).items():
+            self._store(arm, obs, info)
+            self.terminated[arm] = self.truncated[arm] = False
+        return self._copy(), list(self.infos)
+
+    def step_chunk(self, actions):
+        """actions (n, h, 6) -> obs, reward (n,), terminated (n,), truncated (n,), infos. Resting arms get reward 0 and
+        info["executed"] 0."""
+        reward = np.zeros(self.n, np.float32)
+        awake = np.flatnonzero(~self.terminated & ~self.truncated)
+        self.infos = [{**info, "executed": 0} for info in self.infos]
+        calls = {int(arm): {"actions": actions[arm]} for arm in awake}
+        for arm, (obs, r, terminated, truncated, info) in self._call("step_chunk", calls).items():
+            self._store(arm, obs, info)
+            reward[arm], self.terminated[arm], self.truncated[arm] = r, terminated, truncated
+        return self._copy(), reward, self.terminated.copy(), self.truncated.copy(), list(self.infos)
+
+    def close(self):
+        for worker in self.workers:
+            worker.stdin.close()
+            worker.wait()
+            worker.stdout.close()
+
+
+def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers=2, randomise=1.0, name="episodes"):
+    """Run one episode per seed; arms that finish take the next seed, so all stay busy.
+
+    policy(obs of the busy arms) -> actions (n, h, 6), or (actions, extras) with one extra per arm. Returns a list of dicts
+    in the order of seeds: seed, success, steps, failure, task, reason (the true one at the start), extra (of the first
+    decision).
+    """
+    seeds = list(seeds)
+    n_arms = min(n_arms, len(seeds))
+    results, waiting, running = {}, list(enumerate(seeds)), {}  # running: arm -> index of its episode
+    bar = tqdm(total=len(seeds), desc=name, unit="episode", leave=False, disable=not sys.stderr.isatty())
+    with bar, VecEnv(n_arms, workers, family=family, split=split, px=px, randomise=randomise) as vec:
+        while waiting or running:
+            free = [arm for arm in range(n_arms) if arm not in running][:len(waiting)]
+            if free:
+                for arm in free:
+                    running[arm], seed = waiting.pop(0)
+                    results[running[arm]] = {"seed": seed, "extra": None}
+                _, infos = vec.reset([results[running[arm]]["seed"] for arm in free], family, split, free)
+                for arm in free:
+                    results[running[arm]].update(task=vec.obs["task"][arm], reason=infos[arm]["reason"])
+            busy = sorted(running)
+            answer = policy(vec._copy(busy))
+            chosen, extras = answer if isinstance(answer, tuple) else (answer, [None] * len(busy))
+            for arm, extra in zip(busy, extras):
+                if arm in free:
+                    results[running[arm]]["extra"] = extra
+            actions = np.zeros((n_arms, *np.shape(chosen)[1:]))
+            actions[busy] = chosen
+            _, _, terminated, truncated, infos = vec.step_chunk(actions)
+            for arm in busy:
+                if terminated[arm] or truncated[arm]:
+                    episode, info = results[running.pop(arm)], infos[arm]
+                    episode.update(success=info["success"], steps=info["steps"], failure=info["failure"])
+                    bar.update()
+    return [results[i] for i in range(len(seeds))]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Numbers: success by family and split.
+
+
+def wilson(successes, n):
+    """95 % Wilson interval of a success rate -> (low, high)."""
+    z, p = 1.959964, successes / n
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def target_of(reason):
+    """The (cube colour, pad number) that a reasoning names, or None: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
+    named = re.search(r"is pad (\d) , (\w+) cube", reason or "")
+    return (named[2], named[1]) if named else None
+
+
+def evaluate(policy, families, n, px=96, n_arms=24):
+    """Closed-loop episodes on the first n report seeds, never used for training or tuning -> design's eval.json.
+
+    policy as in rollout(), its extra being the reasoning it wrote. {family: {split: {"success", "n", "low", "high" (95 %
+    interval), "target_at_0" (cube and pad named correctly in the first thought), "reasoning" (first thought equal to the
+    teacher's), "steps" (mean of the successful episodes)}}}; a policy that does not reason has None for the two.
+    """
+    results = {}
+    for family in families:
+        results[family] = {}
+        for split in SPLITS if family in FAMILIES else ("id",):
+            episodes = rollout(policy, SEEDS["report"][:n], family, split, n_arms, px, name=f"{family} {split}")
+            wins = sum(e["success"] for e in episodes)
+            low, high = wilson(wins, n)
+            thinks = any(e["extra"] for e in episodes)
+            results[family][split] = {
+                "success": wins / n, "n": n, "low": low, "high": high,
+                "target_at_0": float(np.mean([target_of(e["extra"]) == target_of(e["reason"]) for e in episodes])) if thinks else None,
+                "reasoning": float(np.mean([e["extra"] == e["reason"] for e in episodes])) if thinks else None,
+                "steps": float(np.mean([e["steps"] for e in episodes if e["success"]])) if wins else None,
+            }
+    return results
+
+
+def table(results):
+    """evaluate()'s result as text: one line per family and split."""
+    percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
+    lines = [f"{'family':<10} {'split':<16} {'success %':>9} {'n':>5} {'95 % interval':>15} {'target at 0 %':>14} {'thought exact %':>16} {'steps':>6}"]
+    for family, splits in results.items():
+        for split, c in splits.items():
+            lines.append(f"{family:<10} {split:<16} {percent(c['success']):>9} {c['n']:>5} {percent(c['low']) + ' - ' + percent(c['high']):>15} "
+                         f"{percent(c['target_at_0']):>14} {percent(c['reasoning']):>16} {'-' if c['steps'] is None else format(c['steps'], '.1f'):>6}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def contact_sheet():
+    """Every family (rows) in every split (columns), both cameras, as one picture."""
+    from PIL import Image, ImageDraw
+    px, rows, env = 224, [], SO100Env()
+    for family in FAMILIES:
+        row = []
+        for split in SPLITS:
+            env.reset(seed=SEEDS["val"].start, options={"family": family, "split": split})
+            tile = Image.new("RGB", (2 * px, px + 32), "white")
+            for i, camera in enumerate(CAMERAS):
+                tile.paste(Image.fromarray(env.render(px, camera)), (i * px, 32))
+            ImageDraw.Draw(tile).text((4, 2), f"{family}, {split}\n{env.task}", fill="black")
+            row.append(np.asarray(tile))
+        rows.append(np.hstack(row))
+    env.close()
+    return Image.fromarray(np.vstack(rows))
+
+
+def expert_film(family, seed=1, px=256):
+    """Frames [(px, 2 * px, 3), ...] of the expert at work, one for each control step."""
+    env, frames = SO100Env(family), []
+    env.reset(seed=seed)
+    expert, terminated, truncated = Expert(env), False, False
+    while not terminated and not truncated:
+        frames.append(np.hstack([env.render(px, camera) for camera in CAMERAS]))
+        terminated, truncated = env._advance(expert.action())
+    frames += [np.hstack([env.render(px, camera) for camera in CAMERAS])] * FPS
+    env.close()
+    return frames
+
+
+def main():
+    from PIL import Image
+    out = os.path.join("out", "sim")
+    os.makedirs(out, exist_ok=True)
+    try:
+        contact_sheet().save(os.path.join(out, "contact_sheet.png"))
+    except RuntimeError as error:
+        sys.exit(str(error))
+    print(f"wrote {out}/contact_sheet.png")
+    for family in LIMIT:
+        first, *rest = [Image.fromarray(frame) for frame in expert_film(family)]
+        path = os.path.join(out, f"expert_{family}.gif")
+        first.save(path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0)
+        env = SO100Env(family)
+        demos = [demonstrate(env, seed, family, images=False) for seed in range(20)]
+        steps = np.mean([len(demo["actions"]) for demo in demos])
+        print(f"wrote {path}; expert with noise: {sum(d['success'] for d in demos)} of {len(demos)}, {steps:.0f} steps")
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32"):
+        import mujoco.viewer
+        print("opening the viewer: drag the sliders under Control; close the window to end")
+        env.reset(seed=1)
+        mujoco.viewer.launch(env.model, env.data)
+
+
+if __name__ == "__main__":
+    main()

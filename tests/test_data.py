@@ -1,0 +1,304 @@
+"""Tests of data.py and prepare.py: tokenizer, packing, statistics, chunks at the end of an episode, batches, error messages."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+import sim_env
+from data import Episodes, Questions, Tokenizer, pack, statistics, wilson
+from model import Config
+from model import PRESETS as MODELS
+
+CFG = Config(**MODELS["debug"])
+
+
+@pytest.fixture(scope="module")
+def episodes(data):
+    return Episodes(data, CFG)
+
+
+@pytest.fixture(scope="module")
+def questions(data):
+    return Questions(data / "questions", CFG)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(episodes, questions):
+    return Tokenizer.train(episodes.texts() + questions.texts(), CFG.vocab_size)
+
+
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_is_lossless_for_every_string(tokenizer):
+    rng = random.Random(0)
+    known = "put the red cube on the blue pad . where is"
+
+    def character():
+        while True:
+            c = rng.choice([rng.randrange(32), rng.randrange(32, 127), rng.randrange(127, 0x3000), rng.randrange(0x110000)])
+            if not 0xD800 <= c < 0xE000:  # a lone surrogate is no text
+                return chr(c)
+
+    texts = ["", " ", "  ", "\n", " put", "put ", " put  the\tred ", "PUT The Red Cube", "\x00\x1f\x7f", "🤖🦾👩‍🔬 cube", "e\u0301 é ß İ", "빨간 큐브", "<pad></reason><task>", known * 250]
+    texts += ["".join(rng.choice([character(), character(), " ", rng.choice(known.split())]) for _ in range(rng.randrange(40))) for _ in range(500)]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(known * 250) > 10_000
+
+
+def test_frequent_words_are_one_token_and_unknown_ones_bytes():
+    tokenizer = Tokenizer.train(["put the red cube"] * 20 + ["put the zorb"] * 19, 512)
+    assert len(tokenizer.encode("put the red cube")) == 4 and len(tokenizer) == 7 + 256 + 4
+    assert tokenizer.encode("zorb") == [7 + byte for byte in b" zorb"]  # 19 times is too rare
+    assert len(Tokenizer.train(["put the red cube"] * 20, 7 + 256 + 2)) == 7 + 256 + 2  # never more than the model has rows for
+    assert tokenizer.decode([0, 3, *tokenizer.encode("red"), 6, 10**6]) == "red"  # special and unheard-of ids say nothing
+
+
+def test_prompts(tokenizer):
+    t = tokenizer
+    words = t.encode("put the red cube")
+    assert t.prompt("put the red cube") == [t.task, *words, t.reason]
+    assert t.prompt("Put  the RED cube\n") == t.prompt("put the red cube")
+    assert t.prompt("put the cube, please!") == t.prompt("put the cube , please !")
+    assert t.prompt("put the red cube", reasoning=False) == [t.task, *words]
+    assert t.question("Where is it?") == [t.ask, *t.encode("where is it ?"), t.reply]
+    assert t.question("<task> put the red cube") == t.prompt("put the red cube")
+    assert t.answer("where is it ?", "left") == [*t.encode("left"), t.end_answer]
+    assert t.answer("<task> x", "left") == [*t.encode("left"), t.end_thought] == t.thought("left")
+    assert len({t.task, t.reason, t.end_thought, t.ask, t.reply, t.end_answer, 0}) == len(t.SPECIAL)
+
+
+@pytest.mark.parametrize("text, said", [("", "is empty"), (" \n\t", "is empty"), ("put it " * 1500, "tokens long"), ("zx" * 5000, "tokens long"), ("🤖" * 100, "tokens long")],
+                         ids=["empty", "blank", "words", "letters", "emoji"])  # fmt: skip
+def test_unusable_instructions_say_why_in_one_line(tokenizer, text, said):
+    for call in (tokenizer.prompt, tokenizer.question):
+        with pytest.raises(ValueError) as caught:
+            call(text)
+        assert said in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_tokenizer_on_disk(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).words == tokenizer.words
+    with pytest.raises(FileNotFoundError, match="python train.py"):
+        Tokenizer.load(tmp_path / "nothing")
+
+
+def test_every_training_text_fits_the_model():
+    """The longest thought must fit max_thought, or it would be cut silently; the vocabulary must hold all words."""
+    small, env, texts = Config(), sim_env.SO100Env(px=8), []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        env.reset(seed=seed, options={"family": "sequence"})
+        texts += [sim_env.random_task(env.scene(), family, rng) for family in sim_env.FAMILIES for _ in range(60)]
+    env.close()
+    tokenizer = Tokenizer.train([text for pair in texts for text in pair] * 20, small.vocab_size)  # so that no word is too rare
+    assert len(tokenizer) < small.vocab_size
+    assert max(len(tokenizer.thought(reason)) for _, reason in texts) <= small.max_thought
+    assert max(len(tokenizer.prompt(task)) for task, _ in texts) <= Tokenizer.LONGEST // 2
+
+
+# -- packing -------------------------------------------------------------------------------------------------------
+
+
+def test_pack_by_hand():
+    got = pack([[([10, 11], [12, 13]), ([14], [15])], [([20, 21, 22], [])]])
+    assert got["tokens"].tolist() == [[10, 11, 12, 13, 14, 15], [20, 21, 22, 0, 0, 0]]
+    assert got["segments"].tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, -1, -1, -1]]
+    assert got["positions"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0]]
+    # the last word of the prompt predicts the first of the target; the last of the target predicts nothing
+    assert got["labels"].tolist() == [[-100, 12, 13, -100, 15, -100], [-100] * 6]
+
+
+# -- statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_statistics_against_numpy(data, episodes):
+    x = np.load(data / "action.npy").astype(np.float64)
+    s = episodes.meta["statistics"]["action"]
+    assert np.allclose(s["mean"], x.mean(0)) and np.allclose(s["std"], x.std(0)) and np.allclose(s["min"], x.min(0)) and np.allclose(s["max"], x.max(0))
+    for name, q in (("q01", 1), ("q50", 50), ("q99", 99)):
+        assert np.allclose(s[name], np.percentile(x, q, axis=0))
+    known = statistics(np.arange(101)[:, None] * np.array([[1.0, -2]]))
+    assert known["q01"] == pytest.approx([1, -198]) and known["q99"] == pytest.approx([99, -2]) and json.loads(json.dumps(known)) == known
+
+
+def test_wilson_interval():
+    low, high = wilson(12, 14)
+    assert (low, high) == (pytest.approx(0.60, abs=0.005), pytest.approx(0.96, abs=0.005))  # 12 of 14 trials, the paper's best row
+    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-12) and wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 0) == (0.0, 1.0)
+
+
+# -- episodes ------------------------------------------------------------------------------------------------------
+
+
+def test_data_set_is_whole(data, episodes):
+    meta, n = episodes.meta, len(np.load(data / "state.npy", mmap_mode="r"))
+    assert [e["start"] for e in meta["episodes"]] == [sum(e["length"] for e in meta["episodes"][:i]) for i in range(len(meta["episodes"]))]
+    assert sum(e["length"] for e in meta["episodes"]) == n == len(np.load(data / "action.npy", mmap_mode="r"))
+    assert not (data / "parts").exists()
+    for camera in meta["cameras"]:
+        images = np.load(data / f"{camera}.npy", mmap_mode="r")
+        assert images.shape == (n, 32, 32, 3) and images.dtype == np.uint8 and images[0].std() > 5
+    assert {e["kind"] for e in meta["episodes"]} == {"demo", "start"} and all(e["reason"][0][0] == 0 for e in meta["episodes"])
+
+
+def test_chunk_stops_at_the_end_of_its_episode(data, episodes, tokenizer):
+    action, H = np.load(data / "action.npy"), CFG.chunk
+    first = episodes.episodes[0]
+    picks = [0, first["length"] - H, first["length"] - 3, first["length"] - 1, first["length"]]  # the last is the next episode's first frame
+    batch = episodes.samples(tokenizer, picks)
+    assert batch["valid"].sum(1).tolist() == [H, H, 3, 1, min(H, episodes.episodes[1]["length"])]
+    for b, i in enumerate(picks[:4]):
+        n = int(batch["valid"][b].sum())
+        at = first["start"] + i
+        assert batch["valid"][b, :n].all()
+        assert np.array_equal(batch["actions"][b, :n], action[at : at + n])
+        assert np.array_equal(batch["actions"][b, n:], np.repeat(action[[first["start"] + first["length"] - 1]], H - n, axis=0))
+        assert np.array_equal(batch["state"][b], np.load(data / "state.npy")[at])
+        for v, camera in enumerate(CFG.cameras.split(",")):
+            assert np.array_equal(batch["images"][b, v], np.load(data / f"{camera}.npy")[at])
+
+
+def test_reason_of_a_frame_and_weights(data):
+    episodes = Episodes(data, CFG)
+    episodes.episodes[0]["reason"] = [[0, "one"], [7, "two"]]
+    assert [episodes.reason_at(i)[1] for i in (0, 6, 7, 8)] == ["one", "one", "two", "two"]
+    meta = json.loads((data / "meta.json").read_text())
+    i = 0
+    weights = np.diff(episodes.cumulative, prepend=0)
+    for e in meta["episodes"]:
+        changes = [step for step, _ in e["reason"]]
+        expected = [3 if min([step - c for c in changes if c <= step]) < 3 else 1 for step in range(e["length"])]
+        assert np.allclose(weights[i : i + e["length"]] / weights.min(), expected)
+        i += e["length"]
+    assert i == len(episodes) and episodes.cumulative[-1] == pytest.approx(1)
+
+
+def test_labels_train_the_thought_alone(episodes, tokenizer):
+    batch = episodes.samples(tokenizer, [0])
+    task, reason = episodes.reason_at(0)
+    labels = batch["labels"][0]
+    assert labels[labels >= 0].tolist() == tokenizer.thought(reason)
+    assert batch["tokens"][0].tolist() == tokenizer.prompt(task) + tokenizer.thought(reason)
+    without = Episodes.__new__(Episodes)
+    without.__dict__ = episodes.__dict__ | {"cfg": Config(**MODELS["debug"] | dict(reasoning=False))}
+    assert (without.samples(tokenizer, [0])["labels"] == -100).all()
+
+
+def same(a, b):
+    """Batches agree up to the padding that their longest row asks for."""
+    n = min(a["tokens"].shape[1], b["tokens"].shape[1])
+    for key in a:
+        x, y = a[key], b[key]
+        if key in ("tokens", "segments", "positions", "labels"):
+            fill = {"tokens": 0, "segments": -1, "positions": 0, "labels": -100}[key]
+            if not ((x[:, n:] == fill).all() and (y[:, n:] == fill).all()):
+                return False
+            x, y = x[:, :n], y[:, :n]
+        if not torch.equal(x, y):
+            return False
+    return a.keys() == b.keys()
+
+
+def test_batch_is_a_function_of_the_seed_and_slices_agree_with_the_whole(episodes, questions, tokenizer):
+    for draw in (lambda seed, rows=slice(None): episodes.batch(tokenizer, np.random.default_rng(seed), 6, rows),
+                 lambda seed, rows=slice(None): questions.batch(tokenizer, np.random.default_rng(seed), 6, 60, rows)):  # fmt: skip
+        whole = draw([0, 1])
+        assert same(whole, draw([0, 1])) and not same(whole, draw([0, 2]))
+        for i in range(3):
+            assert same(draw([0, 1], slice(i, None, 3)), {k: v[i::3] for k, v in whole.items()})
+
+
+def test_times_and_noise_of_a_batch(episodes, tokenizer):
+    batch = episodes.batch(tokenizer, np.random.default_rng(0), 400)
+    t = batch["t"]
+    assert t.min() >= 0.001 and t.max() <= 1 and t.mean().item() == pytest.approx(0.6, abs=0.03)  # Beta(1.5, 1): more mass at noise
+    assert batch["eps"].mean().abs() < 0.02 and batch["eps"].std().item() == pytest.approx(1, abs=0.02)
+    assert 0 <= batch["uniform"].min() and batch["uniform"].max() < 1 and batch["uniform"].shape == (400, CFG.queries)
+
+
+# -- questions -----------------------------------------------------------------------------------------------------
+
+
+def test_questions_fit_the_room_and_change(questions, tokenizer):
+    room = 60
+    batch = questions.batch(tokenizer, np.random.default_rng(0), 8, room)
+    assert batch["tokens"].shape[1] <= room or (batch["segments"].max(1).values == 1).any()  # only a single long question may exceed it
+    assert batch["segments"].max() >= 2
+    packed = {tuple(row.tolist()) for step in range(5) for row in questions.batch(tokenizer, np.random.default_rng(step), 8, room)["tokens"]}
+    assert len(packed) > 8  # the same picture comes back with other questions
+    everything = questions.batch(tokenizer, np.random.default_rng(0), 1, 10**6)
+    assert everything["segments"].max() == max(len(scene) for scene in questions.questions if len(scene) == everything["segments"].max())
+
+
+def test_accuracy_counts_exact_matches_by_kind(questions):
+    truth = {(question, i): answer for i, scene in enumerate(questions.questions) for _, question, answer in scene}
+    calls = iter([(i, question) for i, scene in enumerate(questions.questions) for _, question, _ in scene])
+
+    def answer(images, asked):
+        said = []
+        for image, question in zip(images, asked):
+            i, expected = next(calls)
+            assert question == expected and np.array_equal(image[0], questions.images[0][i])
+            said.append("no idea" if question.startswith("what is") else truth[question, i])
+        return said
+
+    result = questions.accuracy(answer, n=10**6, batch=7)
+    total = sum(len(scene) for scene in questions.questions)
+    assert result["all"]["n"] == total and result["sum"]["accuracy"] == 0 and result["where"]["accuracy"] == 1
+    assert result["all"]["accuracy"] == pytest.approx(1 - result["sum"]["n"] / total)
+
+
+# -- what does not fit ---------------------------------------------------------------------------------------------
+
+
+def test_mismatches_show_both_sides(data, tmp_path):
+    def refused(folder=data, families=None, **changes):
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            Episodes(folder, Config(**{**MODELS["debug"], **changes}), families)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert all(word in refused(cameras="front,top") for word in ("'front', 'wrist'", "'top'", "--cameras"))
+    assert all(word in refused(motors="a,b") for word in ("['a', 'b']", "'shoulder_pan'"))
+    assert all(word in refused(image_size=48) for word in ("32 px", "48", "--image_size=32"))
+    assert all(word in refused(families=["sequence"]) for word in ("sequence", "place"))
+    assert "python prepare.py" in refused(tmp_path)
+
+
+def test_cameras_come_in_the_models_order(data, episodes, tokenizer):
+    turned = Episodes(data, Config(**MODELS["debug"] | dict(cameras="wrist,front")))
+    assert torch.equal(turned.samples(tokenizer, [3])["images"].flip(1), episodes.samples(tokenizer, [3])["images"])
+
+
+def test_prepare_refuses_a_finished_folder_and_foreign_parts(data, tmp_path, fails):
+    assert "already holds a data set" in fails(prepare.main, ["--config", "debug", f"--out={data}"])
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "settings.json").write_text("{}")
+    assert "other settings" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])
+    assert "unknown family" in fails(prepare.main, ["--families=plaice", f"--out={tmp_path}"])
+
+
+def test_shards_do_not_depend_on_how_work_is_spread(data, tmp_path):
+    """prepare.py again, in this process, shard by shard and backwards: bit-identical arrays."""
+    cfg = prepare.PrepareConfig(**prepare.PRESETS["debug"] | dict(config="debug", out=str(tmp_path / "again")))
+    (tmp_path / "again" / "parts").mkdir(parents=True)
+    for shard in reversed(prepare.shards(cfg)):
+        prepare.make_shard((cfg, shard))
+    prepare.merge(cfg)
+    for name in ("state.npy", "action.npy", "front.npy", "wrist.npy", "questions/front.npy", "questions/questions.json", "questions_val/questions.json"):
+        assert (data / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    shutil.rmtree(tmp_path / "again")
+
+
+def test_training_and_held_out_seeds_never_meet():
+    spans = {kind: [s for shard in prepare.shards(prepare.PrepareConfig()) if shard[0] == kind for s in (shard[2], shard[2] + shard[3] - 1)] for kind in prepare.SHARD}
+    assert all(s in sim_env.SEEDS["train"] for kind in ("demo", "start", "questions") for s in spans[kind])
+    assert all(s in sim_env.SEEDS["val"] for s in spans["questions_val"])

@@ -1,0 +1,567 @@
+"""Tests of model.py: command line, masks, attention, generation, flow matching, intention decoupling, sampler, statistics."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import pack
+from model import PRESETS, Config, LanguageBlock, VisionEncoder, VLM, opt, parse_config, rope
+
+
+def pictures(policy, n, seed=0):
+    cfg = policy.cfg
+    return torch.randint(0, 256, (n, cfg.views, cfg.image_size, cfg.image_size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(rows):
+    return {k: torch.from_numpy(v) for k, v in pack(rows).items()}
+
+
+def flow_inputs(policy, n, seed=0):
+    """states, and the other arguments of flow_loss: state, actions, valid, eps, t."""
+    cfg, g = policy.cfg, torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(policy.vlm.queries.dtype)
+    H, A, M = cfg.chunk, cfg.action_dim, cfg.noise_samples
+    t = torch.rand(n, M, generator=g).to(policy.vlm.queries.dtype)
+    return draw(n, cfg.queries, cfg.width), draw(n, A), draw(n, H, A), torch.ones(n, H, dtype=torch.bool), draw(n, M, H, A), t
+
+
+def action_batch(policy, n, seed=0):
+    """What data.Episodes.batch hands to SyVLA.forward."""
+    cfg, g = policy.cfg, torch.Generator().manual_seed(seed)
+    rows = [[([1, 270 + i, 271, 2], [265, 266, 3])] for i in range(n)]
+    _, _, _, valid, eps, t = flow_inputs(policy, n, seed)
+    return packed(rows) | {"images": pictures(policy, n, seed), "state": 50 * torch.randn(n, cfg.action_dim, generator=g), "valid": valid, "eps": eps,
+                           "actions": 50 * torch.randn(n, cfg.chunk, cfg.action_dim, generator=g), "t": t, "uniform": torch.rand(n, cfg.queries, generator=g)}  # fmt: skip
+
+
+# -- command line -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    config: str = opt("", "preset")
+    steps: int = opt(3, "an int")
+    rate: float = opt(0.5, "a float")
+    fast: bool = opt(False, "a flag")
+    name: str = opt("", "a string")
+
+
+def options(*argv, positional=None):
+    return parse_config(Options, {"small": {}, "tiny": dict(steps=7)}, list(argv), positional)
+
+
+def test_options_in_all_their_forms():
+    assert options("--config", "tiny") == Options(config="tiny", steps=7)
+    assert options("--steps=9", "--config=tiny").steps == 9  # what is typed wins over the preset, in any order
+    assert options("--steps", "-4").steps == -4
+    assert options("--steps=1e5").steps == 100_000
+    assert options("--name=a=b=c").name == "a=b=c"
+    assert options("--name=").name == ""
+    assert options("--rate", "2").rate == 2.0
+    assert options("a b", "--steps=1", positional="name").name == "a b"
+    for words, value in ((["--fast"], True), (["--fast=1"], True), (["--fast", "false"], False), (["--fast=True"], True), (["--fast", "0"], False)):
+        assert options(*words).fast is value
+    assert options("--fast", "--steps=2") == Options(fast=True, steps=2)  # a flag does not swallow the next option
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--stepz=3"], "did you mean steps"), (["--config", "smal"], "did you mean small"), (["--config=qqq"], "choose from small, tiny"),
+    (["--steps=2.5"], "--steps takes int, not '2.5'"), (["--steps=many"], "takes int"), (["--steps=inf"], "takes int"), (["--rate=x"], "takes float"),
+    (["--fast=maybe"], "takes bool"), (["word"], "unexpected word 'word'"), (["--steps"], "needs a value"), (["--steps", "--fast"], "needs a value"),
+])  # fmt: skip
+def test_bad_options_exit_with_one_line(fails, argv, said):
+    assert said in fails(lambda a: options(*a), argv)
+
+
+@pytest.mark.parametrize("argv", [["--image_size=50"], ["--heads=5"], ["--kv_heads=3"], ["--execute=9"], ["--execute=0"], ["--decouple=none"],
+                                  ["--decouple_percentile=100"], ["--decouple_samples=5"], ["--patch_size=0"], ["--heads=0"], ["--denoise_steps=0"]])  # fmt: skip
+def test_impossible_models_are_refused_before_anything_runs(fails, argv):
+    assert argv[0][2:].split("=")[0] in fails(lambda a: parse_config(Config, PRESETS, a), argv)
+
+
+def test_help_shows_every_field(capsys):
+    with pytest.raises(SystemExit) as caught:
+        options("--help")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and all(f"--{name}=" in shown for name in ("steps", "rate", "fast", "name")) and "an int" in shown
+
+
+# -- vision and language -------------------------------------------------------------------------------------------
+
+
+def test_shapes_of_every_part(make_policy):
+    policy = make_policy()
+    cfg, n = policy.cfg, 3
+    visual = policy.vlm.see(pictures(policy, n))
+    assert visual.shape == (n, cfg.views * cfg.tokens_per_view, cfg.width)
+    text = packed([[([1, 300], [3])]] * n)
+    hidden, states = policy.vlm(visual, text["tokens"], text["segments"], text["positions"], True)
+    assert hidden.shape == (n, 3, cfg.width) and states.shape == (n, cfg.queries, cfg.width)
+    assert policy.vlm.lm.logits(hidden).shape == (n, 3, cfg.vocab_size)
+    inputs = flow_inputs(policy, n)
+    assert policy.flow_loss(*inputs).shape == (n, cfg.noise_samples)
+    assert policy.gradient_norms(*inputs).shape == (n, cfg.queries)
+    assert policy.keep_mask(*inputs, torch.rand(n, cfg.queries)).shape == (n, cfg.queries)
+    chunk, reasonings = policy.act(pictures(policy, n), torch.zeros(n, cfg.action_dim), ["put the red cube"] * n)
+    assert chunk.shape == (n, cfg.chunk, cfg.action_dim) and chunk.dtype == np.float32 and len(reasonings) == n
+    assert sum(policy.parameter_table().values()) == sum(p.numel() for p in policy.parameters())
+
+
+def test_see_maps_bytes_to_minus_one_to_one_per_view(make_policy):
+    policy = make_policy()
+    images = pictures(policy, 2)
+    expected = torch.cat([policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1) for v in range(2)], dim=1)
+    assert torch.allclose(policy.vlm.see(images), expected, atol=1e-4)
+
+
+def test_pixel_shuffle_gathers_square_neighbourhoods():
+    cfg = Config(**PRESETS["debug"] | dict(vision_depth=0, image_size=48, width=4 * 16))  # 6 x 6 patches -> 3 x 3 tokens
+    encoder = VisionEncoder(cfg)
+    encoder.connector = encoder.norm = torch.nn.Identity()
+    encoder.patch.bias.data.zero_()
+    encoder.position.data.normal_()
+    patches = encoder.position  # of an all-zero picture, the patch at (row, column) is its position vector
+    x = encoder(torch.zeros(1, 3, 48, 48))
+    assert x.shape == (1, 9, 64)
+    for row in range(3):
+        for column in range(3):
+            four = [patches[(2 * row + i) * 6 + 2 * column + j] for i in (0, 1) for j in (0, 1)]
+            assert torch.equal(x[0, 3 * row + column], torch.cat(four))
+
+
+def test_mask_rule():
+    #                        images | question 1 | question 2 | padding | queries of segment 1
+    segments = torch.tensor([[0, 0,   1, 1,        2, 2,        -1,       1, 1]])  # fmt: skip
+    seen = VLM.visible(segments)[0]
+    for i, mine in enumerate(segments[0].tolist()):
+        for j, other in enumerate(segments[0].tolist()):
+            allowed = j == i or (j < i and other >= 0 and (other == 0 or other == mine))
+            assert seen[i, j] == allowed, (i, j)
+    assert seen.any(-1).all()  # an empty softmax would be NaN
+    # in two pieces, as the key/value cache sees it, the rule is the same
+    assert torch.equal(VLM.visible(segments[:, 4:], segments[:, :4])[0], seen[4:])
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_language_block_against_plain_loops(qk_norm):
+    """Grouped-query attention with rotary embedding as complex rotation, in fp64, one head and token at a time."""
+    torch.manual_seed(0)
+    cfg = Config(**PRESETS["debug"] | dict(qk_norm=qk_norm))
+    block = LanguageBlock(cfg).double()
+    for p in block.parameters():
+        p.data = torch.randn_like(p) * 0.3
+    n, D, hd, nh, nkv = 5, cfg.width, cfg.width // cfg.heads, cfg.heads, cfg.kv_heads
+    x, positions = torch.randn(1, n, D, dtype=torch.float64), [0, 1, 4, 5, 9]
+    frequency = torch.tensor([cfg.rope_theta ** (-2 * i / hd) for i in range(hd // 2)], dtype=torch.float64)
+    angle = torch.tensor(positions, dtype=torch.float64)[:, None] * frequency
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    mask[4, 1] = False
+    got = block(x, angle.cos()[None, None], angle.sin()[None, None], mask[None, None])[0]
+
+    rms = lambda v: v / (v.square().mean(-1, keepdim=True) + torch.finfo(v.dtype).eps).sqrt()
+    turn = lambda v, i: (lambda z: torch.cat((z.real, z.imag)))(torch.complex(v[: hd // 2], v[hd // 2 :]) * torch.polar(torch.ones_like(angle[i]), angle[i]))
+    heads = (block.qkv.weight @ (rms(x[0]) * block.norm1.weight).T).T.view(n, nh + 2 * nkv, hd)
+
+    def key_or_query(i, head):
+        v = heads[i, head]
+        return turn(rms(v) * block.qk_gain[head, 0] if qk_norm else v, i)
+
+    mixed = torch.zeros(n, D, dtype=torch.float64)
+    for i in range(n):
+        for h in range(nh):
+            group = h // (nh // nkv)  # neighbouring query heads share one key/value head
+            seen = [j for j in range(n) if mask[i, j]]
+            weights = torch.stack([key_or_query(i, h) @ key_or_query(j, nh + group) / math.sqrt(hd) for j in seen]).softmax(0)
+            mixed[i, h * hd : (h + 1) * hd] = sum(w * heads[j, nh + nkv + group] for w, j in zip(weights, seen))
+    y = x[0] + mixed @ block.proj.weight.T
+    gate, up = ((rms(y) * block.norm2.weight) @ block.gate_up.weight.T).split(cfg.mlp_width, dim=-1)
+    expected = y + (gate / (1 + (-gate).exp()) * up) @ block.down.weight.T
+    assert torch.allclose(got, expected, atol=1e-10)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    frequency = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    at = lambda v, position: rope(v, (position * frequency).cos(), (position * frequency).sin())
+    score = lambda i, j: (at(q, i) * at(k, j)).sum()
+    assert torch.allclose(score(7, 3), score(104, 100)) and not torch.allclose(score(7, 3), score(8, 3))
+    assert torch.allclose(at(q, 5).norm(), q.norm())
+
+
+QUESTIONS = [([4, 300, 301, 5], [302, 6]), ([4, 303, 5], [304, 305, 306, 6]), ([4, 307, 308, 309, 5], [310, 6])]
+
+
+def test_packed_questions_equal_each_question_alone(make_policy):
+    policy = make_policy()
+    visual = policy.vlm.see(pictures(policy, 1))
+    together = packed([QUESTIONS])
+    hidden, _ = policy.vlm(visual, together["tokens"], together["segments"], together["positions"], False)
+    alone = []
+    for question in QUESTIONS:
+        one = packed([[question]])
+        alone.append(policy.vlm(visual, one["tokens"], one["segments"], one["positions"], False)[0])
+    assert torch.allclose(hidden, torch.cat(alone, dim=1), atol=1e-5)
+    assert torch.allclose(policy.vlm.lm.logits(hidden), policy.vlm.lm.logits(torch.cat(alone, dim=1)), atol=1e-4)
+
+
+def test_a_question_never_sees_its_neighbours(make_policy):
+    policy = make_policy()
+    visual = policy.vlm.see(pictures(policy, 1))
+    run = lambda rows: policy.vlm(visual, *(packed([rows])[k] for k in ("tokens", "segments", "positions")), False)[0]
+    before = run(QUESTIONS)
+    changed = run([([4, 311, 312, 5], [313, 6]), *QUESTIONS[1:]])
+    assert torch.equal(changed[:, 6:], before[:, 6:]) and not torch.allclose(changed[:, :6], before[:, :6])
+    # and it does see the picture
+    other = policy.vlm(policy.vlm.see(pictures(policy, 1, seed=1)), *(packed([QUESTIONS])[k] for k in ("tokens", "segments", "positions")), False)[0]
+    assert ((other - before).abs().amax(-1) > 1e-3).all()
+
+
+def test_padding_does_not_change_the_query_states(make_policy):
+    policy = make_policy()
+    visual = policy.vlm.see(pictures(policy, 2))
+    short, long = [([1, 300, 2], [301, 3])], [([1, 300, 302, 303, 304, 2], [305, 306, 3])]
+    states = lambda visual, rows: policy.vlm(visual, *(packed(rows)[k] for k in ("tokens", "segments", "positions")), True)[1]
+    together = states(visual, [short, long])
+    assert torch.allclose(together[:1], states(visual[:1], [short]), atol=1e-5)
+    assert torch.allclose(together[1:], states(visual[1:], [long]), atol=1e-5)
+
+
+def greedy(policy, visual, prompt, n):
+    """Greedy decoding of n words by a full forward pass per word."""
+    written = []
+    while len(written) < n:
+        row = packed([[(prompt + written, [])]])
+        hidden, _ = policy.vlm(visual, row["tokens"], row["segments"], row["positions"], False)
+        written.append(int(policy.vlm.lm.logits(hidden[:, -1]).argmax()))
+    return written
+
+
+def test_cached_generation_equals_full_forward_passes(make_policy):
+    policy = make_policy(seed=1)
+    visual = policy.vlm.see(pictures(policy, 3))
+    prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
+    free = [greedy(policy, visual[i : i + 1], p, limit - 1) for i, p in enumerate(prompts)]
+    cut = lambda stop: [w[: w.index(stop)] if stop in w else w for w in free]
+    stop = free[1][2]  # a word from the middle of one row, so that rows end at different times
+    wanted = cut(stop)
+    assert {len(w) for w in wanted} == {2, limit - 1}
+    written, states = policy.vlm.generate(visual, prompts, stop, limit, with_queries=True)
+    assert written == wanted
+    for i, (prompt, words) in enumerate(zip(prompts, written)):
+        row = packed([[(prompt, words + [stop])]])  # at the limit the thought is closed, as in training
+        full = policy.vlm(visual[i : i + 1], row["tokens"], row["segments"], row["positions"], True)[1]
+        assert torch.allclose(states[i : i + 1], full, atol=1e-5)
+
+
+def test_without_a_thought_the_queries_follow_the_instruction(make_policy):
+    policy = make_policy(reasoning=False)
+    images = pictures(policy, 2)
+    thoughts, states = policy.think(images, ["put the red cube", "put the blue cube on the pad"])
+    assert thoughts == ["", ""]
+    rows = packed([[(policy.tokenizer.prompt(t, False), [])] for t in ("put the red cube", "put the blue cube on the pad")])
+    full = policy.vlm(policy.vlm.see(images), rows["tokens"], rows["segments"], rows["positions"], True)[1]
+    assert torch.allclose(states, full, atol=1e-5)
+
+
+def test_answers_end_where_the_training_text_ends(make_policy, monkeypatch):
+    """Questions end with <end>, instructions asked as questions with </reason>: what is written behind is no part of the answer."""
+    policy = make_policy()
+    tok = policy.tokenizer
+    for question, end in (("where is the red cube", tok.end_answer), ("<task> put the red cube", tok.end_thought)):
+        script = iter([tok.ids[" red"], end] + [tok.ids[" blue"]] * 50)  # the model's next words
+        monkeypatch.setattr(policy.vlm.lm, "logits", lambda hidden: F.one_hot(torch.tensor([next(script)]), len(tok)).float())
+        assert policy.answer(pictures(policy, 1), [question]) == ["red"]
+
+
+# -- flow matching --------------------------------------------------------------------------------------------------
+
+
+def test_flow_loss_by_hand(make_policy):
+    policy = make_policy()
+    cfg = policy.cfg
+    states, state, actions, valid, eps, t = flow_inputs(policy, 2)
+    valid[1, 5:] = False
+    got = policy.flow_loss(states, state, actions, valid, eps, t)
+    for b in range(2):
+        kv = policy.expert.condition(policy.adapter(states[b : b + 1]))
+        for m in range(cfg.noise_samples):
+            time = t[b, m]
+            x = time * eps[b, m] + (1 - time) * actions[b]
+            v = policy.expert(x[None, None], policy.expert.modulation(time.view(1, 1)), state[b : b + 1], kv)[0, 0]
+            steps = 5 if b == 1 else cfg.chunk
+            expected = (v - (eps[b, m] - actions[b]))[:steps].square().mean()
+            assert torch.allclose(got[b, m], expected, rtol=1e-4)
+
+
+def test_padded_steps_carry_no_target(make_policy):
+    policy = make_policy()
+    states, state, actions, valid, eps, t = flow_inputs(policy, 1)
+    valid[:, 3:] = False
+    actions.requires_grad_()
+    policy.flow_loss(states, state, actions, valid, eps, torch.ones_like(t)).sum().backward()  # at t=1 the input is pure noise
+    assert actions.grad[:, 3:].abs().max() == 0 and actions.grad[:, :3].abs().min() > 0
+
+
+def test_gradient_norms_against_finite_differences(make_policy):
+    policy = make_policy(queries=3, width=8, heads=2, kv_heads=1, expert_width=8).double()
+    states, *flow = flow_inputs(policy, 2)
+    norms = policy.gradient_norms(states, *flow)
+    step = 1e-2
+    for b in range(2):
+        one = [x[b : b + 1] for x in flow]
+        for i in range(3):
+            slope = []
+            for d in range(8):
+                bump = torch.zeros(1, 3, 8, dtype=torch.float64)
+                bump[0, i, d] = step
+                up, down = (policy.flow_loss(states[b : b + 1] + s * bump, *one).mean().item() for s in (1, -1))
+                slope.append((up - down) / (2 * step))
+            assert norms[b, i].item() == pytest.approx(np.linalg.norm(slope), rel=2e-2)  # per sample: the batch does not mix
+
+
+def test_closed_form_gradient_of_single_layer_attention():
+    """dl/dh_i = p_i [W_V^T g + (g^T (v_i - z)) W_K^T q / sqrt(d)]: what the gradient norm of a query state is made of."""
+    torch.manual_seed(0)
+    Q, d = 5, 6
+    W_K, W_V, q, h = (torch.randn(*s, dtype=torch.float64) for s in ((d, d), (d, d), (d,), (Q, d)))
+    h.requires_grad_()
+    p = (h @ W_K.T @ q / math.sqrt(d)).softmax(0)
+    z = p @ (h @ W_V.T)
+    z.retain_grad()
+    z.sin().square().sum().backward()
+    g, v = z.grad, h @ W_V.T
+    expected = p[:, None] * (W_V.T @ g + ((v - z) @ g)[:, None] * (W_K.T @ q) / math.sqrt(d))
+    assert torch.allclose(h.grad, expected, atol=1e-12)
+
+
+def test_expert_keeps_noise_samples_apart(make_policy):
+    policy = make_policy()
+    states, state, actions, valid, eps, t = flow_inputs(policy, 2)
+    before = policy.flow_loss(states, state, actions, valid, eps, t)
+    eps[0, 1] += 1
+    after = policy.flow_loss(states, state, actions, valid, eps, t)
+    same = before == after
+    assert not same[0, 1] and same.sum() == same.numel() - 1
+
+
+# -- intention decoupling ------------------------------------------------------------------------------------------
+
+
+def test_paper_setting_drops_exactly_the_state_of_least_gradient(make_policy):
+    policy = make_policy(queries=20, decouple_percentile=5.0)
+    inputs = flow_inputs(policy, 6)
+    keep = policy.keep_mask(*inputs, torch.rand(6, 20))
+    assert ((~keep).sum(1) == 1).all()
+    states, state, actions, valid, eps, t = inputs
+    norms = policy.gradient_norms(states, state, actions, valid, eps[:, :1], t[:, :1])  # decouple_samples = 1
+    assert torch.equal((~keep).int().argmax(1), norms.argmin(1))
+    for percent, dropped in ((0.0, 0), (1.0, 1), (10.0, 2), (20.0, 4)):
+        policy.cfg.decouple_percentile = percent
+        assert ((~policy.keep_mask(*inputs, torch.rand(6, 20))).sum(1) == dropped).all()
+
+
+def test_decouple_samples_averages_the_gradient_not_the_norms(make_policy):
+    policy = make_policy(decouple_samples=3)
+    states, state, actions, valid, eps, t = inputs = flow_inputs(policy, 4)
+    leaf = states.clone().requires_grad_()
+    loss = policy.flow_loss(leaf, state, actions, valid, eps, t)[:, :3].mean(1).sum()
+    norms = torch.autograd.grad(loss, leaf)[0].norm(dim=-1)
+    assert torch.equal((~policy.keep_mask(*inputs, None)).int().argmax(1), norms.argmin(1))
+
+
+def test_controls_drop_as_many_by_their_own_score(make_policy):
+    policy = make_policy(queries=20, decouple_percentile=10.0)
+    inputs, uniform = flow_inputs(policy, 5), torch.rand(5, 20, generator=torch.Generator().manual_seed(1))
+    masks = {}
+    for kind in ("gradient", "random", "attention"):
+        policy.cfg.decouple = kind
+        masks[kind] = ~policy.keep_mask(*inputs, uniform)
+        assert (masks[kind].sum(1) == 2).all()
+    lowest = lambda score: torch.zeros(5, 20, dtype=torch.bool).scatter(1, score.topk(2, largest=False).indices, True)
+    assert torch.equal(masks["random"], lowest(uniform))
+    # attention mass by hand: expert's only block, mean over heads and tokens
+    states, state, actions, _, eps, t = inputs
+    block, seen = policy.expert.blocks[0], []
+    block.register_forward_pre_hook(lambda _, args: seen.append(args))
+    policy.flow_loss(states, state, actions, inputs[3], eps[:, :1], t[:, :1])
+    x, modulation, (k, _), _ = seen[0]
+    shift1, scale1, gate1, shift2, scale2 = modulation.chunk(9, dim=-1)[:5]
+    B, M, L, De = x.shape
+    q, kk, v = block.qkv(F.layer_norm(x, (De,)) * (1 + scale1) + shift1).view(B, L, 3, block.heads, -1).unbind(2)
+    w = torch.einsum("blhd,bshd->bhls", q, kk).div((De // block.heads) ** 0.5).softmax(-1)
+    x = x + gate1 * block.proj(torch.einsum("bhls,bshd->blhd", w, v).reshape(B, 1, L, De))
+    q = block.cross_q(F.layer_norm(x, (De,)) * (1 + scale2) + shift2).view(B, L, block.heads, -1)
+    mass = torch.einsum("blhd,bhqd->bhlq", q, k).div((De // block.heads) ** 0.5).softmax(-1).mean((1, 2))
+    assert torch.equal(masks["attention"], lowest(mass))
+    policy.cfg.decouple = "off"
+    assert "kept" not in policy(action_batch(policy, 2))
+
+
+def test_batch_scope_sets_one_threshold_for_all_samples(make_policy):
+    policy = make_policy(queries=20, decouple_percentile=5.0, decouple_scope="batch", decouple_samples=4)
+    inputs = flow_inputs(policy, 8)
+    keep, norms = policy.keep_mask(*inputs, None), policy.gradient_norms(*inputs)
+    assert (~keep).sum() == 8 and norms[~keep].max() < norms[keep].min()
+
+
+def test_second_pass_with_the_same_noise_sends_no_gradient_into_a_masked_state(make_policy, monkeypatch):
+    policy = make_policy()
+    batch, calls, queries = action_batch(policy, 3), [], []
+    flow_loss, vlm = policy.flow_loss, policy.vlm.forward
+
+    def spy_vlm(*args):
+        text, states = vlm(*args)
+        states.retain_grad()
+        queries.append(states)
+        return text, states
+
+    monkeypatch.setattr(policy, "flow_loss", lambda *args: calls.append(args) or flow_loss(*args))
+    monkeypatch.setattr(policy.vlm, "forward", spy_vlm)
+    losses = policy(batch)
+    losses["action"].backward()
+    (first, second), (states,) = calls, queries
+    m = policy.cfg.decouple_samples
+    assert torch.equal(first[4], second[4][:, :m]) and torch.equal(first[5], second[5][:, :m])  # the same eps and t
+    dropped = (second[0] == 0).all(-1)
+    assert torch.equal(dropped.sum(1), torch.ones(3, dtype=torch.int64)) and losses["kept"].item() == pytest.approx(0.75)
+    assert states.grad[dropped].abs().max() == 0 and (states.grad[~dropped].norm(dim=-1) > 0).all()
+    # the first pass leaves nothing behind: weights got the gradient of the masked loss alone
+    got = policy.expert.action_out.weight.grad.clone()
+    policy.zero_grad()
+    flow_loss(second[0].detach(), *second[1:]).mean().backward()
+    assert torch.allclose(got, policy.expert.action_out.weight.grad, atol=1e-6)
+
+
+def test_adapter_of_nothing_is_nothing(make_policy):
+    policy = make_policy()
+    assert not policy.adapter(torch.zeros(1, 2, policy.cfg.width)).any()
+
+
+# -- losses of a batch ---------------------------------------------------------------------------------------------
+
+
+def test_text_loss_is_a_mean_over_rows_of_means_over_targets(make_policy):
+    policy = make_policy()
+    rows = [QUESTIONS, QUESTIONS[:1]]
+    batch = packed(rows) | {"images": pictures(policy, 2)}
+    hidden, _ = policy.vlm(policy.vlm.see(batch["images"]), batch["tokens"], batch["segments"], batch["positions"], False)
+    log_p, per_row = policy.vlm.lm.logits(hidden).log_softmax(-1), []
+    for b, row in enumerate(rows):
+        i, terms = 0, []
+        for prompt, target in row:
+            terms += [-log_p[b, i + len(prompt) + j - 1, word] for j, word in enumerate(target)]
+            i += len(prompt) + len(target)
+        per_row.append(torch.stack(terms).mean())
+    assert torch.allclose(policy(batch)["text"], torch.stack(per_row).mean(), rtol=1e-4)
+
+
+def test_a_policy_without_thought_has_no_text_loss(make_policy):
+    policy = make_policy(reasoning=False)
+    batch = action_batch(policy, 2)
+    batch["labels"][:] = -100
+    losses = policy(batch)
+    assert losses["text"] == 0 and torch.isfinite(losses["action"])
+
+
+# -- acting --------------------------------------------------------------------------------------------------------
+
+
+def test_sampler_lands_exactly_on_the_data_of_an_exact_field(make_policy, monkeypatch):
+    """u = (x - a) / t is the field whose paths are straight lines into a: any number of Euler steps must end there."""
+    policy = make_policy()
+    a = torch.rand(2, 1, policy.cfg.chunk, policy.cfg.action_dim) - 0.5
+    monkeypatch.setattr(policy.expert, "modulation", lambda t: [t[:, :, None, None]])
+    monkeypatch.setattr(policy.expert, "forward", lambda x, modulation, *_: (x - a) / modulation[0])
+    for steps in (1, 3, 5):
+        policy.cfg.denoise_steps = steps
+        chunk = policy.sample_chunk(torch.zeros(2, 4, policy.cfg.width), torch.zeros(2, 6), torch.randn(2, policy.cfg.chunk, 6))
+        assert torch.allclose(chunk, a[:, 0], atol=1e-5)
+
+
+def test_sampler_steps_a_linear_field_from_noise_to_data(make_policy, monkeypatch):
+    policy = make_policy(denoise_steps=4)
+    times = []
+    monkeypatch.setattr(policy.expert, "modulation", lambda t: [t[:, :, None, None]])
+    monkeypatch.setattr(policy.expert, "forward", lambda x, modulation, *_: times.append(modulation[0].item()) or 0.5 * x + 1)
+    noise = torch.rand(1, policy.cfg.chunk, 6) - 0.5
+    chunk = policy.sample_chunk(torch.zeros(1, 4, policy.cfg.width), torch.zeros(1, 6), noise)
+    assert times == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert torch.allclose(chunk, (noise + 2) * (1 - 0.5 / 4) ** 4 - 2, atol=1e-5)
+
+
+def test_acting_is_deterministic_and_rows_do_not_mix(make_policy):
+    policy = make_policy()
+    images, state = pictures(policy, 2), torch.tensor([[1.0, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]])
+    tasks = ["put the red cube on the blue pad", "put the cube"]
+    chunk, said = policy.act(images, state, tasks, seed=3)
+    again, _ = policy.act(images.numpy(), state.numpy(), tasks, seed=3)  # arrays do as well as tensors
+    assert np.array_equal(chunk, again)
+    assert np.abs(policy.act(images, state, tasks, seed=4)[0] - chunk).max() > 1e-3
+    other, said_other = policy.act(pictures(policy, 2, seed=9).index_copy(0, torch.tensor([0]), images[:1]), state * torch.tensor([[1.0], [2]]), [tasks[0], "where is the pad"], seed=3)
+    assert np.allclose(other[0], chunk[0], atol=1e-3) and said_other[0] == said[0]  # degrees
+    assert np.abs(other[1] - chunk[1]).max() > 1e-3
+    low, high = policy.action_low.numpy(), policy.action_high.numpy()
+    assert (chunk >= low - 0.26 * (high - low)).all() and (chunk <= high + 0.26 * (high - low)).all()  # normalised to +-1.5
+
+
+def test_inputs_that_do_not_fit_show_both_sides(make_policy):
+    policy = make_policy()
+    images, state = pictures(policy, 1), torch.zeros(1, 6)
+    for arguments, shown in (
+        ((images[:, :1], state, ["x"]), ("2, 32, 32, 3", "1, 1, 32, 32, 3", "front,wrist")),
+        ((images.float(), state, ["x"]), ("uint8", "float32")),
+        ((images, state[:, :5], ["x"]), ("(B, 6)", "(1, 5)", "gripper")),
+        ((images, state, "a string"), ("one task string per row",)),
+        ((images, state, ["x", "y"]), ("one task string per row",)),
+    ):
+        with pytest.raises(ValueError) as caught:
+            policy.act(*arguments)
+        assert all(part in str(caught.value) for part in shown) and "\n" not in str(caught.value)
+
+
+# -- statistics and weights on disk --------------------------------------------------------------------------------
+
+
+def test_normalisation(make_policy):
+    policy = make_policy()
+    low, high = [-90.0, 0, 5, 5, -1, 0], [90.0, 100, 5, 5.0001, 1, 100]  # joint 2 never moved, joint 3 hardly
+    policy.set_statistics({name: {"q01": low, "q99": high} for name in ("state", "action")})
+    x = torch.tensor([[-90.0, 100, 5, 5, 0, 25], [900, -900, 77, 77, 9, 50]])
+    assert torch.allclose(policy.normalise(x, "action"), torch.tensor([[-1.0, 1, 0, 0, 0, -0.5], [1.5, -1.5, 0, 0, 1.5, 0]]), atol=1e-6)
+    inside = torch.tensor([[-100.0, 110, 5, 5, 1.2, 3]])  # up to 1.5 it can be undone
+    assert torch.allclose(policy.denormalise(policy.normalise(inside, "action")), inside, atol=1e-3)
+
+
+def test_without_statistics_nothing_runs_silently(make_policy):
+    policy = make_policy(statistics=False)
+    with pytest.raises(ValueError, match="no normalisation statistics"):
+        policy.act(pictures(policy, 1), torch.zeros(1, 6), ["put the cube"])
+    assert not torch.isfinite(policy.normalise(torch.ones(1, 6), "action")).any()  # training on them shows as a NaN loss, not as zeros
+    with pytest.raises(ValueError, match="vocab_size"):
+        make_policy(vocab_size=200)
+
+
+def test_weights_round_trip_and_foreign_weights_are_named(make_policy, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    policy, path = make_policy(), tmp_path / "w.safetensors"
+    policy.save_weights(path)
+    copy = make_policy(seed=1)
+    copy.load_weights(path)
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), copy.state_dict().values()))
+    weights = load_file(path)
+    name = "expert.action_out.bias"
+    for change, shown in ((lambda w: w.pop(name), "missing"), (lambda w: w.update(extra=w[name].clone()), "unknown ['extra']"),
+                          (lambda w: w.update({name: w[name][:3].clone()}), f"{name} is (3,) there, (6,) here")):  # fmt: skip
+        other = dict(weights)
+        change(other)
+        save_file(other, path)
+        with pytest.raises(ValueError) as caught:
+            copy.load_weights(path)
+        assert shown in str(caught.value)

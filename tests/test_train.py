@@ -1,0 +1,340 @@
+"""Tests of train.py: learning, resuming, processes, Muon, learning rate, checkpoints that survive, and what it refuses."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from data import Episodes, Questions, Tokenizer
+from model import SyVLA
+
+
+@pytest.fixture
+def go(data, tmp_path):
+    """go(name, *flags) -> run folder of a debug training with these flags."""
+
+    def run(name, *flags):
+        train.main(arguments(data, tmp_path / name, *flags))
+        return tmp_path / name
+
+    return run
+
+
+def arguments(data, out, *flags):
+    return ["--config", "debug", f"--data={data}", f"--out={out}", "--device=cpu", "--threads=1", *flags]
+
+
+def differences(a, b):
+    """Largest absolute difference between two structures of tensors and numbers; infinite if they are shaped differently."""
+    if isinstance(a, torch.Tensor):
+        return (a.double() - b.double()).abs().nan_to_num(math.inf).max().item() if a.shape == b.shape else math.inf
+    if isinstance(a, dict):
+        return max((differences(a[k], b[k]) for k in a), default=0) if a.keys() == b.keys() else math.inf
+    if isinstance(a, (list, tuple)):
+        return max((differences(x, y) for x, y in zip(a, b)), default=0) if len(a) == len(b) else math.inf
+    return 0 if a == b else math.inf
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def state(folder):
+    return torch.load(folder / "train_state.pt", weights_only=True)
+
+
+# -- learning ------------------------------------------------------------------------------------------------------
+
+
+def test_overfits_one_batch(data):
+    cfg = train.TrainConfig(**train.PRESETS["debug"] | dict(data=str(data), adam_lr=1e-2, muon_lr=2e-2, warmup=5, steps=80, ground_steps=0, mix=0.5, max_thought=24))
+    policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
+    optimizers = train.make_optimizers(policy, cfg)
+    micro = train.batches(0, cfg, policy, episodes, questions, 0, 1, torch.device("cpu"))
+    logs = [train.train_step(step, cfg, policy, policy, optimizers, micro, 1, train.contextlib.nullcontext) for step in range(80)]
+    first, last = logs[0], logs[-1]
+    print(first, last)
+    assert last["action"] < 0.35 * first["action"] and last["text"] < 0.1 * first["text"] and last["question"] < 0.5 * first["question"]
+    assert last["kept"] == 0.75  # debug: one of four query states is masked
+    # the thought of the batch can now be generated
+    batch = micro[0][1]
+    said, _ = policy.think(batch["images"], [policy.tokenizer.decode([i for i in row.tolist()[1 : row.tolist().index(policy.tokenizer.reason)]]) for row in batch["tokens"]])
+    wanted = [policy.tokenizer.decode([i for i in row.tolist() if i >= 0]) for row in batch["labels"]]
+    print(said, wanted)
+    assert np.mean([a == b for a, b in zip(said, wanted)]) >= 0.5
+
+
+def test_every_parameter_learns(data):
+    """A part that gets no gradient is disconnected. One step opens the zero gates, the second must reach everything."""
+    cfg = train.TrainConfig(**train.PRESETS["debug"] | dict(data=str(data), ground_steps=0, mix=0.5))
+    policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
+    before = {k: v.clone() for k, v in policy.named_parameters()}
+    optimizers = train.make_optimizers(policy, cfg)
+    listed = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(listed) == len(set(listed)) == len(before)  # every parameter has exactly one optimizer
+    for step in (0, 1, 1, 1):  # the gates open one after the other
+        train.train_step(0, cfg, policy, policy, optimizers, train.batches(step, cfg, policy, episodes, questions, 0, 1, "cpu"), 1, train.contextlib.nullcontext)
+    still = [k for k, v in policy.named_parameters() if torch.equal(v, before[k])]
+    assert not still
+
+
+def test_learning_rate(data):
+    cfg = train.TrainConfig(ground_steps=100, steps=200, warmup=10)
+    lr = lambda step: train.learning_rate(step, cfg)
+    assert lr(0) == pytest.approx(0.1) and lr(4) == pytest.approx(0.5, rel=0.01)
+    assert lr(50) == pytest.approx(0.75) and lr(99) == pytest.approx(0.5, abs=0.01)  # grounding decays to a half
+    assert lr(100) == pytest.approx(0.1)  # actions warm up again
+    assert lr(150) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4))) and lr(200) == pytest.approx(0.5) and lr(299) == pytest.approx(0, abs=1e-3)
+
+
+# -- Muon ----------------------------------------------------------------------------------------------------------
+
+
+def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values():
+    g = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(0))
+    for x in (g, g.mT):
+        U, S, V = torch.linalg.svd(x, full_matrices=False)
+        in_basis = U.mT @ train.orthogonalise(x) @ V.mT
+        values = in_basis.diagonal(dim1=1, dim2=2)
+        assert 0.6 < values.min() and values.max() < 1.3 and S.max() / S.min() > 2
+        assert (in_basis - torch.diag_embed(values)).abs().max() < 1e-3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_steps_like_torch():
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(n, 32)) for n in (16, 64, 16)] for _ in range(2))
+    start = [p.detach().clone() for p in ours]
+    a = train.Muon(ours, lr=0.02, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, s in zip(ours, theirs, start):
+        x, y = (p - s).detach().flatten(), (q - s).detach().flatten()
+        assert torch.cosine_similarity(x, y, dim=0) > 0.99 and (x.norm() / y.norm()).item() == pytest.approx(1, abs=0.03)  # torch's runs in bf16
+
+
+# -- resuming, accumulating, processes -----------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_before(step, monkeypatch):
+    """The process dies before this step."""
+    real = train.batches
+
+    def batches(at, *rest):
+        if at == step:
+            raise Killed
+        return real(at, *rest)
+
+    monkeypatch.setattr(train, "batches", batches)
+
+
+@pytest.mark.parametrize("flags, dies", [(["--mix=0.5"], 2), (["--mix=0.5", "--steps=4", "--save_every=3"], 5)])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, monkeypatch, flags, dies):
+    whole = go("whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(dies, patch)
+        go("parts", *flags)
+    assert 0 < state(whole.parent / "parts")["step"] <= dies
+    parts = go("parts", *flags, "--resume")
+    assert differences(weights(whole), weights(parts)) == 0 and differences(state(whole), state(parts)) == 0
+    losses = [[{k: v for k, v in json.loads(line).items() if "second" not in k and "_per_s" not in k} for line in (f / "log.jsonl").read_text().splitlines()] for f in (whole, parts)]
+    assert losses[0][-1] == losses[1][-1] and [x["step"] for x in losses[0]] == list(range(1, len(losses[0]) + 1))
+
+
+def test_accumulated_micro_batches_equal_one_batch(go):
+    one, two = (go(f"accumulate{n}", "--mix=0.5", f"--accumulate={n}") for n in (1, 2))
+    assert differences(weights(one), weights(two)) < 1e-5 and differences(weights(one), weights(two)) != 0
+
+
+def test_two_processes_equal_one(go, data, tmp_path):
+    one = go("one", "--mix=0.5")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    workers = []
+    for rank in range(2):  # what torchrun sets
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, train.__file__, *arguments(data, tmp_path / "two", "--mix=0.5")]
+        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert not said[1][0].strip()  # only the first process talks
+    assert differences(weights(one), weights(tmp_path / "two")) < 1e-5
+
+
+def test_samples_that_do_not_divide_are_refused(fails, data, tmp_path):
+    assert "change --batch_size, --mix or --accumulate" in fails(train.main, arguments(data, tmp_path / "a", "--accumulate=3"))
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_saved_policy_is_the_moving_average(go, monkeypatch):
+    raw, real = [], train.save_checkpoint
+
+    def spy(folder, policy, *rest):
+        raw.append({k: v.detach().clone() for k, v in policy.named_parameters()})
+        real(folder, policy, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", spy)
+    flags = ["--mix=0.5", "--save_every=1", "--ema=0.2", "--adam_lr=0.01"]
+    out = go("ema", *flags)
+    policy = train.build(train.parse_config(train.TrainConfig, train.PRESETS, ["--config", "debug", f"--data={json.loads((out / 'config.json').read_text())['data']}"]), "cpu")[0]
+    ema = dict(policy.named_parameters())  # the same seed: what the run began with
+    for step, now in enumerate(raw):
+        decay = min(0.2, (1 + step) / (10 + step))  # an early average forgets faster
+        ema = {k: decay * ema[k] + (1 - decay) * now[k] for k in now}
+    saved = weights(out)
+    assert len(raw) == 4 and max((saved[k] - ema[k]).abs().max() for k in ema) < 1e-6
+    assert differences(saved, state(out)["model"]) > 1e-4  # not the raw weights
+    with pytest.raises(RuntimeError), train.averaged_weights(policy, {k: v.detach() for k, v in ema.items()}):
+        assert torch.equal(policy.vlm.queries, ema["vlm.queries"])
+        raise RuntimeError
+    assert not torch.equal(policy.vlm.queries, ema["vlm.queries"])  # put back, whatever happened
+
+
+def test_checkpoint_folder_is_enough_to_act(trained, make_policy):
+    names = {p.name for p in trained.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "train_state.pt", "log.jsonl", "questions.json", "grounded"} <= names and not [n for n in names if n.endswith(".tmp")]
+    for folder in (trained, trained / "grounded"):
+        policy = SyVLA.load(folder, Tokenizer.load(folder))
+        images = np.zeros((1, 2, 32, 32, 3), np.uint8)
+        chunk, _ = policy.act(images, np.zeros((1, 6), np.float32), ["put the red cube on the blue pad"])
+        assert np.isfinite(chunk).all()
+    questions = json.loads((trained / "questions.json").read_text())
+    assert list(questions) == ["before action training", "after action training"] and 0 <= questions["after action training"]["all"]["accuracy"] <= 1
+    assert json.loads((trained / "config.json").read_text())["image_size"] == 32
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["phase"]) for line in lines] == [(1, "grounding"), (2, "grounding"), (3, "actions"), (4, "actions")]
+    assert "action" not in lines[1] and lines[-1]["kept"] == 0.75
+
+
+def test_a_writer_that_dies_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def dies(temporary):
+        temporary.write_text("ne")
+        raise Killed
+
+    with pytest.raises(Killed):
+        train.write_atomically(path, dies)
+    assert path.read_text() == "old"
+    train.write_atomically(path, lambda p: p.write_text("new"))
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_kill_between_any_two_files_leaves_a_run_that_goes_on(trained, data, tmp_path, monkeypatch):
+    real = os.replace
+    for n in range(4):  # tokenizer, weights, config, train state
+        out = tmp_path / str(n)
+        shutil.copytree(trained, out)
+        left = [n]
+
+        def replace(a, b):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            real(a, b)
+
+        flags = ["--resume", "--steps=3"]
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train.os, "replace", replace)
+            train.main(arguments(data, out, *flags))
+        SyVLA.load(out, Tokenizer.load(out))
+        assert state(out)["step"] == 4
+    train.main(arguments(data, out, *flags))
+    assert state(out)["step"] == 5
+
+
+# -- what it refuses -----------------------------------------------------------------------------------------------
+
+
+def test_non_finite_numbers_stop_the_run_and_spare_the_checkpoint(trained, data, tmp_path, fails):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    before = {name: (out / name).read_bytes() for name in ("model.safetensors", "train_state.pt", "config.json", "tokenizer.json")}
+    said = fails(train.main, arguments(data, out, "--resume", "--steps=9", "--adam_lr=1e30"))
+    assert "non-finite" in said and "--resume" in said
+    assert all((out / name).read_bytes() == content for name, content in before.items())
+
+
+def test_folders_and_stages(trained, data, tmp_path, fails):
+    assert "add --resume" in fails(train.main, arguments(data, trained))
+    assert "nothing to resume" in fails(train.main, arguments(data, tmp_path / "new", "--resume"))
+    assert "--init_from" in fails(train.main, ["--config", "debug", "--stage=finetune"])
+    assert "is no checkpoint" in fails(train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={tmp_path}"))
+    assert "stage must be" in fails(train.main, ["--stage=pretain"])
+    assert "python prepare.py --config debug" in fails(train.main, arguments(tmp_path / "none", tmp_path / "new"))
+    assert "no successful episode" in fails(train.main, arguments(data, tmp_path / "new", "--families=sequence"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flag", ["--batch_size=0", "--accumulate=0", "--log_every=0", "--save_every=0", "--warmup=0"])
+def test_numbers_that_cannot_be_are_refused(fails, data, tmp_path, flag):
+    assert flag[2:].split("=")[0] in fails(train.main, arguments(data, tmp_path / "new", flag))
+
+
+def test_device_that_is_not_there(fails, data, tmp_path):
+    for device in ("abacus",) if torch.cuda.is_available() else ("abacus", "cuda"):
+        assert f"--device={device} is not available" in fails(train.main, arguments(data, tmp_path / "x") + [f"--device={device}"])
+
+
+def test_finetuning_starts_from_the_weights_and_scale_of_its_parent(trained, data, tmp_path):
+    out = tmp_path / "fine"
+    train.main(arguments(data, out, "--stage=finetune", f"--init_from={trained}", "--adam_lr=0", "--muon_lr=0", "--mix=0"))
+    assert differences(weights(out), weights(trained)) < 1e-6
+    assert (out / "tokenizer.json").read_text() == (trained / "tokenizer.json").read_text()
+
+
+def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fails):
+    tell = lambda folder, *flags: fails(train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={folder}", *flags))
+    assert "--width=32" in tell(trained, "--width=64")
+    foreign = tmp_path / "foreign"
+    shutil.copytree(trained, foreign)
+    tensors = weights(foreign)
+    name = "expert.action_out.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, foreign / "model.safetensors")
+    assert "missing" in tell(foreign) and name in tell(foreign)
+    save_file(tensors | {name: torch.zeros(2, 2)}, foreign / "model.safetensors")
+    assert "(2, 2) there" in tell(foreign)
+    (foreign / "model.safetensors").write_bytes(b"not weights")
+    assert "model.safetensors" in tell(foreign)
+
+
+def test_resuming_with_another_shape_is_refused_in_one_line(trained, data, tmp_path, fails):
+    for flag in ("--width=64", "--mlp_width=64"):
+        assert flag[2:].split("=")[0] in fails(train.main, arguments(data, trained, "--resume", "--steps=9", flag))
+
+
+def test_bench_prints_the_split_and_writes_nothing(trained, data, capsys):
+    before = sorted(p.name for p in trained.iterdir())
+    train.main(arguments(data, trained, "--bench"))
+    said = capsys.readouterr().out
+    assert "grounding: " in said and "actions: " in said and "samples/s" in said and "expert" in said
+    assert before == sorted(p.name for p in trained.iterdir())
+
+
+def test_held_out_pictures_are_not_training_pictures(data):
+    cfg = train.TrainConfig(**train.PRESETS["debug"])
+    a, b = Questions(data / "questions", cfg), Questions(data / "questions_val", cfg)
+    assert not {x.tobytes() for x in a.images[0]} & {x.tobytes() for x in b.images[0]}
+    assert len(Episodes(data, cfg)) > 0

@@ -40,6 +40,7 @@ class Tokenizer:
         self.words = list(words)
         self.first_word = len(self.SPECIAL) + 256
         self.ids = {word: self.first_word + i for i, word in enumerate(self.words)}
+        self.encoded = {}  # training meets the same few thousand sentences again and again
         self.task, self.reason, self.end_thought, self.ask, self.reply, self.end_answer = range(1, 7)
 
     @classmethod
@@ -57,12 +58,16 @@ class Tokenizer:
 
     def encode(self, text):
         """Any string -> token ids."""
+        if text in self.encoded:
+            return self.encoded[text]
         ids = []
         for piece in self.PIECES.findall(" " + text):
             if piece in self.ids:
                 ids.append(self.ids[piece])
             else:
                 ids += [len(self.SPECIAL) + byte for byte in piece.encode("utf-8", "surrogatepass")]
+        if len(self.encoded) < 1_000_000:
+            self.encoded[text] = ids
         return ids
 
     def decode(self, ids):
@@ -141,15 +146,6 @@ def statistics(array):
     names = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
     names |= {f"q{int(q * 100):02d}": np.quantile(x, q, axis=0) for q in (0.01, 0.5, 0.99)}
     return {name: value.tolist() for name, value in names.items()}
-
-
-def wilson(successes, n):
-    """95 % Wilson interval of a success rate -> (low, high)."""
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959964, successes / n
-    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return float((centre - spread) / (1 + z * z / n)), float((centre + spread) / (1 + z * z / n))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -270,12 +266,14 @@ class Questions:
         batch = pack(packed) | {"images": np.stack([view[picks] for view in self.images], axis=1)}
         return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
 
-    def accuracy(self, answer, n=1000, batch=50):
-        """Exact-match accuracy per kind of question on the first scenes; answer(images, questions) -> strings.
+    def accuracy(self, answer, n=2000, batch=50):
+        """Exact-match accuracy per kind of question on n fixed random questions; answer(images, questions) -> strings.
 
-        One question per scene and kind is asked in turn. -> {kind: {"accuracy", "n"}, ..., "all": ...}
+        -> {kind: {"accuracy", "n"}, ..., "all": ...}
         """
-        items = [(scene, *q) for scene, qs in enumerate(self.questions) for q in qs][:n]
+        items = [(scene, *q) for scene, qs in enumerate(self.questions) for q in qs]
+        items = [items[i] for i in np.random.default_rng(0).permutation(len(items))[:n]]
+        items.sort(key=lambda item: len(item[2]))  # rows of like length decode together without waste
         right, total = Counter(), Counter()
         for i in range(0, len(items), batch):
             part = items[i : i + batch]

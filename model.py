@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -54,10 +55,10 @@ class Config:
     depth: int = opt(3, "language model blocks")
     heads: int = opt(4, "language model query heads")
     kv_heads: int = opt(2, "language model key/value heads (grouped queries)")
-    mlp_width: int = opt(384, "language model SwiGLU width")
+    mlp_width: int = opt(256, "language model SwiGLU width")
     qk_norm: bool = opt(True, "RMS-normalise queries and keys per head")
     rope_theta: float = opt(10000.0, "rotary embedding base")
-    vocab_size: int = opt(1024, "rows of the token embedding")
+    vocab_size: int = opt(512, "rows of the token embedding")
     queries: int = opt(20, "Q, number of feature query tokens (paper: 20)")
     expert_width: int = opt(128, "action expert width")
     expert_depth: int = opt(3, "action expert blocks")
@@ -78,6 +79,9 @@ class Config:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for f in dataclasses.fields(Config):
+            if f.type in (int, "int") and getattr(self, f.name) < 1 and f.name not in ("max_thought", "vision_depth"):
+                raise ValueError(f"{f.name} ({getattr(self, f.name)}) must be at least 1")
         if self.image_size % (self.patch_size * self.pixel_shuffle):
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size * pixel_shuffle = {self.patch_size * self.pixel_shuffle}")
         for width, heads in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads"), ("expert_width", "expert_heads")):
@@ -112,7 +116,7 @@ class Config:
 PRESETS = {
     # for tests: every part present, nothing learnt
     "debug": dict(image_size=32, patch_size=8, vision_width=16, vision_depth=1, vision_heads=2, width=32, depth=2, heads=4, kv_heads=2, mlp_width=32,
-                  expert_width=32, expert_depth=1, expert_heads=2, vocab_size=512, queries=4, max_thought=6, decouple_percentile=25.0),
+                  expert_width=32, expert_depth=1, expert_heads=2, queries=4, max_thought=6, decouple_percentile=25.0),
     # a newcomer's first success: one cube, one pad
     "tiny": dict(vision_width=64, vision_depth=2, vision_heads=2, width=96, depth=2, heads=3, kv_heads=3, mlp_width=256, expert_width=96,
                  expert_depth=2, expert_heads=3),
@@ -546,7 +550,7 @@ class SyVLA(nn.Module):
         """LeRobot units -> 1st..99th percentile mapped to [-1, 1], clipped to +-1.5 (a constant joint maps to 0)."""
         low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
         span = high - low
-        return torch.where(span > 1e-3, 2 * (x - low) / span.clamp(min=1e-3) - 1, torch.zeros_like(x)).clamp(-1.5, 1.5)
+        return torch.where(span <= 1e-3, torch.zeros_like(x), 2 * (x - low) / span.clamp(min=1e-3) - 1).clamp(-1.5, 1.5)
 
     def denormalise(self, x):
         """Normalised action -> LeRobot units."""
@@ -673,7 +677,8 @@ class SyVLA(nn.Module):
         visual = self.vlm.see(torch.as_tensor(np.asarray(images)).to(self.vlm.queries.device))
         prompts = [self.tokenizer.question(q) for q in questions]
         ids, _ = self.vlm.generate(visual, prompts, self.tokenizer.end_answer, limit)
-        return [self.tokenizer.decode(i) for i in ids]
+        end = self.tokenizer.end_thought
+        return [self.tokenizer.decode(i[: i.index(end)] if end in i else i) for i in ids]
 
     def check_inputs(self, images, state, task):
         """Tensors on the model's device, or a ValueError that shows both sides of what does not fit."""
@@ -699,7 +704,10 @@ class SyVLA(nn.Module):
 
     def load_weights(self, path):
         """Strict: a missing, unknown or misshapen tensor is an error that names it."""
-        loaded, own = load_file(path), self.state_dict()
+        try:
+            loaded, own = load_file(path), self.state_dict()
+        except SafetensorError as e:
+            raise ValueError(f"{path} is damaged ({e})") from None
         missing, unknown = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
         if missing or unknown:
             raise ValueError(f"{path} does not fit: missing {missing[:3]}, unknown {unknown[:3]}")

@@ -79,8 +79,9 @@ def look(obs, policy):
 
 def importance(policy, obs, chunk):
     """How much each feature query state matters to the flow loss of the chunk just chosen: gradient norms (Q,), largest 1."""
-    images, state, task = policy.check_inputs(*look(obs, policy))
-    _, states = policy.think(images, task)
+    batch = look(obs, policy)
+    images, state = policy.check_inputs(*batch)
+    _, states = policy.think(images, batch[2])
     generator = torch.Generator().manual_seed(0)
     eps, t = torch.randn(1, 8, *chunk.shape, generator=generator), torch.linspace(0.1, 0.9, 8)[None]
     action = policy.normalise(torch.as_tensor(chunk)[None], "action")
@@ -182,14 +183,8 @@ def evaluate(policy, cfg):
     """Success by family and split on the report seeds; eval.json in the run folder."""
     trained = read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))
     families = (cfg.families or trained).split(",")
-    calls = iter(range(10**9))
-
-    def act(obs):
-        chunk, reasonings = policy.act(obs["images"], obs["state"], obs["task"], seed=next(calls))
-        return chunk[:, : policy.cfg.execute], reasonings
-
     began = time.time()
-    results = sim_env.evaluate(act, families, cfg.eval, policy.cfg.image_size, cfg.arms)
+    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms)
     for family in families:
         env = sim_env.SO100Env(family, px=policy.cfg.image_size)
         stages = latency(policy, env)

@@ -9,6 +9,7 @@ the table are polar about it: `phi` in degrees, 0 straight ahead, positive towar
 metres. The front camera looks back at the arm, so phi grows from left to right in its image and pads 1..5 read left to
 right there. LeRobot's shoulder_pan is -phi.
 """
+import itertools
 import math
 import os
 import pickle
@@ -741,11 +742,11 @@ class SO100Env:
 
 
 def make_renderer(model, px):
-    """An offscreen renderer, twice as large as px, without shadows and reflections, which cost twenty times the rest."""
-    if not 8 <= px <= 512:
-        raise ValueError(f"images of {px} pixels: type a px between 8 and 512")
+    """An offscreen renderer without shadows and reflections, which cost twenty times the rest."""
+    if not 8 <= px <= 1024:
+        raise ValueError(f"images of {px} pixels: type a px between 8 and 1024")
     try:
-        renderer = mujoco.Renderer(model, 2 * px, 2 * px, max_geom=100)
+        renderer = mujoco.Renderer(model, px, px, max_geom=100)
     except (RuntimeError, ImportError, AttributeError, mujoco.FatalError) as error:
         raise RuntimeError(GL_HELP) from error
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
@@ -755,11 +756,9 @@ def make_renderer(model, px):
 
 
 def draw(renderer, data, camera):
-    """One camera's image (px, px, 3) uint8: the mean of 2 x 2 pixels, so that a small cube's edges tell where it is."""
+    """One camera's image (px, px, 3) uint8."""
     renderer.update_scene(data, camera)
-    image = renderer.render()
-    rows = image[::2].astype(np.uint16) + image[1::2]
-    return ((rows[:, ::2] + rows[:, 1::2]) >> 2).astype(np.uint8)
+    return renderer.render()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1034,18 +1033,32 @@ def target_of(reason):
     return (named[2], named[1]) if named else None
 
 
-def evaluate(policy, families, n, px=96, n_arms=24):
-    """Closed-loop episodes on the first n report seeds, never used for training or tuning -> design's eval.json.
+def driver(policy):
+    """A policy with `act(images, state, task, seed)` and `cfg` (cameras, execute) as rollout() wants it: obs -> (actions, thoughts)."""
+    wanted = policy.cfg.cameras.split(",")
+    if missing := [camera for camera in wanted if camera not in CAMERAS]:
+        raise ValueError(f"the policy looks through {wanted}, the environment has {list(CAMERAS)}: {missing} missing")
+    calls, views = itertools.count(), [CAMERAS.index(camera) for camera in wanted]
 
-    policy as in rollout(), its extra being the reasoning it wrote. {family: {split: {"success", "n", "low", "high" (95 %
-    interval), "target_at_0" (cube and pad named correctly in the first thought), "reasoning" (first thought equal to the
-    teacher's), "steps" (mean of the successful episodes)}}}; a policy that does not reason has None for the two.
+    def act(obs):
+        chunk, thoughts = policy.act(obs["images"][:, views], obs["state"], obs["task"], seed=next(calls))
+        return chunk[:, :policy.cfg.execute], thoughts
+
+    return act
+
+
+def evaluate(policy, families, n, n_arms=24):
+    """Closed-loop episodes on the first n report seeds, never used for training or tuning; policy as driver() takes it.
+
+    -> {family: {split: {"success", "n", "low", "high" (95 % interval), "target_at_0" (cube and pad named correctly in the
+    first thought), "reasoning" (first thought equal to the teacher's), "steps" (mean of the successful episodes)}}}; the
+    two about thoughts are None for a policy that does not think.
     """
     results = {}
     for family in families:
         results[family] = {}
         for split in SPLITS if family in FAMILIES else ("id",):
-            episodes = rollout(policy, SEEDS["report"][:n], family, split, n_arms, px, name=f"{family} {split}")
+            episodes = rollout(driver(policy), SEEDS["report"][:n], family, split, n_arms, policy.cfg.image_size, name=f"{family} {split}")
             wins = sum(e["success"] for e in episodes)
             low, high = wilson(wins, n)
             thinks = any(e["extra"] for e in episodes)

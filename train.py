@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +46,10 @@ class TrainConfig(Config):
     steps: int = opt(3000, "steps of phase 2, actions")
     batch_size: int = opt(64, "samples (pictures) per step over all processes")
     mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0 turns mixed data off")
-    question_tokens: int = opt(112, "room for questions packed behind one picture, tokens")
+    question_tokens: int = opt(72, "room for questions packed behind one picture, tokens")
     accumulate: int = opt(1, "micro-batches per step and process")
-    adam_lr: float = opt(1e-3, "AdamW learning rate: embeddings, norms, biases, everything not a block matrix")
-    muon_lr: float = opt(2e-3, "Muon learning rate: the matrices inside Transformer blocks")
+    adam_lr: float = opt(2e-3, "AdamW learning rate: embeddings, norms, biases, everything not a block matrix")
+    muon_lr: float = opt(4e-3, "Muon learning rate: the matrices inside Transformer blocks")
     warmup: int = opt(50, "steps of linear warmup of each phase")
     weight_decay: float = opt(0.01, "decoupled weight decay on matrices")
     clip: float = opt(1.0, "gradient norm limit")
@@ -72,6 +72,9 @@ class TrainConfig(Config):
             self.ground_steps = 0
             if not self.init_from and not self.resume:
                 raise ValueError("stage finetune needs weights to start from: add --init_from=out/small")
+        for name in ("batch_size", "accumulate", "warmup", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not 0 <= self.mix < 1:
             raise ValueError(f"mix ({self.mix}) must lie in [0, 1)")
 
@@ -228,6 +231,9 @@ def make_data(cfg):
             raise RuntimeError(f"prepare.py failed; run: python prepare.py --config {cfg.config}")
 
 
+FREE = {"execute", "denoise_steps", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
+
+
 def build(cfg, device):
     """-> policy, episodes, questions (training), questions (held out)."""
     families = cfg.families.split(",")
@@ -238,7 +244,7 @@ def build(cfg, device):
     start = cfg.out if cfg.resume else cfg.init_from
     if start:
         saved = Config.pick(read_checkpoint_config(start))
-        for name in ("cameras", "motors", "image_size", "width", "depth", "expert_width", "expert_depth", "chunk", "vocab_size", "queries"):
+        for name in (f.name for f in fields(Config) if f.name not in FREE):
             if getattr(saved, name) != getattr(cfg, name):
                 raise ValueError(f"{start} has {name} {getattr(saved, name)}, this run {getattr(cfg, name)}; add --{name}={getattr(saved, name)}")
         tokenizer = Tokenizer.load(start)
@@ -334,17 +340,6 @@ def bench(cfg, policy, episodes, questions, optimizers, device, autocast):
             total = sum(watch.seconds.values())
             split = " | ".join(f"{k} {v / 20 * 1e3:.0f} ms ({v / total:.1%})" for k, v in watch.seconds.items())
             print(f"{name}: {total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s | {split}")
-
-
-def policy_function(policy):
-    """The policy as sim_env.rollout wants it: observations -> (actions to execute (n, execute, A), reasonings)."""
-    calls = iter(range(10**9))
-
-    def act(obs):
-        chunk, reasonings = policy.act(obs["images"], obs["state"], obs["task"], seed=next(calls))
-        return chunk[:, : policy.cfg.execute], reasonings
-
-    return act
 
 
 def main(argv=None):
@@ -453,7 +448,7 @@ def evaluate(policy, ema, cfg, out, say):
     import sim_env
 
     with averaged_weights(policy, ema):
-        results = sim_env.evaluate(policy_function(policy), cfg.families.split(","), cfg.eval, px=cfg.image_size)
+        results = sim_env.evaluate(policy, cfg.families.split(","), cfg.eval)
     write_atomically(out / "eval.json", lambda p: p.write_text(json.dumps(results, indent=1)))
     say(sim_env.table(results))
 

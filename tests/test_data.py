@@ -10,7 +10,7 @@ import torch
 
 import prepare
 import sim_env
-from data import Episodes, Questions, Tokenizer, pack, statistics, wilson
+from data import Episodes, Questions, Tokenizer, pack, statistics
 from model import Config
 from model import PRESETS as MODELS
 
@@ -127,12 +127,6 @@ def test_statistics_against_numpy(data, episodes):
         assert np.allclose(s[name], np.percentile(x, q, axis=0))
     known = statistics(np.arange(101)[:, None] * np.array([[1.0, -2]]))
     assert known["q01"] == pytest.approx([1, -198]) and known["q99"] == pytest.approx([99, -2]) and json.loads(json.dumps(known)) == known
-
-
-def test_wilson_interval():
-    low, high = wilson(12, 14)
-    assert (low, high) == (pytest.approx(0.60, abs=0.005), pytest.approx(0.96, abs=0.005))  # 12 of 14 trials, the paper's best row
-    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-12) and wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 0) == (0.0, 1.0)
 
 
 # -- episodes ------------------------------------------------------------------------------------------------------

@@ -90,9 +90,16 @@ def test_eval(run, capsys):
     assert set(results["place"]) == {"id", "ood_position", "ood_instruction"}
     for cell in results["place"].values():
         assert set(cell) == {"success", "n", "low", "high", "target_at_0", "reasoning", "steps", "ms_per_chunk"}
-        assert cell["n"] == 2 and 0 <= cell["low"] <= cell["success"] <= cell["high"] <= 1 and 0 <= cell["reasoning"] <= 1
-        assert 0 < cell["steps"] <= sim_env.LIMIT["place"] and cell["ms_per_chunk"] > 0
+        assert cell["n"] == 2 and 0 <= cell["low"] <= cell["success"] <= cell["high"] <= 1 and cell["ms_per_chunk"] > 0
+        assert all(cell[k] is None or 0 <= cell[k] <= 1 for k in ("target_at_0", "reasoning"))  # None: it wrote nothing
+        assert (cell["steps"] is None) == (cell["success"] == 0)  # steps are those of the successes
     assert "place" in said and "ood_position" in said and "eval.json" in said and not list(run.glob("*.tmp"))
+
+
+def test_interval_of_a_success_rate():
+    assert sim_env.wilson(12, 14) == (pytest.approx(0.60, abs=0.005), pytest.approx(0.96, abs=0.005))  # the paper's best row: 14 trials
+    low, high = sim_env.wilson(0, 10)
+    assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(1 - sim_env.wilson(10, 10)[0])
 
 
 def test_training_ends_with_the_same_table(run, capsys):
@@ -124,7 +131,7 @@ def test_many_arms_are_seen_through_the_policys_cameras_in_its_order(run, monkey
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--family=plaice"], "place"), (["--split=odd"], "ood_position"), ([" "], "is empty"), (["put it " * 1500], "tokens long"), (["--ask= "], "is empty"),
+    (["--family=plaice"], "place"), (["--split=odd"], "ood_position"), ([" "], "is empty"), (["sing me a song"], ""), (["put it " * 1500], "tokens long"), (["--ask= "], "is empty"),
     (["--ask", "why " * 3000], "tokens long"), (["--eval=-1"], "0 or more"), (["--eval=1", "--arms=0"], "arms"), (["--eval=1", "--families=plaice"], "place"),
     (["--replay", "--data=nowhere"], "python prepare.py"), (["one", "two"], "unexpected word 'two'"), (["--evall=3"], "did you mean eval"),
 ], ids=lambda words: " ".join(words)[:24] if isinstance(words, list) else "")  # fmt: skip

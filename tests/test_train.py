@@ -62,14 +62,12 @@ def test_overfits_one_batch(data):
     micro = train.batches(0, cfg, policy, episodes, questions, 0, 1, torch.device("cpu"))
     logs = [train.train_step(step, cfg, policy, policy, optimizers, micro, 1, train.contextlib.nullcontext) for step in range(80)]
     first, last = logs[0], logs[-1]
-    print(first, last)
     assert last["action"] < 0.35 * first["action"] and last["text"] < 0.1 * first["text"] and last["question"] < 0.5 * first["question"]
     assert last["kept"] == 0.75  # debug: one of four query states is masked
     # the thought of the batch can now be generated
     batch = micro[0][1]
     said, _ = policy.think(batch["images"], [policy.tokenizer.decode([i for i in row.tolist()[1 : row.tolist().index(policy.tokenizer.reason)]]) for row in batch["tokens"]])
     wanted = [policy.tokenizer.decode([i for i in row.tolist() if i >= 0]) for row in batch["labels"]]
-    print(said, wanted)
     assert np.mean([a == b for a, b in zip(said, wanted)]) >= 0.5
 
 

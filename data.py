@@ -249,15 +249,19 @@ class Questions:
     def texts(self):
         return [text.removeprefix("<task>") for scene in self.questions for _, question, answer in scene for text in (question, answer)]
 
-    def batch(self, tokenizer, rng, n, room, rows=slice(None)):
-        """n random pictures, each with as many random questions as fit into `room` tokens -> dict of tensors (SyVLA.forward's keys)."""
+    def batch(self, tokenizer, rng, n, room, kinds=None, rows=slice(None)):
+        """n random pictures, each with as many random questions (of some kinds, or all) as fit into `room` tokens.
+
+        -> dict of tensors (SyVLA.forward's keys).
+        """
         picks = rng.integers(len(self.questions), size=n)[rows]
         seeds = rng.integers(2**31, size=n)[rows]
         packed = []
         for scene, seed in zip(picks, seeds):
             row, left = [], room
-            for i in np.random.default_rng(seed).permutation(len(self.questions[scene])):
-                _, question, answer = self.questions[scene][i]
+            pool = [q for q in self.questions[scene] if kinds is None or q[0] in kinds]
+            for i in np.random.default_rng(seed).permutation(len(pool)):
+                _, question, answer = pool[i]
                 prompt, target = tokenizer.question(question), tokenizer.answer(question, answer)
                 if not row or len(prompt) + len(target) <= left:
                     row.append((prompt, target))

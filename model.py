@@ -528,6 +528,9 @@ class SyVLA(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
+        # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
+        self.vlm.vision.patch.weight.data -= self.vlm.vision.patch.weight.data.mean(dim=(1, 2, 3), keepdim=True)
+        self.vlm.vision.patch.weight.data *= 2
         # As loud as the patches: what attention brings to a word is a token's content, so where it was must be part of it.
         nn.init.normal_(self.vlm.vision.position, std=0.5)
         # Residual branches and modulation start at zero: every block begins as the identity (adaLN-zero in the expert).

@@ -86,6 +86,17 @@ PRESETS = {
 }
 
 
+# Grounding goes from easy to hard. To name the pads from left to right a model only has to look at fixed places, and colours are
+# learnt in a hundred steps; then places can be found by colour; then whole instructions can be read. All at once takes far longer.
+LESSONS = (("describe pads",), ("describe pads", "pad", "pad colour", "where"), None)  # None: every kind of question
+
+
+def lesson(step, cfg):
+    """The kinds of question that a step of training may ask: a sixth of grounding, a half, the rest and ever after."""
+    done = step / max(1, cfg.ground_steps)
+    return LESSONS[0 if done < 1 / 6 else 1 if done < 2 / 3 else 2]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Optimisation
 
@@ -277,7 +288,7 @@ def batches(step, cfg, policy, episodes, questions, rank, world, device):
         rows = slice(rank * cfg.accumulate + i, None, parts)  # every part draws the same global batch and takes its own rows
         pair = []
         if n_questions:
-            pair.append(questions.batch(policy.tokenizer, np.random.default_rng([cfg.seed, step, 0]), n_questions, cfg.question_tokens, rows))
+            pair.append(questions.batch(policy.tokenizer, np.random.default_rng([cfg.seed, step, 0]), n_questions, cfg.question_tokens, lesson(step, cfg), rows))
         if n_actions:
             pair.append(episodes.batch(policy.tokenizer, np.random.default_rng([cfg.seed, step, 1]), n_actions, rows))
         micro.append([{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in pair])

@@ -46,11 +46,11 @@ class Config:
     cameras: str = opt("front,wrist", "camera roles, in the order the model sees them")
     motors: str = opt("shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper", "joint names, in order (state and action)")
     image_size: int = opt(96, "pixels per side of each camera image")
-    patch_size: int = opt(12, "pixels per side of a vision patch")
-    vision_width: int = opt(96, "vision encoder width")
-    vision_depth: int = opt(3, "vision encoder blocks")
-    vision_heads: int = opt(3, "vision encoder attention heads")
-    pixel_shuffle: int = opt(2, "k: k x k neighbouring patches become one visual token")
+    patch_size: int = opt(6, "pixels per side of a vision patch")
+    vision_width: int = opt(48, "vision encoder width")
+    vision_depth: int = opt(1, "vision encoder blocks")
+    vision_heads: int = opt(2, "vision encoder attention heads")
+    pixel_shuffle: int = opt(4, "k: k x k neighbouring patches become one visual token")
     width: int = opt(128, "language model width D")
     depth: int = opt(3, "language model blocks")
     heads: int = opt(4, "language model query heads")
@@ -115,10 +115,10 @@ class Config:
 
 PRESETS = {
     # for tests: every part present, nothing learnt
-    "debug": dict(image_size=32, patch_size=8, vision_width=16, vision_depth=1, vision_heads=2, width=32, depth=2, heads=4, kv_heads=2, mlp_width=32,
+    "debug": dict(image_size=32, patch_size=8, pixel_shuffle=2, vision_width=16, vision_depth=1, vision_heads=2, width=32, depth=2, heads=4, kv_heads=2, mlp_width=32,
                   expert_width=32, expert_depth=1, expert_heads=2, queries=4, max_thought=6, decouple_percentile=25.0),
     # a newcomer's first success: one cube, one pad
-    "tiny": dict(vision_width=64, vision_depth=2, vision_heads=2, width=96, depth=2, heads=3, kv_heads=3, mlp_width=256, expert_width=96,
+    "tiny": dict(width=96, depth=2, heads=3, kv_heads=3, mlp_width=256, expert_width=96,
                  expert_depth=2, expert_heads=3),
     # the whole recipe from random weights on two CPU cores
     "small": dict(),

@@ -69,13 +69,13 @@ def questions(scene, rng):
     items += [["pad", ask(f"which pad is {p['colour']}", f"{p['colour']} pad"), f"pad {p['number']} at {p['t']}"] for p in pads]
     # Naming things by place needs no binding of words to colours, so it is learnt first and carries the rest.
     items.append(["describe pads", "describe the pads", " ".join(p["colour"] for p in pads)])
-    in_order = sorted(cubes, key=lambda c: c["x"])
-    items.append(["describe cubes", "describe the cubes", " , ".join(f"{c['colour']} {c['t']} {c['r']}" for c in in_order)])
+    by_direction = {c["t"]: c["colour"] for c in sorted(cubes, key=lambda c: -c["distance"])}  # the nearest one hides the others
+    items.append(["describe cubes", "describe the cubes", " ".join(by_direction.get(f"t{i}", "none") for i in range(12))])
     pad = pads[rng.integers(len(pads))]
     items.append(["pad colour", f"what colour is pad {pad['number']}", pad["colour"]])
     items.append(["count", "how many cubes are there", str(len(cubes))])
     one, two = (cubes[i] for i in rng.permutation(len(cubes))[:2])
-    near = min((one, two), key=lambda c: np.hypot(c["x"] - sim_env.PAN_AXIS[0], c["y"] - sim_env.PAN_AXIS[1]))
+    near = min((one, two), key=lambda c: c["distance"])
     items.append(["nearer", f"which is nearer , the {one['colour']} cube or the {two['colour']} cube", near["colour"]])
     left = [c for c in cubes if c["x"] < one["x"]]  # left in the front picture
     answer = max(left, key=lambda c: c["x"])["colour"] if left else "none"

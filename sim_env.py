@@ -670,7 +670,7 @@ class SO100Env:
         for colour in self.cube_colours:
             x, y, _ = self.cube_xyz(colour)
             phi, r = xy_to_polar((x, y))
-            cubes.append({"colour": colour, "t": direction_bin(phi), "r": distance_bin(r), "x": float(x), "y": float(y),
+            cubes.append({"colour": colour, "t": direction_bin(phi), "r": distance_bin(r), "x": float(x), "distance": r,
                           "held": self.held(colour), "pad": self.pad_under(colour)})
         for number, colour in enumerate(self.pad_colours, 1):
             if colour:

@@ -42,11 +42,11 @@ class TrainConfig(Config):
     init_from: str = opt("", "checkpoint folder whose weights and tokenizer start this run")
     resume: bool = opt(False, "go on with the run in --out")
     families: str = opt("place,calculate,sequence", "task families to train on and evaluate")
-    ground_steps: int = opt(700, "steps of phase 1, questions only")
-    steps: int = opt(3000, "steps of phase 2, actions")
+    ground_steps: int = opt(1000, "steps of phase 1, questions only")
+    steps: int = opt(2600, "steps of phase 2, actions")
     batch_size: int = opt(64, "samples (pictures) per step over all processes")
     mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0 turns mixed data off")
-    question_tokens: int = opt(72, "room for questions packed behind one picture, tokens")
+    question_tokens: int = opt(64, "room for questions packed behind one picture, tokens")
     accumulate: int = opt(1, "micro-batches per step and process")
     adam_lr: float = opt(2e-3, "AdamW learning rate: embeddings, norms, biases, everything not a block matrix")
     muon_lr: float = opt(4e-3, "Muon learning rate: the matrices inside Transformer blocks")
@@ -86,15 +86,16 @@ PRESETS = {
 }
 
 
-# Grounding goes from easy to hard. To name the pads from left to right a model only has to look at fixed places, and colours are
-# learnt in a hundred steps; then places can be found by colour; then whole instructions can be read. All at once takes far longer.
-LESSONS = (("describe pads",), ("describe pads", "pad", "pad colour", "where"), None)  # None: every kind of question
+# Grounding goes from easy to hard. To name what lies where, a model only has to look at fixed places: the pads' colours are
+# learnt in a hundred steps, the cubes', smaller and anywhere, in a few hundred. Then places can be found by colour, and only then
+# can instructions be read. All at once takes far longer. Each lesson starts at a share of grounding; None: every kind of question.
+LESSONS = ((0.0, ("describe pads",)), (0.1, ("describe pads", "describe cubes")),
+           (0.4, ("describe pads", "describe cubes", "pad", "pad colour", "where")), (0.7, None))  # fmt: skip
 
 
 def lesson(step, cfg):
-    """The kinds of question that a step of training may ask: a sixth of grounding, a half, the rest and ever after."""
-    done = step / max(1, cfg.ground_steps)
-    return LESSONS[0 if done < 1 / 6 else 1 if done < 2 / 3 else 2]
+    """The kinds of question that a step of training may ask; after grounding all of them."""
+    return [kinds for start, kinds in LESSONS if step >= start * cfg.ground_steps][-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ PRESETS = {
     "debug": dict(image_size=32, patch_size=8, pixel_shuffle=2, vision_width=16, vision_depth=1, vision_heads=2, width=32, depth=2, heads=4, kv_heads=2, mlp_width=32,
                   expert_width=32, expert_depth=1, expert_heads=2, queries=4, max_thought=6, decouple_percentile=25.0),
     # a newcomer's first success: one cube, one pad
-    "tiny": dict(width=96, depth=2, heads=3, kv_heads=3, mlp_width=256, expert_width=96,
+    "tiny": dict(reasoning=False, width=96, depth=2, heads=3, kv_heads=3, mlp_width=256, expert_width=96,
                  expert_depth=2, expert_heads=3),
     # the whole recipe from random weights on two CPU cores
     "small": dict(),

@@ -110,7 +110,7 @@ def test_pads_read_left_to_right_in_the_front_image(env):
 
 def test_observation_contract(env):
     obs, info = begin(env, "place")
-    assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in obs["images"].values())
+    assert all(image.shape == (96, 96, 3) and image.dtype == np.uint8 for image in obs["images"].values())
     assert obs["state"].shape == (6,) and obs["state"].dtype == np.float32 and isinstance(obs["task"], str)
     assert obs["images"]["front"].std() > 10 and obs["images"]["wrist"].std() > 10
     assert not info["success"] and info["split"] == "id" and info["family"] == "place" and info["seed"] == VAL
@@ -360,7 +360,7 @@ def test_expert_succeeds_out_of_distribution(env):
 def test_demonstration_contract(env):
     demo = demonstrate(env, VAL, "place")
     n = len(demo["actions"])
-    assert demo["images"].shape == (n, 2, 64, 64, 3) and demo["states"].shape == demo["actions"].shape == (n, 6)
+    assert demo["images"].shape == (n, 2, 96, 96, 3) and demo["states"].shape == demo["actions"].shape == (n, 6)
     assert len(demo["reasons"]) == n and demo["reasons"][-1] == "done" and demo["failure"] == ""
     short = demonstrate(env, VAL, "place", start=True, limit=3)
     assert len(short["actions"]) == 3 and not short["success"]
@@ -377,7 +377,7 @@ def test_vec_env_matches_one_env(env):
     actions = np.tile([5, -20, 10, 80, -80, 50], (3, 4, 1)) + np.arange(3)[:, None, None]
     with VecEnv(3, workers=2) as vec:
         obs, infos = vec.reset([VAL, VAL + 1, VAL + 2], ["place", "calculate", "sequence"])
-        assert obs["images"].shape == (3, 2, 64, 64, 3) and [info["family"] for info in infos] == list(FAMILIES)
+        assert obs["images"].shape == (3, 2, 96, 96, 3) and [info["family"] for info in infos] == list(FAMILIES)
         after, reward, terminated, truncated, _ = vec.step_chunk(actions)
         for i, family in enumerate(FAMILIES):
             alone, _ = begin(env, family, VAL + i)

@@ -42,8 +42,8 @@ class TrainConfig(Config):
     init_from: str = opt("", "checkpoint folder whose weights and tokenizer start this run")
     resume: bool = opt(False, "go on with the run in --out")
     families: str = opt("place,calculate,sequence", "task families to train on and evaluate")
-    ground_steps: int = opt(1000, "steps of phase 1, questions only")
-    steps: int = opt(2600, "steps of phase 2, actions")
+    ground_steps: int = opt(1500, "steps of phase 1, questions only")
+    steps: int = opt(1700, "steps of phase 2, actions")
     batch_size: int = opt(64, "samples (pictures) per step over all processes")
     mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0 turns mixed data off")
     question_tokens: int = opt(64, "room for questions packed behind one picture, tokens")
@@ -87,10 +87,11 @@ PRESETS = {
 
 
 # Grounding goes from easy to hard. To name what lies where, a model only has to look at fixed places: the pads' colours are
-# learnt in a hundred steps, the cubes', smaller and anywhere, in a few hundred. Then places can be found by colour, and only then
-# can instructions be read. All at once takes far longer. Each lesson starts at a share of grounding; None: every kind of question.
-LESSONS = ((0.0, ("describe pads",)), (0.1, ("describe pads", "describe cubes")),
-           (0.4, ("describe pads", "describe cubes", "pad", "pad colour", "where")), (0.7, None))  # fmt: skip
+# learnt in a hundred steps. Then places can be found by colour, first the pads' and then the smaller cubes', and only then can
+# instructions be read. All at once takes far longer, and cubes before pads keeps the pads from being found by colour at all.
+# Each lesson starts at a share of grounding; None: every kind of question.
+LESSONS = ((0.0, ("describe pads",)), (0.08, ("describe pads", "pad", "pad colour")), (0.3, ("describe pads", "pad", "pad colour", "describe cubes")),
+           (0.5, ("pad", "pad colour", "describe cubes", "where")), (0.75, None))  # fmt: skip
 
 
 def lesson(step, cfg):

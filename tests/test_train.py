@@ -336,3 +336,12 @@ def test_held_out_pictures_are_not_training_pictures(data):
     a, b = Questions(data / "questions", cfg), Questions(data / "questions_val", cfg)
     assert not {x.tobytes() for x in a.images[0]} & {x.tobytes() for x in b.images[0]}
     assert len(Episodes(data, cfg)) > 0
+
+
+def test_lessons_go_from_easy_to_hard():
+    cfg = train.TrainConfig(ground_steps=100)
+    kinds = [train.lesson(step, cfg) for step in range(100)]
+    assert kinds[0] == ("describe pads",)  # naming by place comes before finding by colour
+    first = lambda kind: next(i for i, k in enumerate(kinds) if k is None or kind in k)
+    assert first("describe pads") < first("pad") < first("describe cubes") < first("where") < first("instruction")
+    assert train.lesson(100, cfg) is None and train.lesson(0, train.TrainConfig(ground_steps=0)) is None  # actions: every kind

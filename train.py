@@ -244,6 +244,7 @@ def make_data(cfg):
             raise RuntimeError(f"prepare.py failed; run: python prepare.py --config {cfg.config}")
 
 
+# What may differ from the checkpoint that a run starts from: behaviour, not weights.
 FREE = {"execute", "denoise_steps", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
 
 

@@ -174,7 +174,7 @@ def parse_config(cls, presets, argv, positional=None):
                 given[key] = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
             elif kind == "int":
                 given[key] = int(text) if text.lstrip("+-").isdigit() else int(float(text))
-                if given[key] != float(text):
+                if float(given[key]) != float(text):
                     raise ValueError
             else:
                 given[key] = float(text) if kind == "float" else text
@@ -257,10 +257,16 @@ class VisionEncoder(nn.Module):
         return self.connector(x)
 
 
+def rotation(positions, frequency):
+    """Positions (..., n) and frequencies (hd/2,) -> cos, sin (..., n, hd) of rotary embedding, as rope() takes them."""
+    angle = positions[..., None] * frequency  # (..., n, hd/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rope(x, cos, sin):
-    """Rotary position embedding (Llama's half-split form). x (B, nh, N, hd); cos, sin (B, 1, N, hd/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary position embedding (Llama's half-split form): a, b -> a cos - b sin, b cos + a sin. x (B, nh, n, hd)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class LanguageBlock(nn.Module):
@@ -307,8 +313,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, x, positions, mask, caches=None):
         """x (B, n, D), positions (B, n), mask (B, n, past + n) -> hidden states (B, n, D)."""
-        angle = positions[:, None, :, None].float() * self.frequency  # (B, 1, n, hd/2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        cos, sin = (table.to(x.dtype) for table in rotation(positions[:, None], self.frequency))  # (B, 1, n, hd)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, mask[:, None], caches[i] if caches is not None else None)
         return self.norm(x)
@@ -340,16 +345,13 @@ class VLM(nn.Module):
         return self.vision(x).view(B, -1, self.queries.shape[-1])  # (B, P, D)
 
     @staticmethod
-    def visible(segments, past=None):
-        """Segments (B, n) of the new tokens and (B, past) of those before -> (B, n, past + n) bool."""
+    def visible(segments):
+        """Segments (B, n) -> (B, n, n) bool: may token i look at token j?"""
         n = segments.shape[1]
-        everything = segments if past is None else torch.cat((past, segments), dim=1)  # (B, past + n)
-        same = everything[:, None, :] == segments[:, :, None]  # (B, n, past + n)
-        seen = (same | (everything[:, None, :] == 0)) & (everything[:, None, :] >= 0)
-        causal = torch.ones(n, everything.shape[1], dtype=torch.bool, device=segments.device).tril(everything.shape[1] - n)
-        itself = torch.eye(n, dtype=torch.bool, device=segments.device)
-        itself = F.pad(itself, (everything.shape[1] - n, 0))  # padding sees only itself, so that no softmax is empty
-        return (seen & causal) | itself
+        theirs, mine = segments[:, None, :], segments[:, :, None]
+        causal = torch.ones(n, n, dtype=torch.bool, device=segments.device).tril()
+        itself = torch.eye(n, dtype=torch.bool, device=segments.device)  # padding sees only itself, so that no softmax is empty
+        return (((theirs == mine) & (theirs >= 0)) | (theirs == 0)) & causal | itself
 
     def forward(self, visual, tokens, segments, positions, with_queries):
         """visual (B, P, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D) and queries (B, Q, D) or None.
@@ -389,6 +391,7 @@ class VLM(nn.Module):
         caches = [[] for _ in self.lm.blocks]
         hidden = self.lm(torch.cat((visual, self.lm.embed(tokens)), dim=1), positions, self.visible(segments), caches)
         last = hidden[torch.arange(B, device=device), P + length - 1]  # (B, D)
+        past = segments >= 0  # (B, P + T): what every later token sees
         written = [[] for _ in range(B)]
         alive = torch.ones(B, dtype=torch.bool, device=device)
         for i in range(limit):
@@ -396,9 +399,8 @@ class VLM(nn.Module):
             for row, (word, live) in enumerate(zip(token.tolist(), alive.tolist())):
                 if live and word != stop:
                     written[row].append(word)
-            new = torch.where(alive, 1, -1)[:, None]  # rows that ended write padding
-            hidden = self.lm(self.lm.embed(token)[:, None], (P + length)[:, None], self.visible(new, segments), caches)
-            last, segments = hidden[:, 0], torch.cat((segments, new), dim=1)
+            past = torch.cat((past, alive[:, None]), dim=1)  # rows that ended write padding
+            last = self.lm(self.lm.embed(token)[:, None], (P + length)[:, None], past[:, None], caches)[:, 0]
             length = length + alive
             alive = alive & (token != stop)
             if not alive.any():
@@ -407,7 +409,9 @@ class VLM(nn.Module):
             return written, None
         Q = len(self.queries)
         positions = (P + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
-        states = self.lm(self.queries.expand(B, -1, -1), positions, self.visible(segments.new_ones(B, Q), segments), caches)
+        causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
+        mask = torch.cat((past[:, None].expand(-1, Q, -1), causal.expand(B, -1, -1)), dim=2)  # (B, Q, past + Q)
+        states = self.lm(self.queries.expand(B, -1, -1), positions, mask, caches)
         return written, states
 
 

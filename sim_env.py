@@ -299,22 +299,31 @@ def reasoning(goal, scene):
 
 
 def sample_goal(scene, family, rng, split="id"):
-    """A random goal that the cubes and pads in `scene` allow. Target cubes are the first in the list for ood_position."""
+    """A random goal that the cubes and pads in `scene` allow. Target cubes are the first in the list for ood_position.
+
+    Pads that hold a cube are not asked for, but where there is one, a share of the goals has its first leg done already.
+    """
     n = 2 if family == "sequence" else 1
     if len(scene["cubes"]) < n or len(scene["pads"]) < n:
         raise ValueError(f"family {family!r} needs {n} cubes and {n} pads, the scene has "
                          f"{len(scene['cubes'])} and {len(scene['pads'])}")
     colours = [cube["colour"] for cube in scene["cubes"]]
     colours = colours[:n] if split == "ood_position" else [str(c) for c in rng.permutation(colours)[:n]]
+    lying = {cube["pad"]: cube["colour"] for cube in scene["cubes"] if cube["pad"]}
+    pads = [pad for pad in scene["pads"] if pad["number"] not in lying]
     expression = None
     if family == "calculate":
-        sums = HELD_OUT_SUMS if split == "ood_instruction" else SUMS
-        numbers = {pad["number"]: pad for pad in scene["pads"]}
-        number = int(rng.choice(list(numbers)))  # pads equally often, whatever the number of sums that name them
-        expression = str(rng.choice([s for s in sums if number_of(s) == number]))
-        pads = [numbers[number]]
+        numbers = {pad["number"]: pad for pad in pads}
+        pads = [numbers[int(rng.choice(list(numbers)))]]  # pads equally often, whatever the number of sums that name them
     else:
-        pads = [scene["pads"][i] for i in rng.permutation(len(scene["pads"]))[:n]]
+        pads = [pads[i] for i in rng.permutation(len(pads))[:n]]
+    if lying and rng.random() < (.5 if n == 2 else .2):  # as if the first leg were done
+        number = int(rng.choice(list(lying)))
+        others = [colour for colour in colours if colour != lying[number]]
+        colours, pads[0] = [lying[number], *others][:n], next(pad for pad in scene["pads"] if pad["number"] == number)
+    if family == "calculate":
+        sums = HELD_OUT_SUMS if split == "ood_instruction" else SUMS
+        expression = str(rng.choice([s for s in sums if number_of(s) == pads[0]["number"]]))
     chance = {"id": .15, "ood_position": .15, "ood_instruction": 0 if expression else float(rng.random() < .5)}[split]
     legs = []
     for colour, pad in zip(colours, pads):
@@ -358,6 +367,7 @@ def random_task(scene, family, rng, split="id"):
 PAD_R, PAD_PHI = .265, (-40, -20, 0, 20, 40)
 CUBE_AREA = ((-42, 42), (.13, .21))  # phi, r
 TINY_AREA = ((-25, 25), (.15, .20))
+DROPPED_AREA = ((-50, 50), (.13, .30))
 HELD_OUT_AREA = ((9, 25), (.165, .21))  # no cube is ever there in training; in ood_position every target cube is
 CUBE_GAP = .055  # between centres: room for an open jaw between two cubes
 
@@ -373,14 +383,23 @@ def held_out(phi, r):
     return phi0 <= phi <= phi1 and r0 <= r <= r1
 
 
-def sample_cubes(rng, family, split, n):
-    """Places of n cubes [(phi, r), ...], targets of ood_position first, at least CUBE_GAP apart."""
+def sample_cubes(rng, family, split, n, pads=()):
+    """Places of n cubes [(phi, r), ...], targets of ood_position first, at least CUBE_GAP apart.
+
+    With the places of pads, some cubes lie on a pad already and some anywhere, as after work half done.
+    """
     targets = 0 if split != "ood_position" else 2 if family == "sequence" else 1
     while True:
         places = []
         for i in range(n):
             for _ in range(50):
                 area = HELD_OUT_AREA if i < targets else TINY_AREA if family == "tiny" else CUBE_AREA
+                kind = rng.random() if pads else 1
+                if kind < .25:
+                    phi, r = pads[rng.integers(len(pads))]
+                    area = (phi - 4, phi + 4), (r - .02, r + .02)
+                elif kind < .4:
+                    area = DROPPED_AREA
                 phi, r = sample_place(rng, area)
                 apart = all(np.linalg.norm(polar_to_xy(phi, r) - polar_to_xy(*p)) >= CUBE_GAP for p in places)
                 if apart and (i < targets or not held_out(phi, r)):
@@ -503,7 +522,8 @@ class SO100Env:
     # -- episodes -----------------------------------------------------------------------------------------------
 
     def reset(self, *, seed=None, options=None):
-        """Start an episode -> obs, info. options: family, split, start (True: any valid arm pose instead of near home).
+        """Start an episode -> obs, info. options: family, split, start (True: amid work, with any valid arm pose and some cubes
+        on pads already).
 
         The same seed, family, split and start give the same episode, bit for bit. Without a seed a training one is drawn,
         or for the two out-of-distribution splits a report one.
@@ -522,7 +542,7 @@ class SO100Env:
         self.family, self.split, self.seed = family, split, seed
         rng = np.random.default_rng([list(LIMIT).index(family), SPLITS.index(split), seed, int(start)])
         mujoco.mj_resetData(self.model, self.data)
-        self._place_things(rng)
+        self._place_things(rng, start)
         self._vary(rng)
         self._pose_arm(rng, start)
         self.steps, self.failure = 0, ""
@@ -543,7 +563,7 @@ class SO100Env:
                 problem = error
         raise problem
 
-    def _place_things(self, rng):
+    def _place_things(self, rng, start=False):
         """Lay out cubes and pads."""
         m, d = self.model, self.data
         tiny = self.family == "tiny"
@@ -557,7 +577,8 @@ class SO100Env:
             m.body_pos[body] = (*polar_to_xy(phi + turned, PAD_R + shift), 0 if colour else -1)
             half = math.radians(phi + turned) / 2
             m.body_quat[body] = (math.cos(half), 0, 0, math.sin(half))
-        places = sample_cubes(rng, self.family, self.split, n)
+        pads = [(phi + turned, PAD_R + shift) for phi in PAD_PHI] if start and not tiny else ()
+        places = sample_cubes(rng, self.family, self.split, n, pads)
         for i, (q, body, geom) in enumerate(zip(self.cube_q, self.cube_body, self.cube_geom)):
             used = i < n
             m.body_gravcomp[body] = 0 if used else 1
@@ -581,7 +602,7 @@ class SO100Env:
         m.light_diffuse[0] *= 1 + spread(.3, 1)
         m.light_dir[0] += spread(.25)
         m.light_dir[0] /= np.linalg.norm(m.light_dir[0])
-        for camera, (metres, radians) in enumerate(((.01, .02), (.003, .02))):  # front, wrist
+        for camera, (metres, radians) in enumerate(((.005, .01), (.003, .02))):  # front, wrist
             turned = np.zeros(4)
             mujoco.mju_mulQuat(turned, m.cam_quat[camera], np.array([1, *(spread(radians) / 2)]))
             m.cam_pos[camera] += spread(metres)
@@ -773,8 +794,8 @@ class Expert:
     """A teacher that sees the truth. Each action depends on the present state alone, never on a clock or a remembered
     phase: a policy without memory can imitate it, and after a disturbance it simply carries on from where things are."""
 
-    def __init__(self, env):
-        self.env = env
+    def __init__(self, env, mistake=(0, 0)):
+        self.env, self.mistake = env, np.array(mistake)  # metres (2,) by which it believes cubes and pads to lie elsewhere
 
     def action(self):
         """The next target position (6,) float32 in LeRobot units."""
@@ -790,7 +811,8 @@ class Expert:
         colour, _, _, number = todo[0]
         cube = env.cube_xyz(colour)
         if env.held(colour):
-            return self.towards(at, *self.carry(tool, cube, env.pad_xy(number)))
+            return self.towards(at, *self.carry(tool, cube, env.pad_xy(number) + 2 * self.mistake))  # pads are larger
+        cube[:2] += self.mistake
         return self.towards(at, *self.fetch(tool, at, cube, env.cube_yaw(colour)))
 
     def leave(self, tool, gripper):
@@ -839,13 +861,19 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
     uint8, reasons [n strings], task, success, failure ("" or why not).
 
     With noise the arm executes disturbed actions, but the label is always the clean one the expert would take there, so
-    the data show how to come back (DART: Laskey et al. 2017, arXiv:1703.09327). Goes on for three steps after success.
+    the data show how to come back (DART: Laskey et al. 2017, arXiv:1703.09327). For a while in half of the episodes the arm
+    obeys an expert that is mistaken about where things lie, as a policy will be: it misses the cube or the pad, and the data
+    show what to do then. Goes on for three steps after success.
     start: from any arm pose; limit: at most so many steps; images=False saves the time of drawing.
     """
     _, info = env.reset(seed=seed, options={"family": family, "split": "id", "start": start})
     rng = np.random.default_rng([seed, 7])
     accident = rng.choice(["open", "push", ""], p=[.04, .04, .92]) if noise else ""
     begin, push, drift = int(rng.integers(4, LIMIT[family] // 3)), rng.normal(0, 12, 6), np.zeros(6)
+    mistaken, astray = Expert(env, rng.normal(0, .016, 2)), range(0)
+    if noise and rng.random() < .5:
+        first = int(rng.integers(0, LIMIT[family] // 3))
+        astray = range(first, first + int(rng.integers(6, 16)))
     expert, success, lifted, after = Expert(env), False, False, 0
     states, actions, reasons, frames = [], [], [], []
     while after < 4 and len(actions) < (limit or LIMIT[family]):
@@ -855,7 +883,7 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
         if images:
             frames.append([draw(env.renderer, env.data, camera) for camera in CAMERAS])
         drift = .8 * drift + rng.normal(0, .9, 6) * noise  # stays near 1.5 degrees
-        executed = actions[-1] + drift
+        executed = (mistaken.action() if len(actions) in astray else actions[-1]) + drift
         if accident and begin < len(actions) <= begin + 3:
             executed = executed + push if accident == "push" else np.append(executed[:5], OPEN)
         env._advance(executed)

@@ -277,11 +277,29 @@ def test_layouts_keep_to_their_split(env):
             assert 5 <= abs(xy_to_polar(env.pad_xy(3))[0]) <= 8
 
 
-def begin_layout(env, family, seed, split):
+def test_scenes_amid_work(env):
+    """Start scenes have cubes on pads; no goal asks for a pad that another cube holds; first legs may be done already."""
+    cubes, on_pads, first_words = 0, 0, {"first": 0, "then": 0, "done": 0}
+    for seed in range(100):
+        begin_layout(env, "sequence", seed, "id", start=True)
+        scene = env.scene()
+        cubes, on_pads = cubes + len(scene["cubes"]), on_pads + sum(cube["pad"] is not None for cube in scene["cubes"])
+        assert not any(held_out(*xy_to_polar(env.cube_xyz(colour))) for colour in env.cube_colours)
+        for family in FAMILIES:
+            goal = sample_goal(scene, family, np.random.default_rng(seed))
+            assert goal["sum"] is None or number_of(goal["sum"]) == goal["legs"][0][3]
+            for colour, _, _, number in goal["legs"]:
+                assert [cube["colour"] for cube in scene["cubes"] if cube["pad"] == number] in ([], [colour])
+            thought = reasoning(goal, scene).split()[0]
+            first_words[thought] = first_words.get(thought, 0) + 1
+    assert .2 < on_pads / cubes < .45 and first_words["first"] > 40 and first_words["then"] > 15 and first_words["done"] > 8
+
+
+def begin_layout(env, family, seed, split, start=False):
     """Only the part of reset() that lays things out: a reset without pictures."""
     env.family, env.split = family, split
     mujoco.mj_resetData(env.model, env.data)
-    env._place_things(np.random.default_rng([list(LIMIT).index(family), SPLITS.index(split), seed, 0]))
+    env._place_things(np.random.default_rng([list(LIMIT).index(family), SPLITS.index(split), seed, int(start)]), start)
     mujoco.mj_forward(env.model, env.data)
 
 
@@ -364,6 +382,15 @@ def test_demonstration_contract(env):
     assert len(demo["reasons"]) == n and demo["reasons"][-1] == "done" and demo["failure"] == ""
     short = demonstrate(env, VAL, "place", start=True, limit=3)
     assert len(short["actions"]) == 3 and not short["success"]
+
+
+def test_expert_recovers_from_a_mistake(env):
+    """What demonstrations show in part: one that is wrong about where things lie fails, the right one goes on from there."""
+    begin(env, "place", VAL)
+    mistaken, expert = Expert(env, (.03, .01)), Expert(env)
+    assert not np.allclose(mistaken.action(), expert.action(), atol=.5)
+    assert not any(env._advance(mistaken.action())[0] for _ in range(15))
+    assert any(env._advance(expert.action())[0] for _ in range(45))
 
 
 def test_expert_starts_anywhere(env):

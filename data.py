@@ -105,9 +105,6 @@ class Tokenizer:
     def answer(self, question, answer):
         return [*self.encode(answer), self.end_thought if question.startswith("<task>") else self.end_answer]
 
-    def save(self, folder):
-        (Path(folder) / "tokenizer.json").write_text(json.dumps(self.words))
-
     @classmethod
     def load(cls, folder):
         path = Path(folder) / "tokenizer.json"
@@ -175,14 +172,18 @@ class Episodes:
 
     def __init__(self, folder, cfg, families=None):
         self.meta, self.cfg = read_json(folder, "meta.json"), cfg
+        if missing := {"cameras", "motors", "statistics", "episodes"} - self.meta.keys():
+            raise ValueError(f"{folder}/meta.json lacks {', '.join(sorted(missing))}; the README lists what it must hold")
         if self.meta["motors"] != cfg.motors.split(","):
             raise ValueError(f"{folder} has motors {self.meta['motors']}, the model {cfg.motors.split(',')}")
         self.images = read_images(folder, self.meta, cfg)
         self.state = np.load(Path(folder) / "state.npy", mmap_mode="r")
         self.action = np.load(Path(folder) / "action.npy", mmap_mode="r")
-        self.episodes = [e for e in self.meta["episodes"] if e["success"] and (families is None or e["family"] in families)]
-        if not self.episodes:
-            raise ValueError(f"{folder} has no successful episode of {families}; it has {sorted({e['family'] for e in self.meta['episodes']})}")
+        usable = [e for e in self.meta["episodes"] if e["success"] or e.get("kind") == "start"]  # a start is a few good steps
+        there = sorted({e.get("family", "") for e in usable})
+        if not usable or (missing := [f for f in families or () if f not in there]):
+            raise ValueError(f"{folder} has no successful episode of family {', '.join(missing) if usable else 'any'}; it has {', '.join(there) or 'none'}: set --families")
+        self.episodes = [e for e in usable if families is None or e["family"] in families]
         self.frames, self.end, self.episode_of, weights = [], [], [], []
         for i, e in enumerate(self.episodes):
             changes = [step for step, _ in e["reason"]]
@@ -199,7 +200,7 @@ class Episodes:
         """(task, reason) of the i-th frame."""
         e = self.episodes[self.episode_of[i]]
         step = self.frames[i] - e["start"]
-        return e["task"], [text for first, text in e["reason"] if first <= step][-1]
+        return e["task"], ([text for first, text in e["reason"] if first <= step] or [""])[-1]
 
     def texts(self):
         return [text for e in self.episodes for text in (e["task"], *(r for _, r in e["reason"]))]

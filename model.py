@@ -70,7 +70,7 @@ class Config:
     max_thought: int = opt(24, "longest chain of thought generated, tokens")
     decouple: str = opt("gradient", "intention decoupling: gradient (the paper's) | random | attention | off")
     decouple_percentile: float = opt(5.0, "query states whose score is under this percentile are masked to zero")
-    decouple_scope: str = opt("sample", "the percentile is taken per sample, or over the batch")
+    decouple_scope: str = opt("sample", "the percentile is taken per sample, or over the batch (of one process)")
     decouple_samples: int = opt(1, "of the M noise samples, how many the first pass averages its gradient over")
     noise_samples: int = opt(4, "M, noise samples (eps, t) per observation")
 
@@ -87,6 +87,8 @@ class Config:
         for width, heads in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads"), ("expert_width", "expert_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})")
+        if self.width // self.heads % 2 or self.expert_width % 2:
+            raise ValueError(f"width / heads ({self.width} / {self.heads}) and expert_width ({self.expert_width}) must be even: sines and cosines come in pairs")
         if not 1 <= self.execute <= self.chunk:
             raise ValueError(f"execute ({self.execute}) must lie between 1 and chunk ({self.chunk})")
         if not 1 <= self.decouple_samples <= self.noise_samples:
@@ -190,7 +192,7 @@ def parse_config(cls, presets, argv, positional=None):
 
 
 def fast_cpu(threads=0):
-    """Process-wide settings that make CPU training about 1.6 times faster; call before the first large tensor.
+    """Process-wide settings that make CPU training faster; call before the first large tensor.
 
     glibc hands freed buffers back to the kernel and the page faults of fresh ones dominate; keep them instead. Denormal
     numbers are flushed to zero because arithmetic on them is slow.
@@ -607,7 +609,7 @@ class SyVLA(nn.Module):
         q = self.cfg.decouple_percentile / 100
         if self.cfg.decouple_scope == "batch":
             return score >= torch.quantile(score.flatten(), q)
-        drop = max(1, round(q * score.shape[1])) if q > 0 else 0
+        drop = min(max(1, round(q * score.shape[1])), score.shape[1] - 1) if q > 0 else 0  # never all of them
         return score.argsort(dim=1).argsort(dim=1) >= drop
 
     def forward(self, batch):

@@ -27,6 +27,9 @@ from model import opt, parse_config
 from sim_env import CAMERAS, COLOURS, FPS, HELD_OUT_SUMS, MOTORS, SEEDS, VAGUE_NAMES, SO100Env, demonstrate, number_of, random_task
 
 
+FIRST_SEED = {"demo": 0, "start": 200_000, "questions": 400_000}  # kinds never share a scene
+
+
 @dataclass
 class PrepareConfig:
     config: str = opt("small", "preset")
@@ -48,6 +51,12 @@ class PrepareConfig:
             raise ValueError(f"unknown family {', '.join(sorted(unknown))}; choose from {', '.join(sim_env.FAMILIES)}, tiny")
         if min(self.demos, self.starts, self.scenes, self.held_out_scenes) < 0 or self.demos + self.starts == 0:
             raise ValueError("demos, starts, scenes and held_out_scenes count things: 0 or more, and demos + starts at least 1")
+        if self.workers < 0 or self.start_steps < 1 or not 8 <= self.image_size <= 1024:
+            raise ValueError("workers must be 0 or more, start_steps at least 1, image_size between 8 and 1024")
+        counts = {"demo": self.demos, "start": self.starts, "questions": self.scenes}
+        for (kind, count), room in zip(counts.items(), (200_000, 200_000, 600_000)):
+            if self.seed < 0 or count > room or self.seed + FIRST_SEED[kind] + count > len(SEEDS["train"]):
+                raise ValueError(f"--seed={self.seed} with {count} {kind} scenes leaves the training seeds 0 .. {len(SEEDS['train']) - 1}; choose less")
 
 
 PRESETS = {
@@ -122,7 +131,7 @@ def shards(cfg):
     plan = []
     families = cfg.families.split(",")
     for kind, count in (("demo", cfg.demos), ("start", cfg.starts), ("questions", cfg.scenes), ("questions_val", cfg.held_out_scenes)):
-        first = SEEDS["val"][0] if kind == "questions_val" else cfg.seed + {"demo": 0, "start": 200_000, "questions": 400_000}[kind]
+        first = SEEDS["val"][0] if kind == "questions_val" else cfg.seed + FIRST_SEED[kind]
         for family in families if kind in ("demo", "start") else ("sequence",):  # sequence scenes have two cubes or more
             plan += [(kind, family, first + i, min(SHARD[kind], count - i)) for i in range(0, count, SHARD[kind])]
     return plan
@@ -163,7 +172,7 @@ def make_episodes(env, cfg, kind, family, first, n):
             continue
         said = demo["reasons"]
         changes = [0] + [i for i in range(1, len(said)) if said[i] != said[i - 1]]
-        episodes.append({"length": len(said), "task": demo["task"], "reason": [[i, said[i]] for i in changes], "success": True,
+        episodes.append({"length": len(said), "task": demo["task"], "reason": [[i, said[i]] for i in changes], "success": bool(demo["success"]),
                          "seed": seed, "family": family, "kind": kind})  # fmt: skip
         for view, camera in enumerate(CAMERAS):
             frames[camera].append(demo["images"][:, view])

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ class SampleConfig:
     seed: int = opt(2_000_000, "scene seed (report seeds start at 2000000), and of the sampler's noise")
     eval: int = opt(0, "closed-loop episodes per family and split; writes eval.json and prints the table")
     families: str = opt("", "families for --eval, with commas (default: those the run was trained on)")
+    seeds: str = opt("report", "scenes of --eval: report, for numbers to publish, or val, to choose between policies")
     ask: str = opt("", "a question about the scene of --seed")
     replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot")
     data: str = opt("", "data set for --replay (default: the one the run was trained on)")
@@ -47,18 +47,8 @@ class SampleConfig:
         self.out = self.out or f"{self.run}/sample"
         if self.eval < 0 or self.arms < 1:
             raise ValueError("eval counts episodes (0 or more), arms at least 1")
-
-
-class Stopwatch:
-    """Milliseconds per stage of SyVLA.act."""
-
-    def __init__(self):
-        self.seconds, self.last = defaultdict(float), time.perf_counter()
-
-    def mark(self, stage):
-        now = time.perf_counter()
-        self.seconds[stage] += now - self.last
-        self.last = now
+        if self.seeds not in ("report", "val"):
+            raise ValueError(f"seeds must be report or val, not {self.seeds!r}")
 
 
 def load_policy(run):
@@ -104,7 +94,7 @@ def draw_frame(env, task, reasoning, weights, note="", px=256):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
     pen, font = ImageDraw.Draw(frame), ImageFont.load_default(13)
     y = px + 4
-    for text, colour in ((task, (20, 20, 20)), (f"<reason> {reasoning} </reason>", (170, 60, 20))):
+    for text, colour in ((task, (20, 20, 20)), (f"<reason> {reasoning} </reason>" if reasoning else "", (170, 60, 20))):
         for line in wrap_text(text, font, 2 * px - 12)[:3]:
             pen.text((6, y), line, fill=colour, font=font)
             y += 16
@@ -120,7 +110,7 @@ def film(policy, cfg):
     env = sim_env.SO100Env(cfg.family, cfg.split, policy.cfg.image_size)
     if cfg.task:
         policy.tokenizer.prompt(cfg.task)  # complain about the words before anything is simulated
-        obs, info = env.reset_for(cfg.task, cfg.seed)
+        obs, info = env.reset_for(cfg.task, cfg.seed, "tiny" if cfg.family == "tiny" else "sequence")
     else:
         obs, info = env.reset(seed=cfg.seed)
     print(f"instruction: {obs['task']}")
@@ -162,41 +152,18 @@ def contact_sheet(frames, columns=4, rows=4):
 # Numbers
 
 
-def latency(policy, env, n=30):
-    """Median milliseconds of one act() at batch 1 by stage, over n observations -> {stage: ms, "total": ms}."""
-    samples = defaultdict(list)
-    for i in range(n + 5):  # five to warm up
-        obs, _ = env.reset(seed=sim_env.SEEDS["val"][i])
-        batch = look(obs, policy)
-        watch = Stopwatch()
-        policy.mark = watch.mark
-        policy.act(*batch)
-        if i >= 5:
-            for stage, seconds in watch.seconds.items():
-                samples[stage].append(seconds * 1e3)
-            samples["total"].append(sum(watch.seconds.values()) * 1e3)
-    policy.mark = lambda stage: None
-    return {stage: float(np.median(values)) for stage, values in samples.items()}
-
-
 def evaluate(policy, cfg):
-    """Success by family and split on the report seeds; eval.json in the run folder."""
+    """Success by family and split; eval.json in the run folder."""
     trained = read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))
     families = (cfg.families or trained).split(",")
     began = time.time()
-    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms)
-    for family in families:
-        env = sim_env.SO100Env(family, px=policy.cfg.image_size)
-        stages = latency(policy, env)
-        env.close()
-        for cell in results[family].values():
-            cell["ms_per_chunk"] = stages["total"]
-        print(f"{family}: one chunk at batch 1 in {stages['total']:.1f} ms (" + ", ".join(f"{k} {v:.1f}" for k, v in stages.items() if k != "total") + ")")
-    temporary = Path(cfg.run) / "eval.json.tmp"
+    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds)
+    path = Path(cfg.run) / ("eval.json" if cfg.seeds == "report" else f"eval_{cfg.seeds}.json")
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1))
-    os.replace(temporary, Path(cfg.run) / "eval.json")
+    os.replace(temporary, path)
     print(sim_env.table(results))
-    print(f"{time.time() - began:.0f} s; wrote {cfg.run}/eval.json")
+    print(f"{time.time() - began:.0f} s; wrote {path}")
 
 
 def replay(policy, cfg):

@@ -75,6 +75,10 @@ class TrainConfig(Config):
         for name in ("batch_size", "accumulate", "warmup", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if min(self.ground_steps, self.steps, self.eval, self.threads) < 0 or self.ground_steps + self.steps == 0:
+            raise ValueError("ground_steps, steps, eval and threads count things: 0 or more, and at least one step")
+        if not 0 < self.ema < 1:
+            raise ValueError(f"ema ({self.ema}) must lie in (0, 1)")
         if not 0 <= self.mix < 1:
             raise ValueError(f"mix ({self.mix}) must lie in [0, 1)")
 
@@ -151,7 +155,7 @@ def make_optimizers(policy, cfg):
         if p.ndim == 2 and ("blocks" in name or "adapter" in name) and "modulate" not in name:
             muon.append(p)
         else:
-            (matrices if p.ndim >= 2 else vectors).append(p)
+            (vectors if p.ndim < 2 or "gain" in name else matrices).append(p)
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [Muon(muon, cfg.muon_lr, cfg.weight_decay), torch.optim.AdamW(groups, lr=cfg.adam_lr, betas=(0.9, 0.95), fused=True)]
 
@@ -172,13 +176,13 @@ def choose_device(name):
     """-> (torch.device, autocast context factory, a sentence that says why)."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), lambda: torch.autocast("cuda", torch.bfloat16), "bf16 (the GPU has it), fp32 masters"
     try:
-        torch.zeros(1, device=name)
+        device = torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device={name} is not available here ({str(e).splitlines()[0]}); try --device=cpu") from None
-    return torch.device(name), contextlib.nullcontext, "fp32"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return device, lambda: torch.autocast("cuda", torch.bfloat16), "bf16 (the GPU has it), fp32 masters"
+    return device, contextlib.nullcontext, "fp32"
 
 
 def write_atomically(path, write):
@@ -192,6 +196,8 @@ def save_policy(folder, policy, cfg, state=None):
     """What running a policy needs: weights with statistics, config, tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if not all(torch.isfinite(v).all() for v in (state or policy.state_dict()).values()):
+        raise FloatingPointError(f"non-finite weights; the last checkpoint in {folder} is untouched. Lower --adam_lr and --muon_lr, then --resume")
     write_atomically(folder / "tokenizer.json", lambda path: path.write_text(json.dumps(policy.tokenizer.words)))
     write_atomically(folder / "model.safetensors", lambda path: policy.save_weights(path, state))
     write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg) | {"torch": torch.__version__}, indent=1)))
@@ -247,21 +253,36 @@ def make_data(cfg):
 # What may differ from the checkpoint that a run starts from: behaviour, not weights.
 FREE = {"execute", "denoise_steps", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
 
+# What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
+HARMLESS = {"config", "data", "out", "resume", "init_from", "device", "threads", "compile", "bench", "eval", "log_every", "save_every"}
+ADJUSTABLE = {"ground_steps", "steps", "adam_lr", "muon_lr"}
+
+
+def check_resume(cfg, say):
+    """A resumed run must be the run that was begun: refuse other settings, point out adjusted ones."""
+    for name, value in asdict(cfg).items():
+        begun = read_checkpoint_config(cfg.out).get(name, value)
+        if name in ADJUSTABLE and begun != value:
+            say(f"{cfg.out} was begun with --{name}={begun} and goes on with {value}")
+        elif name not in HARMLESS and begun != value:
+            raise ValueError(f"{cfg.out} was begun with {name} {begun}, not {value}; add --{name}={begun}")
+
 
 def build(cfg, device):
     """-> policy, episodes, questions (training), questions (held out)."""
     families = cfg.families.split(",")
     episodes = Episodes(cfg.data, cfg, families)
-    with_questions = cfg.mix > 0 or cfg.ground_steps > 0
-    questions = Questions(f"{cfg.data}/questions", cfg) if with_questions else None
-    held_out = Questions(f"{cfg.data}/questions_val", cfg) if with_questions else None
-    start = cfg.out if cfg.resume else cfg.init_from
-    if start:
-        saved = Config.pick(read_checkpoint_config(start))
+    if (cfg.mix > 0 or cfg.ground_steps > 0) and not Path(cfg.data, "questions").is_dir():
+        raise FileNotFoundError(f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone")
+    questions = Questions(f"{cfg.data}/questions", cfg) if cfg.mix > 0 or cfg.ground_steps > 0 else None
+    held_out = Questions(f"{cfg.data}/questions_val", cfg) if Path(cfg.data, "questions_val").is_dir() else None
+    if cfg.init_from and not cfg.resume:
+        saved = Config.pick(read_checkpoint_config(cfg.init_from))
         for name in (f.name for f in fields(Config) if f.name not in FREE):
             if getattr(saved, name) != getattr(cfg, name):
-                raise ValueError(f"{start} has {name} {getattr(saved, name)}, this run {getattr(cfg, name)}; add --{name}={getattr(saved, name)}")
-        tokenizer = Tokenizer.load(start)
+                raise ValueError(f"{cfg.init_from} has {name} {getattr(saved, name)}, this run {getattr(cfg, name)}; add --{name}={getattr(saved, name)}")
+    if cfg.resume or cfg.init_from:
+        tokenizer = Tokenizer.load(cfg.out if cfg.resume else cfg.init_from)
     else:
         tokenizer = Tokenizer.train(episodes.texts() + (questions.texts() if questions else []), cfg.vocab_size)
     torch.manual_seed(cfg.seed)
@@ -339,10 +360,10 @@ def train_step(step, cfg, policy, run, optimizers, micro, world, autocast):
     return logs
 
 
-def bench(cfg, policy, episodes, questions, optimizers, device, autocast):
+def bench(cfg, policy, run, episodes, questions, optimizers, device, autocast):
     """--bench: milliseconds per step by part, for both phases."""
     for name, first in (("grounding", cfg.ground_steps - 1), ("actions", cfg.ground_steps)):
-        if first >= 0:
+        if first >= 0 and (name == "grounding" or cfg.steps > 0):
             watch = Stopwatch(device)
             for i in range(25):
                 if i == 5:  # the first steps warm up
@@ -350,7 +371,7 @@ def bench(cfg, policy, episodes, questions, optimizers, device, autocast):
                 policy.mark = watch.mark
                 micro = batches(first + i if name == "actions" else first, cfg, policy, episodes, questions, 0, 1, device)
                 watch.mark("data")
-                train_step(first, cfg, policy, policy, optimizers, micro, 1, autocast)
+                train_step(first, cfg, policy, run, optimizers, micro, 1, autocast)
             total = sum(watch.seconds.values())
             split = " | ".join(f"{k} {v / 20 * 1e3:.0f} ms ({v / total:.1%})" for k, v in watch.seconds.items())
             print(f"{name}: {total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s | {split}")
@@ -381,6 +402,8 @@ def train(cfg):
         raise ValueError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if cfg.resume and not (out / "train_state.pt").is_file():
         raise FileNotFoundError(f"nothing to resume in {out}; leave --resume out")
+    if cfg.resume:
+        check_resume(cfg, say)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
@@ -402,15 +425,22 @@ def train(cfg):
     say(f"torch {torch.__version__}, {device}, {why}, {torch.get_num_threads()} threads, {world} process(es)")
     say(f"{sum(parts.values()):,} parameters: " + ", ".join(f"{k} {v:,}" for k, v in parts.items()))
     say(f"{len(episodes.episodes)} episodes, {len(episodes)} frames" + (f", {len(questions.questions)} pictures with questions" if questions else ""))
+    run = torch.compile(policy) if cfg.compile else policy
     if cfg.bench:
-        return bench(cfg, policy, episodes, questions, optimizers, device, autocast)
+        return bench(cfg, policy, run, episodes, questions, optimizers, device, autocast)
 
     out.mkdir(parents=True, exist_ok=True)
-    run = torch.compile(policy) if cfg.compile else policy
+    if rank == 0 and cfg.resume:  # lines behind the checkpoint will be written again
+        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").is_file() else []
+        write_atomically(out / "log.jsonl", lambda p: p.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)))
+    report = lambda when: report_questions(policy, ema, held_out, when, out, say) if held_out and rank == 0 else None
     total = cfg.ground_steps + cfg.steps
     window, window_began, window_data = defaultdict(list), time.time(), 0.0
     first = step
     while step < total:
+        if step == cfg.ground_steps:
+            report("before action training")
+            window_began = time.time()
         data_began = time.time()
         micro = batches(step, cfg, policy, episodes, questions, rank, world, device)
         window_data += time.time() - data_began
@@ -429,7 +459,7 @@ def train(cfg):
             phase = "grounding" if step <= cfg.ground_steps else "actions"
             numbers = " | ".join(f"{k} {means[k]:.4f}" for k in ("question", "text", "action", "kept", "gnorm") if k in means)
             say(f"step {step:06d}/{total:06d} {phase} | {numbers} | lr {learning_rate(step - 1, cfg):.3f} | {speed:.0f} samples/s | data {window_data / n * 1e3:.0f} ms | eta {eta:.1f} m", flush=True)
-            line = {"step": step, "phase": phase, **means, "samples_per_s": speed, "seconds": now - began}
+            line = {"step": step, "phase": phase, **means, "lr": learning_rate(step - 1, cfg), "samples_per_s": speed, "data_ms": window_data / n * 1e3, "seconds": now - began}
             with open(out / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
             window, window_began, window_data = defaultdict(list), now, 0.0
@@ -437,23 +467,23 @@ def train(cfg):
             save_checkpoint(out, policy, ema, optimizers, step, cfg)
             if step == cfg.ground_steps:
                 save_policy(out / "grounded", policy, cfg, policy.state_dict() | ema)
-        if held_out and rank == 0 and (step == cfg.ground_steps or (step == total and first < total)):
-            report_questions(policy, ema, held_out, "before action training" if step < total else "after action training", out, say)
-            window_began = time.time()
+    report("after action training" if cfg.steps else "before action training")
     say(f"trained {step - first} steps in {(time.time() - began) / 60:.1f} min")
+    if world > 1:  # the others need not wait for the evaluation
+        dist.destroy_process_group()
     if cfg.eval and rank == 0:
         evaluate(policy, ema, cfg, out, say)
-    if world > 1:
-        dist.barrier()
 
 
 def report_questions(policy, ema, held_out, when, out, say):
     """Held-out question accuracy, printed and kept in questions.json under `when`: the paper's forgetting test."""
+    path = out / "questions.json"
+    history = json.loads(path.read_text()) if path.is_file() else {}
+    if when in history:  # a resumed run measured it already
+        return
     with averaged_weights(policy, ema):
         result = held_out.accuracy(policy.answer)
     say(f"held-out questions {when}: " + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in result.items()) + f" (n={result['all']['n']})", flush=True)
-    path = out / "questions.json"
-    history = json.loads(path.read_text()) if path.is_file() else {}
     write_atomically(path, lambda p: p.write_text(json.dumps(history | {when: result}, indent=1)))
 
 
@@ -461,8 +491,12 @@ def evaluate(policy, ema, cfg, out, say):
     """Closed-loop success on held-out report seeds: eval.json and the printed table."""
     import sim_env
 
+    families = [family for family in cfg.families.split(",") if family in sim_env.LIMIT]
+    if not families:
+        say(f"no evaluation: {cfg.families} is no family of the simulation ({', '.join(sim_env.LIMIT)})")
+        return
     with averaged_weights(policy, ema):
-        results = sim_env.evaluate(policy, cfg.families.split(","), cfg.eval)
+        results = sim_env.evaluate(policy, families, cfg.eval)
     write_atomically(out / "eval.json", lambda p: p.write_text(json.dumps(results, indent=1)))
     say(sim_env.table(results))
 

@@ -84,7 +84,7 @@ def test_unusable_instructions_say_why_in_one_line(tokenizer, text, said):
 
 
 def test_tokenizer_on_disk(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.words))
     assert Tokenizer.load(tmp_path).words == tokenizer.words
     with pytest.raises(FileNotFoundError, match="python train.py"):
         Tokenizer.load(tmp_path / "nothing")
@@ -273,6 +273,9 @@ def test_prepare_refuses_a_finished_folder_and_foreign_parts(data, tmp_path, fai
     (tmp_path / "parts" / "settings.json").write_text("{}")
     assert "other settings" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])
     assert "unknown family" in fails(prepare.main, ["--families=plaice", f"--out={tmp_path}"])
+    for flag, said in (("--seed=600000", "training seeds"), ("--seed=-1", "training seeds"), ("--starts=300000", "training seeds"),
+                       ("--workers=-1", "workers"), ("--start_steps=0", "start_steps"), ("--image_size=4", "image_size")):  # fmt: skip
+        assert said in fails(prepare.main, [flag, f"--out={tmp_path}"])
 
 
 def test_shards_do_not_depend_on_how_work_is_spread(data, tmp_path):

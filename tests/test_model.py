@@ -59,7 +59,7 @@ def test_options_in_all_their_forms():
     assert options("--config", "tiny") == Options(config="tiny", steps=7)
     assert options("--steps=9", "--config=tiny").steps == 9  # what is typed wins over the preset, in any order
     assert options("--steps", "-4").steps == -4
-    assert options("--steps=1e5").steps == 100_000
+    assert options("--steps=1e5").steps == 100_000 and options(f"--steps={2**60 + 1}").steps == 2**60 + 1
     assert options("--name=a=b=c").name == "a=b=c"
     assert options("--name=").name == ""
     assert options("--rate", "2").rate == 2.0

@@ -221,6 +221,9 @@ def test_success_and_near_misses(env):
     put_cube(env, other, (x, y, CUBE))
     put_cube(env, colour, (x, y, 3 * CUBE))
     assert not env._judge()  # on top of another
+    place()
+    put_cube(env, other, (x, y, 3 * CUBE))
+    assert not env._judge()  # another on top of it
     wrong = number % 5 + 1
     put_cube(env, colour, (*env.pad_xy(wrong), CUBE))
     assert not env._judge()  # the wrong pad
@@ -254,6 +257,26 @@ def test_sequence_needs_the_right_order(env):
     put_cube(env, first, (*env.pad_xy(one), CUBE))
     info = env._info()
     assert not info["success"] and info["failure"] == "wrong order"
+    begin(env, "sequence")  # first in place, then knocked off again: still the right order
+    for colour, place in ((first, (*env.pad_xy(one), CUBE)), (first, (*env.pad_xy(one) - (0, .08), CUBE)), (second, (*env.pad_xy(two), CUBE))):
+        put_cube(env, colour, place)
+        assert not env._judge()
+    put_cube(env, first, (*env.pad_xy(one), CUBE))
+    assert env._info()["success"]
+
+
+def test_another_cube_on_the_pad_hides_no_wrong_order(env):
+    for seed in range(VAL, VAL + 20):
+        begin(env, "sequence", seed)
+        if len(env.cube_colours) > 2:
+            break
+    (first, _, _, one), (second, _, _, two) = env.goal["legs"]
+    third = next(colour for colour in env.cube_colours if colour not in (first, second))
+    for colour, place in ((third, (*env.pad_xy(two) + (.012, 0), CUBE)), (second, (*env.pad_xy(two) - (.014, 0), CUBE)),
+                          (first, (*env.pad_xy(one), CUBE)), (third, (0, -.2, CUBE))):
+        put_cube(env, colour, place)
+        assert not env._judge()
+    assert env.failure == "wrong order"
 
 
 # -- splits and language ----------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 A data set is a folder that numpy alone can read:
 
     data/<name>/meta.json     cameras, motors, fps, statistics, what made it, and one entry per episode:
-                              {start, length, task, reason: [[first step, text], ...], success, seed, family, kind}
+                              {start, length, task, reason: [[first step, text], ...], success, seed, family, kind,
+                              disturbed: [[first step, end], ...]}: while the arm did not obey the actions
     data/<name>/front.npy     (frames, px, px, 3) uint8, one file per camera
     data/<name>/state.npy     (frames, S) float32, LeRobot units (degrees, gripper 0..100)
     data/<name>/action.npy    (frames, A) float32, target positions in the same units
@@ -189,7 +190,9 @@ class Episodes:
             changes = [step for step, _ in e["reason"]]
             for step in range(e["length"]):
                 self.frames.append(e["start"] + step)
-                self.end.append(e["start"] + e["length"])
+                # What is done after a disturbance answers it, and nobody could have known of it: such a step ends the chunk.
+                struck = [max(step, first) + 1 for first, last in e.get("disturbed", ()) if step < last]
+                self.end.append(e["start"] + min([e["length"], *struck]))
                 self.episode_of.append(i)
                 # Only the frames at which a new thought begins need the words: later ones give the target away by the arm's
                 # own motion. Drawing them more often is what makes the policy listen.

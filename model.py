@@ -47,8 +47,9 @@ class Config:
     motors: str = opt("shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper", "joint names, in order (state and action)")
     image_size: int = opt(96, "pixels per side of each camera image")
     patch_size: int = opt(6, "pixels per side of a vision patch")
+    conv_stem: bool = opt(True, "patches through two convolutions instead of SigLIP's single filter: learns to see far sooner")
     vision_width: int = opt(48, "vision encoder width")
-    vision_depth: int = opt(1, "vision encoder blocks")
+    vision_depth: int = opt(0, "vision encoder blocks; from random weights the language model's attention does as well for less")
     vision_heads: int = opt(2, "vision encoder attention heads")
     pixel_shuffle: int = opt(4, "k: k x k neighbouring patches become one visual token")
     width: int = opt(128, "language model width D")
@@ -64,8 +65,9 @@ class Config:
     expert_depth: int = opt(3, "action expert blocks")
     expert_heads: int = opt(4, "action expert heads")
     chunk: int = opt(8, "H, control steps predicted at once")
-    execute: int = opt(6, "control steps executed before looking again")
+    execute: int = opt(4, "control steps executed before looking again")
     denoise_steps: int = opt(5, "K, Euler steps of the flow sampler")
+    temperature: float = opt(0.0, "scale of the flow sampler's starting noise: 0 acts by its mode, 1 by the whole distribution")
     reasoning: bool = opt(True, "write the chain of thought before the feature queries (paper: think before act)")
     max_thought: int = opt(24, "longest chain of thought generated, tokens")
     decouple: str = opt("gradient", "intention decoupling: gradient (the paper's) | random | attention | off")
@@ -87,12 +89,16 @@ class Config:
         for width, heads in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads"), ("expert_width", "expert_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})")
+        if self.conv_stem and (self.patch_size % 2 or self.vision_width % 2):
+            raise ValueError(f"the convolution stem halves patch_size ({self.patch_size}) and vision_width ({self.vision_width}): make both even, or --conv_stem=false")
         if self.width // self.heads % 2 or self.expert_width % 2:
             raise ValueError(f"width / heads ({self.width} / {self.heads}) and expert_width ({self.expert_width}) must be even: sines and cosines come in pairs")
         if not 1 <= self.execute <= self.chunk:
             raise ValueError(f"execute ({self.execute}) must lie between 1 and chunk ({self.chunk})")
         if not 1 <= self.decouple_samples <= self.noise_samples:
             raise ValueError(f"decouple_samples ({self.decouple_samples}) must lie between 1 and noise_samples ({self.noise_samples})")
+        if self.temperature < 0:
+            raise ValueError(f"temperature ({self.temperature}) must be 0 or more")
         if not 0 <= self.decouple_percentile < 100:
             raise ValueError(f"decouple_percentile ({self.decouple_percentile}) must lie in [0, 100)")
 
@@ -242,7 +248,12 @@ class VisionEncoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         side, self.shuffle = cfg.image_size // cfg.patch_size, cfg.pixel_shuffle
-        self.patch = nn.Conv2d(3, cfg.vision_width, cfg.patch_size, stride=cfg.patch_size)
+        if cfg.conv_stem:  # overlapping filters and a ReLU, same grid of patches (Xiao et al. 2021, arXiv 2106.14881)
+            half = cfg.patch_size // 2
+            self.patch = nn.Sequential(nn.Conv2d(3, cfg.vision_width // 2, 3, stride=2, padding=1), nn.ReLU(),
+                                       nn.Conv2d(cfg.vision_width // 2, cfg.vision_width, half + 2, stride=half, padding=1))  # fmt: skip
+        else:
+            self.patch = nn.Conv2d(3, cfg.vision_width, cfg.patch_size, stride=cfg.patch_size)
         self.position = nn.Parameter(torch.zeros(side * side, cfg.vision_width))
         self.blocks = nn.ModuleList(VisionBlock(cfg.vision_width, cfg.vision_heads) for _ in range(cfg.vision_depth))
         self.norm = nn.LayerNorm(cfg.vision_width)
@@ -535,8 +546,8 @@ class SyVLA(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
         # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
-        self.vlm.vision.patch.weight.data -= self.vlm.vision.patch.weight.data.mean(dim=(1, 2, 3), keepdim=True)
-        self.vlm.vision.patch.weight.data *= 2
+        filters = next(self.vlm.vision.patch.parameters()).data  # (channels, 3, k, k)
+        filters.sub_(filters.mean(dim=(1, 2, 3), keepdim=True)).mul_(2)
         # As loud as the patches: what attention brings to a word is a token's content, so where it was must be part of it.
         nn.init.normal_(self.vlm.vision.position, std=0.5)
         # Residual branches and modulation start at zero: every block begins as the identity (adaLN-zero in the expert).
@@ -670,12 +681,13 @@ class SyVLA(nn.Module):
     def act(self, images, state, task, seed=0):
         """What to do next: images (B, V, px, px, 3) uint8, state (B, S) in LeRobot units, task: B strings.
 
-        -> (chunk (B, H, A) float32 in LeRobot units, B reasonings). The same seed gives the same chunk. Arrays or tensors.
+        -> (chunk (B, H, A) float32 in LeRobot units, B reasonings). The same seed gives the same chunk, and at temperature 0
+        every seed does. Arrays or tensors.
         """
         images, state = self.check_inputs(images, state, task)
         reasonings, states = self.think(images, task)
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same noise on every device
-        noise = torch.randn(len(state), self.cfg.chunk, self.cfg.action_dim, generator=generator).to(state.device)
+        noise = self.cfg.temperature * torch.randn(len(state), self.cfg.chunk, self.cfg.action_dim, generator=generator).to(state.device)
         chunk = self.denormalise(self.sample_chunk(states, self.normalise(state, "state"), noise))
         self.mark("expert")
         return chunk.float().cpu().numpy(), reasonings

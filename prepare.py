@@ -35,10 +35,10 @@ class PrepareConfig:
     config: str = opt("small", "preset")
     out: str = opt("", "data set folder (default data/<config>)")
     families: str = opt("place,calculate,sequence", "task families to demonstrate")
-    demos: int = opt(450, "demonstrations per family")
-    starts: int = opt(1500, "start episodes per family: amid work, any arm pose, some cubes on pads, a few steps only")
+    demos: int = opt(600, "demonstrations per family")
+    starts: int = opt(2000, "start episodes per family: amid work, any arm pose, some cubes on pads, a few steps only")
     start_steps: int = opt(6, "length of a start episode, control steps")
-    scenes: int = opt(20000, "pictures with questions for training; 0 for none")
+    scenes: int = opt(26000, "pictures with questions for training; 0 for none")
     held_out_scenes: int = opt(300, "pictures with questions never trained on")
     image_size: int = opt(96, "pixels per side")
     randomise: float = opt(1.0, "strength of the randomisation of colours, light, cameras, friction, sizes, poses; 0 for none")
@@ -173,7 +173,7 @@ def make_episodes(env, cfg, kind, family, first, n):
         said = demo["reasons"]
         changes = [0] + [i for i in range(1, len(said)) if said[i] != said[i - 1]]
         episodes.append({"length": len(said), "task": demo["task"], "reason": [[i, said[i]] for i in changes], "success": bool(demo["success"]),
-                         "seed": seed, "family": family, "kind": kind})  # fmt: skip
+                         "seed": seed, "family": family, "kind": kind, "disturbed": demo["disturbed"]})  # fmt: skip
         for view, camera in enumerate(CAMERAS):
             frames[camera].append(demo["images"][:, view])
         frames["state"].append(demo["states"])

@@ -872,7 +872,7 @@ class Expert:
 
 def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=True):
     """One episode by the expert, from the id split -> dict: states and actions (n, 6) float32, images (n, V, px, px, 3)
-    uint8, reasons [n strings], task, success, failure ("" or why not).
+    uint8, reasons [n strings], disturbed [[first step, end], ...], task, success, failure ("" or why not).
 
     With noise the arm executes disturbed actions, but the label is always the clean one the expert would take there, so
     the data show how to come back (DART: Laskey et al. 2017, arXiv:1703.09327). For a while in half of the episodes the arm
@@ -889,6 +889,7 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
         first = int(rng.integers(0, LIMIT[family] // 3))
         astray = range(first, first + int(rng.integers(6, 16)))
     expert, success, lifted, after = Expert(env), False, False, 0
+    hit = range(begin, begin + 3) if accident else range(0)
     states, actions, reasons, frames = [], [], [], []
     while after < 4 and len(actions) < (limit or LIMIT[family]):
         states.append(env.position())
@@ -897,8 +898,9 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
         if images:
             frames.append([draw(env.renderer, env.data, camera) for camera in CAMERAS])
         drift = .8 * drift + rng.normal(0, .9, 6) * noise  # stays near 1.5 degrees
-        executed = (mistaken.action() if len(actions) in astray else actions[-1]) + drift
-        if accident and begin < len(actions) <= begin + 3:
+        step = len(actions) - 1
+        executed = (mistaken.action() if step in astray else actions[-1]) + drift
+        if step in hit:
             executed = executed + push if accident == "push" else np.append(executed[:5], OPEN)
         env._advance(executed)
         info = env._info()
@@ -907,7 +909,8 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
         after += success
     why = env.failure or ("never grasped" if not lifted else "timeout" if info["reason"].endswith("in hand") else "dropped")
     return {"states": np.array(states, np.float32), "actions": np.array(actions), "images": np.array(frames, np.uint8),
-            "reasons": reasons, "task": env.task, "success": success, "failure": "" if success else why}
+            "reasons": reasons, "disturbed": [[r.start, r.stop] for r in (astray, hit) if r], "task": env.task,
+            "success": success, "failure": "" if success else why}
 
 
 # ---------------------------------------------------------------------------------------------------------------

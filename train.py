@@ -43,13 +43,13 @@ class TrainConfig(Config):
     resume: bool = opt(False, "go on with the run in --out")
     families: str = opt("place,calculate,sequence", "task families to train on and evaluate")
     ground_steps: int = opt(1800, "steps of phase 1, questions only")
-    steps: int = opt(4000, "steps of phase 2, actions")
+    steps: int = opt(4900, "steps of phase 2, actions")
     batch_size: int = opt(64, "samples (pictures) per step over all processes")
     mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0 turns mixed data off")
     question_tokens: int = opt(64, "room for questions packed behind one picture, tokens")
     accumulate: int = opt(1, "micro-batches per step and process")
     adam_lr: float = opt(2e-3, "AdamW learning rate: embeddings, norms, biases, everything not a block matrix")
-    muon_lr: float = opt(4e-3, "Muon learning rate: the matrices inside Transformer blocks")
+    muon_lr: float = opt(4e-3, "Muon learning rate: the matrices of Transformer blocks, connector and adapter")
     warmup: int = opt(50, "steps of linear warmup of each phase")
     weight_decay: float = opt(0.01, "decoupled weight decay on matrices")
     clip: float = opt(1.0, "gradient norm limit")
@@ -149,10 +149,10 @@ def orthogonalise(g, steps=5):
 
 
 def make_optimizers(policy, cfg):
-    """Muon on the matrices inside blocks and the adapter; AdamW on the rest, without decay on vectors."""
+    """Muon on the matrices inside blocks, the connector and the adapter; AdamW on the rest, without decay on vectors."""
     muon, matrices, vectors = [], [], []
     for name, p in policy.named_parameters():
-        if p.ndim == 2 and ("blocks" in name or "adapter" in name) and "modulate" not in name:
+        if p.ndim == 2 and any(part in name for part in ("blocks", "connector", "adapter")) and "modulate" not in name:
             muon.append(p)
         else:
             (vectors if p.ndim < 2 or "gain" in name else matrices).append(p)
@@ -251,7 +251,7 @@ def make_data(cfg):
 
 
 # What may differ from the checkpoint that a run starts from: behaviour, not weights.
-FREE = {"execute", "denoise_steps", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
+FREE = {"execute", "denoise_steps", "temperature", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
 
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
 HARMLESS = {"config", "data", "out", "resume", "init_from", "device", "threads", "compile", "bench", "eval", "log_every", "save_every"}

@@ -160,6 +160,19 @@ def test_chunk_stops_at_the_end_of_its_episode(data, episodes, tokenizer):
             assert np.array_equal(batch["images"][b, v], np.load(data / f"{camera}.npy")[at])
 
 
+def test_chunk_stops_at_what_answers_a_disturbance(data, tmp_path, tokenizer):
+    """The arm strays in steps 3 and 4: the action of step 3 is still planned before that, and from step 5 on all is well again."""
+    for file in data.iterdir():
+        if file.name != "meta.json":
+            (tmp_path / file.name).symlink_to(file)
+    meta = json.loads((data / "meta.json").read_text())
+    meta["episodes"][0]["disturbed"] = [[3, 5]]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    episodes = Episodes(tmp_path, CFG)
+    assert episodes.episodes[0]["length"] > 5 + CFG.chunk
+    assert episodes.samples(tokenizer, range(7))["valid"].sum(1).tolist() == [4, 3, 2, 1, 1, CFG.chunk, CFG.chunk]
+
+
 def test_reason_of_a_frame_and_weights(data):
     episodes = Episodes(data, CFG)
     episodes.episodes[0]["reason"] = [[0, "one"], [7, "two"]]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from data import pack
-from model import PRESETS, Config, LanguageBlock, VisionEncoder, VLM, opt, parse_config, rope, rotation
+from model import PRESETS, Config, LanguageBlock, SyVLA, VisionEncoder, VLM, opt, parse_config, rope, rotation
 
 
 def pictures(policy, n, seed=0):
@@ -79,7 +79,8 @@ def test_bad_options_exit_with_one_line(fails, argv, said):
 
 
 @pytest.mark.parametrize("argv", [["--image_size=50"], ["--heads=5"], ["--kv_heads=3"], ["--execute=9"], ["--execute=0"], ["--decouple=none"],
-                                  ["--decouple_percentile=100"], ["--decouple_samples=5"], ["--patch_size=0"], ["--heads=0"], ["--denoise_steps=0"]])  # fmt: skip
+                                  ["--decouple_percentile=100"], ["--decouple_samples=5"], ["--patch_size=0"], ["--heads=0"], ["--denoise_steps=0"],
+                                  ["--temperature=-1"], ["--patch_size=3", "--image_size=96"], ["--vision_width=47", "--vision_heads=1"]])  # fmt: skip
 def test_impossible_models_are_refused_before_anything_runs(fails, argv):
     assert argv[0][2:].split("=")[0] in fails(lambda a: parse_config(Config, PRESETS, a), argv)
 
@@ -120,7 +121,7 @@ def test_see_maps_bytes_to_minus_one_to_one_per_view(make_policy):
 
 
 def test_pixel_shuffle_gathers_square_neighbourhoods():
-    cfg = Config(**PRESETS["debug"] | dict(vision_depth=0, image_size=48, width=4 * 16))  # 6 x 6 patches -> 3 x 3 tokens
+    cfg = Config(**PRESETS["debug"] | dict(conv_stem=False, vision_depth=0, image_size=48, width=4 * 16))  # 6 x 6 patches -> 3 x 3 tokens
     encoder = VisionEncoder(cfg)
     encoder.connector = encoder.norm = torch.nn.Identity()
     encoder.patch.bias.data.zero_()
@@ -132,6 +133,19 @@ def test_pixel_shuffle_gathers_square_neighbourhoods():
         for column in range(3):
             four = [patches[(2 * row + i) * 6 + 2 * column + j] for i in (0, 1) for j in (0, 1)]
             assert torch.equal(x[0, 3 * row + column], torch.cat(four))
+
+
+@pytest.mark.parametrize("patch", [4, 6, 8])
+def test_convolution_stem_makes_the_same_grid_of_patches_and_sees_what_is_there(make_policy, patch):
+    cfg = Config(**PRESETS["debug"] | dict(patch_size=patch, image_size=8 * patch, pixel_shuffle=1))
+    encoder = SyVLA(cfg, make_policy().tokenizer).vlm.vision  # freshly initialised
+    assert encoder.patch(torch.zeros(2, 3, cfg.image_size, cfg.image_size)).shape == (2, cfg.vision_width, 8, 8)
+    grey = encoder.patch(torch.full((1, 3, cfg.image_size, cfg.image_size), 0.7))[0]
+    assert grey[:, 2:-2, 2:-2].abs().max() < 1e-5  # an even surface is nothing, away from the border
+    x = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
+    x[:, 0, 5 * patch + patch // 2, 2 * patch + patch // 2] = 1  # one red pixel in the middle of patch (5, 2)
+    where = {(row, column) for row, column in encoder.patch(x)[0].abs().amax(0).nonzero().tolist()}
+    assert (5, 2) in where and where <= {(row, column) for row in (4, 5, 6) for column in (1, 2, 3)}
 
 
 def test_mask_rule():
@@ -493,8 +507,21 @@ def test_sampler_steps_a_linear_field_from_noise_to_data(make_policy, monkeypatc
     assert torch.allclose(chunk, (noise + 2) * (1 - 0.5 / 4) ** 4 - 2, atol=1e-5)
 
 
+def test_temperature_scales_the_noise(make_policy):
+    """Zero: every seed acts alike. Otherwise the sampler starts from that multiple of the seed's noise."""
+    images, state = torch.zeros(1, 2, 32, 32, 3, dtype=torch.uint8), torch.ones(1, 6)
+    begun = []
+    for temperature in (0.0, 0.5, 1.0):
+        policy = make_policy(temperature=temperature)
+        sampler = policy.sample_chunk
+        policy.sample_chunk = lambda states, state, noise: begun.append(noise) or sampler(states, state, noise)
+        chunks = [policy.act(images, state, ["put"], seed=seed)[0] for seed in (1, 2)]
+        assert np.array_equal(*chunks) == (temperature == 0)
+    assert begun[0].abs().max() == 0 and torch.equal(2 * begun[2], begun[4]) and begun[4].std() == pytest.approx(1, abs=0.3)
+
+
 def test_acting_is_deterministic_and_rows_do_not_mix(make_policy):
-    policy = make_policy()
+    policy = make_policy(temperature=1.0)
     images, state = pictures(policy, 2), torch.tensor([[1.0, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]])
     tasks = ["put the red cube on the blue pad", "put the cube"]
     chunk, said = policy.act(images, state, tasks, seed=3)

@@ -407,6 +407,19 @@ def test_demonstration_contract(env):
     assert len(short["actions"]) == 3 and not short["success"]
 
 
+def test_demonstration_says_where_the_arm_did_not_obey(env):
+    """Away from the recorded spans the arm goes where its action says, give or take the small drift; in them it does not."""
+    obeyed, strayed = [], []
+    for seed in range(VAL, VAL + 12):
+        demo = demonstrate(env, seed, "place", images=False)
+        n = len(demo["actions"])
+        astray = [any(first <= step < last for first, last in demo["disturbed"]) for step in range(n - 1)]
+        error = np.abs(demo["states"][1:, :2] - demo["actions"][:-1, :2]).max(1)
+        obeyed += error[~np.array(astray)].tolist()
+        strayed += error[np.array(astray)].tolist()
+    assert len(strayed) > 30 and np.mean(strayed) > 1.2 * np.mean(obeyed)
+
+
 def test_expert_recovers_from_a_mistake(env):
     """What demonstrations show in part: one that is wrong about where things lie fails, the right one goes on from there."""
     begin(env, "place", VAL)

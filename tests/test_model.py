@@ -255,7 +255,7 @@ def greedy(policy, visual, prompt, n):
 
 
 def test_cached_generation_equals_full_forward_passes(make_policy):
-    policy = make_policy(seed=1)
+    policy = make_policy(seed=4)
     visual = policy.vlm.see(pictures(policy, 3))
     prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
     free = [greedy(policy, visual[i : i + 1], p, limit - 1) for i, p in enumerate(prompts)]

@@ -1,4 +1,4 @@
-"""Episodes and questions on disk, text tokens, statistics, and batches.
+"""Episodes and questions on disk, text tokens, statistics, batches, and retrieval of similar frames.
 
 A data set is a folder that numpy alone can read:
 
@@ -16,12 +16,16 @@ same global batch and takes its own rows.
 """
 
 import json
+import math
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
 # Text
@@ -291,3 +295,44 @@ class Questions:
                     right[name] += said == truth
                     total[name] += 1
         return {kind: {"accuracy": right[kind] / total[kind], "n": total[kind]} for kind in sorted(total)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Retrieval
+
+
+class Neighbours:
+    """Recorded frames by similarity of what the cameras saw: sum_v w_v cos(E(o_v), E(x_v)) (SyVLA), one matrix product per batch.
+
+    E is whatever `embed` makes of a view; a policy's own image encoder stays frozen while it is in use.
+    """
+
+    def __init__(self, keys, frames, families, weights):
+        self.keys, self.frames, self.families, self.weights = keys, frames, np.asarray(families), weights
+
+    @classmethod
+    def build(cls, episodes, embed, count, weights, seed=0, batch=256):
+        """Keys of up to `count` random frames. embed((B, V, px, px, 3) uint8) -> (B, V, E); weights (V,) per view."""
+        frames = np.sort(np.random.default_rng(seed).permutation(len(episodes))[:count])
+        keys = []
+        for part in tqdm(np.array_split(frames, math.ceil(len(frames) / batch)), desc="similarity index", leave=False, disable=not sys.stderr.isatty()):
+            at = [episodes.frames[i] for i in part]
+            keys.append(cls.rows(embed(torch.from_numpy(np.stack([view[at] for view in episodes.images], axis=1))), weights).half())
+        return cls(torch.cat(keys), torch.from_numpy(frames), [episodes.episodes[episodes.episode_of[i]]["family"] for i in frames], weights)
+
+    @staticmethod
+    def rows(tokens, weights):
+        """Embeddings (n, V, E) -> (n, V * E), whose inner products are the weighted sums of cosines."""
+        return (F.normalize(tokens.float(), dim=-1) * weights.sqrt()[:, None]).flatten(1)
+
+    def nearest(self, tokens, families, k, rng):
+        """For every embedding (n, V, E) one of the k most similar frames of its family, at random -> frames (n,), similarity (n,)."""
+        k = min(k, *(int((self.families == family).sum()) for family in set(families)))
+        if k == 0:
+            raise ValueError(f"no frame of family {', '.join(sorted(set(families) - set(self.families)))} can be retrieved; raise --index_frames")
+        similarity = self.rows(tokens, self.weights) @ self.keys.float().T  # (n, N)
+        other = np.asarray(families)[:, None] != self.families[None]
+        similarity.masked_fill_(torch.from_numpy(other), -math.inf)
+        best, where = similarity.topk(k, dim=1)  # (n, k)
+        column = torch.from_numpy(rng.integers(k, size=(len(best), 1)))
+        return self.frames[where.gather(1, column)[:, 0]].numpy(), best.gather(1, column)[:, 0].numpy()

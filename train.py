@@ -192,20 +192,20 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-def save_policy(folder, policy, cfg, state=None):
-    """What running a policy needs: weights with statistics, config, tokenizer."""
+def save_policy(folder, policy, config, state=None):
+    """What running a policy needs: weights with statistics, config (a dict that holds at least the model's fields), tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not all(torch.isfinite(v).all() for v in (state or policy.state_dict()).values()):
         raise FloatingPointError(f"non-finite weights; the last checkpoint in {folder} is untouched. Lower --adam_lr and --muon_lr, then --resume")
     write_atomically(folder / "tokenizer.json", lambda path: path.write_text(json.dumps(policy.tokenizer.words)))
     write_atomically(folder / "model.safetensors", lambda path: policy.save_weights(path, state))
-    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(cfg) | {"torch": torch.__version__}, indent=1)))
+    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config | {"torch": torch.__version__}, indent=1)))
 
 
 def save_checkpoint(folder, policy, ema, optimizers, step, cfg):
     """The policy (EMA weights) and train_state.pt (raw weights, EMA, optimizers, step: all that a resume needs)."""
-    save_policy(folder, policy, cfg, policy.state_dict() | ema)
+    save_policy(folder, policy, asdict(cfg), policy.state_dict() | ema)
     state = {"step": step, "model": policy.state_dict(), "ema": ema, "optimizers": [o.state_dict() for o in optimizers]}
     write_atomically(Path(folder) / "train_state.pt", lambda path: torch.save(state, path))
 
@@ -466,7 +466,7 @@ def train(cfg):
         if rank == 0 and (step % cfg.save_every == 0 or step in (cfg.ground_steps, total)):
             save_checkpoint(out, policy, ema, optimizers, step, cfg)
             if step == cfg.ground_steps:
-                save_policy(out / "grounded", policy, cfg, policy.state_dict() | ema)
+                save_policy(out / "grounded", policy, asdict(cfg), policy.state_dict() | ema)
     report("after action training" if cfg.steps else "before action training")
     say(f"trained {step - first} steps in {(time.time() - began) / 60:.1f} min")
     if world > 1:  # the others need not wait for the evaluation

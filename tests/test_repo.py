@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import prepare
+import rl
 import sample
 import train
 from model import parse_config
@@ -22,6 +23,7 @@ ROOMS = {  # file: which of our files it may import
     "rl": {"train", "sim_env", "data", "model"},
     "sample": {"sim_env", "real_env", "data", "model"},
 }  # fmt: skip
+OPTIONAL = {"matplotlib"}  # imported where it is used; without it the program says what to install
 DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}  # where the import's name is not the package's
 
 
@@ -48,7 +50,7 @@ def test_imports_go_one_way(root):
 def test_requirements_name_what_is_imported_and_are_there(root):
     required = {re.match(r"[\w-]+", line).group() for line in (root / "requirements.txt").read_text().splitlines() if line.strip() and line[0] != "#"}
     for path in [*root.glob("*.py"), *root.glob("tests/*.py")]:
-        foreign = imports(path) - set(ROOMS) - set(sys.stdlib_module_names) - {"conftest"}
+        foreign = imports(path) - set(ROOMS) - set(sys.stdlib_module_names) - OPTIONAL - {"conftest"}
         assert {DISTRIBUTION.get(name, name) for name in foreign} <= required, path.name
     for name in required:
         assert importlib.metadata.version(name)
@@ -70,12 +72,13 @@ def commands(text):
 
 def check(name, words):
     cls, presets = {"prepare": (prepare.PrepareConfig, prepare.PRESETS), "train": (train.TrainConfig, train.PRESETS),
+                    "rl": (rl.RLConfig, rl.PRESETS),
                     "sample": (sample.SampleConfig, dict.fromkeys(("debug", "tiny", "small"), {}))}[name]  # fmt: skip
     if not {"--help", "-h"} & set(words):
         parse_config(cls, presets, words, "task" if name == "sample" else None)
 
 
-@pytest.mark.parametrize("name", ["README.md", "train.py", "prepare.py", "sample.py"])
+@pytest.mark.parametrize("name", ["README.md", "train.py", "prepare.py", "sample.py", "rl.py"])
 def test_documented_commands_parse(root, name):
     if not (root / name).exists():
         pytest.skip(f"no {name} yet")
@@ -84,7 +87,7 @@ def test_documented_commands_parse(root, name):
     assert found
     for file, words in found:
         assert (root / f"{file}.py").exists(), file
-        if file in ("prepare", "train", "sample"):
+        if file in ("prepare", "train", "sample", "rl"):
             check(file, words)
 
 

@@ -172,6 +172,11 @@ def read_images(folder, meta, cfg):
     return images
 
 
+def flow_times(rng, shape):
+    """Random flow times in (0, 1] as pi0 draws them, float32: more mass at noise (t = 1)."""
+    return rng.beta(1.5, 1.0, shape).astype(np.float32) * 0.999 + 0.001
+
+
 class Episodes:
     """Demonstrations: frames to draw action samples from."""
 
@@ -220,7 +225,7 @@ class Episodes:
         cfg, H, A = self.cfg, self.cfg.chunk, self.cfg.action_dim
         picks = np.searchsorted(self.cumulative, rng.random(n))[rows]
         eps = rng.standard_normal((n, cfg.noise_samples, H, A), dtype=np.float32)[rows]
-        t = (rng.beta(1.5, 1.0, (n, cfg.noise_samples)).astype(np.float32) * 0.999 + 0.001)[rows]  # pi0's times: more mass at noise
+        t = flow_times(rng, (n, cfg.noise_samples))[rows]
         uniform = rng.random((n, cfg.queries), dtype=np.float32)[rows]
         return self.samples(tokenizer, picks) | {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {"eps": eps, "t": t, "uniform": uniform}.items()}
 

@@ -243,7 +243,8 @@ class VisionBlock(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """SigLIP-style encoder of one image, then pixel shuffle and projection to the language model's width (SmolVLM's connector)."""
+    """Patches of one image (convolution stem, or SigLIP's single filter), SigLIP blocks, then pixel shuffle and projection to the
+    language model's width (SmolVLM's connector)."""
 
     def __init__(self, cfg):
         super().__init__()

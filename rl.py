@@ -5,7 +5,7 @@
     python rl.py --config small --init_from=out/small --experts=none --out=out/no_experts      # plain PPO
 
 Every iteration: many simulated arms play whole episodes with a noisy denoising chain, whose Gaussian steps have a likelihood
-(`step`).  Every decision looks up the expert frame that looks most like what it saw.  PPO moves the adapter and the expert;
+(`step`).  Every decision looks up one of the expert frames most like what it saw.  PPO moves the adapter and the expert;
 the expert samples join each minibatch with their advantage fixed at 1.0, outside GAE, outside normalisation, outside the
 value loss.  The VLM is frozen: what it made of an observation (the feature query states) is computed once and kept.
 
@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sim_env
-from data import Episodes, Neighbours, Tokenizer
+from data import Episodes, Neighbours, Tokenizer, flow_times
 from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
-from train import Stopwatch, average_gradients, averaged_weights, choose_device, save_policy, write_atomically
+from train import Stopwatch, average_gradients, averaged_weights, choose_device, save_policy, trim_log, write_atomically
 
 
 @dataclass
@@ -380,8 +380,7 @@ def expert_samples(policy, experts, b, families, cfg, iteration):
     frames, similarity = experts.retrieve(b["views"], families, rng)
     e = experts.batch(frames)
     n, M, K, H, A = len(frames), policy.cfg.noise_samples, policy.cfg.denoise_steps, policy.cfg.chunk, policy.cfg.action_dim
-    t = rng.beta(1.5, 1.0, (n, M)) * 0.999 + 0.001
-    drawn = {"eps": rng.standard_normal((n, M, H, A)), "t": t, "uniform": rng.random((n, policy.cfg.queries)), "path": rng.standard_normal((n, K + 1, H, A))}
+    drawn = {"t": flow_times(rng, (n, M)), "eps": rng.standard_normal((n, M, H, A)), "uniform": rng.random((n, policy.cfg.queries)), "path": rng.standard_normal((n, K + 1, H, A))}
     e |= {k: torch.as_tensor(v, dtype=torch.float32, device=b["state"].device) for k, v in drawn.items()}
     e["left"] = torch.as_tensor(experts.chunks_left(frames), dtype=torch.float32, device=b["state"].device)
     return e, similarity, frames
@@ -544,9 +543,8 @@ def practise(cfg):
         state = {"iteration": iteration, "best": best, "learner": learner.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
         write_atomically(out / "train_state.pt", lambda path: torch.save(state, path))
 
-    if rank == 0 and cfg.resume:  # a line behind the checkpoint will be written again
-        lines = (out / "log.jsonl").read_text().splitlines() if first else []
-        write_atomically(out / "log.jsonl", lambda p: p.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["iteration"] <= first)))
+    if rank == 0 and cfg.resume:
+        trim_log(out / "log.jsonl", "iteration", first)
     elif rank == 0:
         if cfg.eval:
             say("before:")

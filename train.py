@@ -192,6 +192,12 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def trim_log(path, key, last):
+    """Drop the lines behind the checkpoint that a run resumes from: they will be written again."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    write_atomically(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines if json.loads(line)[key] <= last)))
+
+
 def save_policy(folder, policy, config, state=None):
     """What running a policy needs: weights with statistics, config (a dict that holds at least the model's fields), tokenizer."""
     folder = Path(folder)
@@ -392,7 +398,6 @@ def main(argv=None):
 
 
 def train(cfg):
-    began = time.time()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = print if rank == 0 else lambda *a, **k: None
     fast_cpu(cfg.threads)
@@ -410,6 +415,7 @@ def train(cfg):
         make_data(cfg)
     if world > 1:
         dist.barrier()
+    began = time.time()
     policy, episodes, questions, held_out = build(cfg, device)
     optimizers = make_optimizers(policy, cfg)
     step, trainable = 0, dict(policy.named_parameters())
@@ -430,9 +436,8 @@ def train(cfg):
         return bench(cfg, policy, run, episodes, questions, optimizers, device, autocast)
 
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and cfg.resume:  # lines behind the checkpoint will be written again
-        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").is_file() else []
-        write_atomically(out / "log.jsonl", lambda p: p.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)))
+    if rank == 0 and cfg.resume:
+        trim_log(out / "log.jsonl", "step", step)
     report = lambda when: report_questions(policy, ema, held_out, when, out, say) if held_out and rank == 0 else None
     total = cfg.ground_steps + cfg.steps
     window, window_began, window_data = defaultdict(list), time.time(), 0.0

@@ -631,8 +631,7 @@ class SO100Env:
         cube = self.cube_q[rng.integers(len(self.cube_colours))] if start and rng.random() < .35 else None
         while True:
             if cube is not None:
-                phi, r = xy_to_polar(d.qpos[cube:cube + 2] + rng.normal(0, .02, 2))
-                place = phi, float(np.clip(r, .13, .34))
+                place = xy_to_polar(d.qpos[cube:cube + 2] + rng.normal(0, .02, 2))
                 z, roll, gripper = rng.uniform(.012, .09), rng.uniform(-160, -20), rng.uniform(10, 45)
                 noise = rng.uniform(-2, 2, 6)
             elif start:

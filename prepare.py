@@ -36,7 +36,7 @@ class PrepareConfig:
     out: str = opt("", "data set folder (default data/<config>)")
     families: str = opt("place,calculate,sequence", "task families to demonstrate")
     demos: int = opt(600, "demonstrations per family")
-    starts: int = opt(2400, "start episodes per family: amid work, any arm pose, some cubes on pads, a few steps only")
+    starts: int = opt(2000, "start episodes per family: amid work, any arm pose, some cubes on pads, a few steps only")
     start_steps: int = opt(6, "length of a start episode, control steps")
     scenes: int = opt(26000, "pictures with questions for training; 0 for none")
     held_out_scenes: int = opt(300, "pictures with questions never trained on")

@@ -302,8 +302,7 @@ def reasoning(goal, scene):
 def sample_goal(scene, family, rng, split="id"):
     """A random goal that the cubes and pads in `scene` allow. Target cubes are the first in the list for ood_position.
 
-    Pads that hold a cube are not asked for, but where a cube lies on or beside one, a share of the goals has its first leg
-    done, or so it seems: the difference is a matter of millimetres and must be seen.
+    Pads that hold a cube are not asked for, but where there is one, a share of the goals has its first leg done already.
     """
     n = 2 if family == "sequence" else 1
     if len(scene["cubes"]) < n or len(scene["pads"]) < n:
@@ -319,12 +318,10 @@ def sample_goal(scene, family, rng, split="id"):
         pads = [numbers[int(rng.choice(list(numbers)))]]  # pads equally often, whatever the number of sums that name them
     else:
         pads = [pads[i] for i in rng.permutation(len(pads))[:n]]
-    brought = {cube["near"]: cube["colour"] for cube in scene["cubes"] if cube["near"]} | lying
-    if brought and rng.random() < (.6 if n == 2 else .3):
-        number = int(rng.choice(list(brought)))
-        others = [colour for colour in colours if colour != brought[number]]
-        free = [pad for pad in pads if pad["number"] != number]
-        colours, pads = [brought[number], *others][:n], [next(pad for pad in scene["pads"] if pad["number"] == number), *free][:n]
+    if lying and rng.random() < (.5 if n == 2 else .2):  # as if the first leg were done
+        number = int(rng.choice(list(lying)))
+        others = [colour for colour in colours if colour != lying[number]]
+        colours, pads[0] = [lying[number], *others][:n], next(pad for pad in scene["pads"] if pad["number"] == number)
     if family == "calculate":
         sums = HELD_OUT_SUMS if split == "ood_instruction" else SUMS
         expression = str(rng.choice([s for s in sums if number_of(s) == pads[0]["number"]]))
@@ -380,7 +377,6 @@ CUBE_AREA = ((-42, 42), (.13, .21))  # phi, r
 TINY_AREA = ((-25, 25), (.15, .20))
 DROPPED_AREA = ((-50, 50), (.13, .30))
 HELD_OUT_AREA = ((9, 25), (.165, .21))  # no training scene has a cube there; in ood_position every target cube is
-BESIDE = .048  # a cube this near a pad's centre lies on the pad or just beside it; fresh cubes lie farther away
 CUBE_GAP = .055  # between centres: room for an open jaw between two cubes
 
 
@@ -398,7 +394,7 @@ def held_out(phi, r):
 def sample_cubes(rng, family, split, n, pads=()):
     """Places of n cubes [(phi, r), ...], targets of ood_position first, at least CUBE_GAP apart.
 
-    With the places of pads, some cubes lie on a pad already or just beside it, and some anywhere, as after work half done.
+    With the places of pads, some cubes lie on a pad already and some anywhere, as after work half done.
     """
     targets = 0 if split != "ood_position" else 2 if family == "sequence" else 1
     while True:
@@ -409,7 +405,7 @@ def sample_cubes(rng, family, split, n, pads=()):
                 kind = rng.random() if pads and sum(r > .22 for _, r in places) < 2 else 1  # goals need free pads
                 if kind < .25:
                     phi, r = pads[rng.integers(len(pads))]
-                    area = (phi - 8.5, phi + 8.5), (r - .04, r + .04)  # two in five miss the pad by a little
+                    area = (phi - 4, phi + 4), (r - .02, r + .02)
                 elif kind < .4:
                     area = DROPPED_AREA
                 phi, r = sample_place(rng, area)
@@ -626,15 +622,10 @@ class SO100Env:
             self.data.qpos[q + 2] = m.geom_size[geom, 2]
 
     def _pose_arm(self, rng, start):
-        """Near home, or anywhere the tool is above the table and touches nothing, every third time about to grasp."""
+        """Near home, or anywhere the tool is above the table and touches nothing."""
         m, d, k = self.model, self.data, self.randomise
-        cube = self.cube_q[rng.integers(len(self.cube_colours))] if start and rng.random() < .35 else None
         while True:
-            if cube is not None:
-                place = xy_to_polar(d.qpos[cube:cube + 2] + rng.normal(0, .02, 2))
-                z, roll, gripper = rng.uniform(.012, .09), rng.uniform(-160, -20), rng.uniform(10, 45)
-                noise = rng.uniform(-2, 2, 6)
-            elif start:
+            if start:
                 place = sample_place(rng, ((-60, 60), (.13, .29)))
                 z, roll, gripper = rng.uniform(.02, .15), rng.uniform(-160, 0), rng.uniform(0, 70)
                 noise = rng.uniform(-12, 12, 6)
@@ -708,15 +699,14 @@ class SO100Env:
     def scene(self):
         """The truth in words and numbers, plain Python: {"cubes": [...], "pads": [...]}."""
         cubes, pads = [], []
-        pad_at = {number: self.pad_xy(number) for number, colour in enumerate(self.pad_colours, 1) if colour}
         for colour in self.cube_colours:
             x, y, _ = self.cube_xyz(colour)
             phi, r = xy_to_polar((x, y))
-            gap, nearest = min((math.dist((x, y), at), number) for number, at in pad_at.items())
             cubes.append({"colour": colour, "t": direction_bin(phi), "r": distance_bin(r), "x": float(x), "distance": r,
-                          "held": self.held(colour), "pad": self.pad_under(colour), "near": nearest if gap < BESIDE else None})
-        for number, at in pad_at.items():
-            pads.append({"colour": self.pad_colours[number - 1], "number": number, "t": direction_bin(xy_to_polar(at)[0])})
+                          "held": self.held(colour), "pad": self.pad_under(colour)})
+        for number, colour in enumerate(self.pad_colours, 1):
+            if colour:
+                pads.append({"colour": colour, "number": number, "t": direction_bin(xy_to_polar(self.pad_xy(number))[0])})
         return {"cubes": cubes, "pads": pads}
 
     def _judge(self):

@@ -301,26 +301,21 @@ def test_layouts_keep_to_their_split(env):
 
 
 def test_scenes_amid_work(env):
-    """Start scenes have cubes on pads and just beside them; no goal asks for a pad that another cube holds; first legs may be
-    done already, or only seem so."""
-    cubes, on_pads, beside, missed, first_words = 0, 0, 0, 0, {"first": 0, "then": 0, "done": 0}
+    """Start scenes have cubes on pads; no goal asks for a pad that another cube holds; first legs may be done already."""
+    cubes, on_pads, first_words = 0, 0, {"first": 0, "then": 0, "done": 0}
     for seed in range(100):
         begin_layout(env, "sequence", seed, "id", start=True)
         scene = env.scene()
         cubes, on_pads = cubes + len(scene["cubes"]), on_pads + sum(cube["pad"] is not None for cube in scene["cubes"])
-        beside += sum(cube["near"] is not None and cube["pad"] is None for cube in scene["cubes"])
         assert not any(held_out(*xy_to_polar(env.cube_xyz(colour))) for colour in env.cube_colours)
         for family in FAMILIES:
             goal = sample_goal(scene, family, np.random.default_rng(seed))
-            assert len({leg[0] for leg in goal["legs"]}) == len({leg[3] for leg in goal["legs"]}) == len(goal["legs"])
-            near = {cube["colour"]: cube["near"] for cube in scene["cubes"] if cube["pad"] is None}
-            missed += near.get(goal["legs"][0][0]) == goal["legs"][0][3]
             assert goal["sum"] is None or number_of(goal["sum"]) == goal["legs"][0][3]
             for colour, _, _, number in goal["legs"]:
                 assert [cube["colour"] for cube in scene["cubes"] if cube["pad"] == number] in ([], [colour])
             thought = reasoning(goal, scene).split()[0]
             first_words[thought] = first_words.get(thought, 0) + 1
-    assert .15 < on_pads / cubes < .35 and .1 < beside / cubes < .25 and missed > 20 and first_words["first"] > 40 and first_words["then"] > 15 and first_words["done"] > 8
+    assert .2 < on_pads / cubes < .45 and first_words["first"] > 40 and first_words["then"] > 15 and first_words["done"] > 8
 
 
 def begin_layout(env, family, seed, split, start=False):
@@ -331,7 +326,7 @@ def begin_layout(env, family, seed, split, start=False):
     mujoco.mj_forward(env.model, env.data)
 
 
-SCENE = {"cubes": [{"colour": c, "t": f"t{i}", "r": "r3", "x": 0.0, "y": -.2, "held": False, "pad": None, "near": None}
+SCENE = {"cubes": [{"colour": c, "t": f"t{i}", "r": "r3", "x": 0.0, "y": -.2, "held": False, "pad": None}
                    for i, c in enumerate(COLOURS[:4])],
          "pads": [{"colour": c, "number": i + 1, "t": f"t{2 * i}"} for i, c in enumerate(COLOURS)]}
 

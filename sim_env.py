@@ -425,7 +425,7 @@ SHOULDER = np.array([.0306, .119])  # from the foot of the pan axis
 UPPER, FOREARM = np.array([.11257, -.028]), np.array([.1349, .0052])
 TIP = .0601 + .1014  # wrist axis to the centre of the fingertips
 WRIST_LIMIT = 1.62  # a little inside the joint's 1.66
-OPEN, CLOSED = 27.0, 11.0  # gripper: 45 mm between the fingers; and a little narrower than a cube, so that it squeezes
+OPEN, CLOSED = 33.0, 11.0  # gripper: 53 mm between the fingers; and a little narrower than a cube, so that it squeezes
 
 
 def turn(vector, angle):
@@ -438,7 +438,7 @@ def pinch_x(gripper):
     """Middle between the fingers across the jaw, metres in the fixed jaw's frame, for a gripper in 0..100."""
     jaw = (gripper - OFFSET[5]) / SCALE[5]
     moving = -.0202 + .0103 * math.cos(jaw) - .077 * math.sin(jaw)
-    return max((.0079 + moving) / 2, -.015)  # wider open, the cube stays near the fixed finger
+    return max((.0079 + moving) / 2, -.018)  # wider open, the cube stays near the fixed finger
 
 
 def solve_plane(u, v, tool, tilt):
@@ -806,7 +806,11 @@ STRIDE = np.array([18, 16, 16, 16, 24, 10])  # largest step of a command away fr
 
 class Expert:
     """A teacher that sees the truth. Each action depends on the present state alone, never on a clock or a remembered
-    phase: a policy without memory can imitate it, and after a disturbance it simply carries on from where things are."""
+    phase: a policy without memory can imitate it, and after a disturbance it simply carries on from where things are.
+
+    Its thresholds are as loose as the fingers and the pads allow, for the sake of a pupil that is a centimetre wrong: one that
+    waits for perfect alignment before it closes or lets go never does either.
+    """
 
     def __init__(self, env, mistake=(0, 0)):
         self.env, self.mistake = env, np.array(mistake)  # metres (2,) by which it believes cubes and pads to lie elsewhere
@@ -840,21 +844,21 @@ class Expert:
         if abs(roll + 90) > 60:
             roll = -90 + wrap(yaw - phi, 90)  # unless that leads away from the middle of its range
         gap = np.linalg.norm(cube[:2] - tool[:2])
-        if gap < .014 and tool[2] < CUBE + .009:
+        if gap < .02 and tool[2] < CUBE + .009 and at[5] > CLOSED + 1.5:  # closed on nothing: try again
             return cube[:2], CUBE, roll, CLOSED
-        if tool[2] < CUBE + .03 and gap > .02:  # low beside something: open, then rise, before going anywhere
+        if tool[2] < CUBE + .03 and gap > .028:  # low beside something: open, then rise, before going anywhere
             xy, z, gripper = self.leave(tool, at[5])
             return xy, z, at[4], gripper
         unready = gap + .0007 * abs(roll - at[4]) + .002 * max(OPEN - 4 - at[5], 0)
-        return cube[:2], CUBE + np.clip(4 * (unready - .012), 0, HOVER), roll, OPEN
+        return cube[:2], CUBE + np.clip(4 * (unready - .02), 0, HOVER), roll, OPEN
 
     def carry(self, tool, cube, pad):
         """Up, over the pad, down, open -> xy, z, roll, gripper. Aims with the cube, wherever it sits between the fingers."""
         gap = np.linalg.norm(pad - cube[:2])
-        if gap < .013 and min(cube[2] - CUBE, tool[2] - .008) < .007:  # the cube or the fingertips are down
+        if gap < .02 and min(cube[2] - CUBE, tool[2] - .008) < .007:  # the cube or the fingertips are down
             return tool[:2], tool[2], -90, OPEN
         sink = tool[2] - cube[2]
-        z = CUBE + np.clip(4 * (gap - .008), 0, HOVER)
+        z = CUBE + np.clip(4 * (gap - .015), 0, HOVER)
         free = np.clip((cube[2] - .028) / .02, 0, 1) if gap > .03 else 1  # do not drag it through its neighbours
         return tool[:2] + free * (pad - cube[:2]), z + sink, -90, CLOSED
 

@@ -866,7 +866,7 @@ class Expert:
         """One stride in joint space towards a pose of the tool."""
         phi, r = xy_to_polar(xy)
         z = np.clip(z, .008, .12)
-        target = inverse(phi, np.clip(r, .085 + .4 * z, .34), z, roll, at[5])
+        target = inverse(phi, np.clip(r, .09 + .4 * z, .34), z, roll, at[5])
         target[5] = gripper
         step = GAIN * (target - at) / STRIDE
         step[:5] /= max(1, np.abs(step[:5]).max())  # all joints arrive together

@@ -9,7 +9,8 @@ A data set is a folder that numpy alone can read:
     data/<name>/state.npy     (frames, S) float32, LeRobot units (degrees, gripper 0..100)
     data/<name>/action.npy    (frames, A) float32, target positions in the same units
 
-A question set has the camera files and `questions.json`: per image a list of [kind, question, answer].
+A question set has the camera files and `questions.json`: per image a list of [kind, question, answer]. rl.py leaves its
+similarity index with the data that it was made from, `similarity_<what it depends on>.safetensors`.
 
 Batches are a pure function of (seed, step): resuming needs no sampler state, and every process of a torchrun job draws the
 same global batch and takes its own rows.
@@ -17,6 +18,7 @@ same global batch and takes its own rows.
 
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -25,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -313,29 +316,41 @@ class Neighbours:
     """
 
     def __init__(self, keys, frames, families, weights):
-        self.keys, self.frames, self.families, self.weights = keys, frames, np.asarray(families), weights
+        self.keys, self.frames, self.families, self.weights = keys.float(), frames, np.asarray(families), weights
 
     @classmethod
-    def build(cls, episodes, embed, count, weights, seed=0, batch=256):
-        """Keys of up to `count` random frames. embed((B, V, px, px, 3) uint8) -> (B, V, E); weights (V,) per view."""
-        frames = np.sort(np.random.default_rng(seed).permutation(len(episodes))[:count])
-        keys = []
-        for part in tqdm(np.array_split(frames, math.ceil(len(frames) / batch)), desc="similarity index", leave=False, disable=not sys.stderr.isatty()):
-            at = [episodes.frames[i] for i in part]
-            keys.append(cls.rows(embed(torch.from_numpy(np.stack([view[at] for view in episodes.images], axis=1))), weights).half())
-        return cls(torch.cat(keys), torch.from_numpy(frames), [episodes.episodes[episodes.episode_of[i]]["family"] for i in frames], weights)
+    def build(cls, path, episodes, embed, count, weights, batch=256):
+        """Keys of up to `count` random frames, read from the file `path` if they are there, else made and saved there.
 
-    @staticmethod
-    def rows(tokens, weights):
-        """Embeddings (n, V, E) -> (n, V * E), whose inner products are the weighted sums of cosines."""
-        return (F.normalize(tokens.float(), dim=-1) * weights.sqrt()[:, None]).flatten(1)
+        embed((B, V, px, px, 3) uint8) -> (B, V, E); weights (V,) per view. The path must name everything that keys depend on.
+        """
+        frames = np.sort(np.random.default_rng(0).permutation(len(episodes))[:count])
+        if Path(path).is_file():
+            keys = load_file(path)["keys"]
+        else:
+            parts = tqdm(np.array_split(frames, math.ceil(len(frames) / batch)), desc="similarity index", leave=False, disable=not sys.stderr.isatty())
+            pictures = (np.stack([view[[episodes.frames[i] for i in part]] for view in episodes.images], axis=1) for part in parts)
+            keys = torch.cat([F.normalize(embed(torch.from_numpy(images)).float(), dim=-1).flatten(1).half() for images in pictures])
+            temporary = Path(f"{path}.tmp{os.getpid()}")  # several processes may come here at once
+            save_file({"keys": keys}, temporary)
+            os.replace(temporary, path)
+        return cls(keys, torch.from_numpy(frames), [episodes.episodes[episodes.episode_of[i]]["family"] for i in frames], weights)
+
+    def queries(self, tokens):
+        """Embeddings (n, V, E) -> (n, V * E), whose inner products with keys are the weighted sums of cosines."""
+        return (F.normalize(tokens.float(), dim=-1) * self.weights[:, None]).flatten(1)
+
+    def random(self, tokens, rng):
+        """Any frame for every embedding (n, V, E) -> frames (n,), similarity (n,): the control for nearest()."""
+        rows = torch.from_numpy(rng.integers(len(self.frames), size=len(tokens)))
+        return self.frames[rows].numpy(), (self.queries(tokens) * self.keys[rows]).sum(1).numpy()
 
     def nearest(self, tokens, families, k, rng):
         """For every embedding (n, V, E) one of the k most similar frames of its family, at random -> frames (n,), similarity (n,)."""
         k = min(k, *(int((self.families == family).sum()) for family in set(families)))
         if k == 0:
             raise ValueError(f"no frame of family {', '.join(sorted(set(families) - set(self.families)))} can be retrieved; raise --index_frames")
-        similarity = self.rows(tokens, self.weights) @ self.keys.float().T  # (n, N)
+        similarity = self.queries(tokens) @ self.keys.T  # (n, N)
         other = np.asarray(families)[:, None] != self.families[None]
         similarity.masked_fill_(torch.from_numpy(other), -math.inf)
         best, where = similarity.topk(k, dim=1)  # (n, k)

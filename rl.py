@@ -13,6 +13,7 @@ Paper: SyVLA, arXiv 2606.09009, section on reinforcement learning; what it leave
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import sim_env
 from data import Episodes, Neighbours, Tokenizer, flow_times
 from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
-from train import Stopwatch, average_gradients, averaged_weights, choose_device, save_policy, trim_log, write_atomically
+from train import Stopwatch, average_gradients, averaged_weights, check_resume, choose_device, save_policy, trim_log, write_atomically
 
 
 @dataclass
@@ -49,7 +50,7 @@ class RLConfig:
     sampler: str = opt("chain", "noisy denoising: chain (every step Gaussian with --sigma) or sde (Flow-SDE, one random step per chunk)")
     sigma: float = opt(0.03, "standard deviation of a step of the chain, normalised action units")
     sde_level: float = opt(0.5, "a, noise level of Flow-SDE")
-    epochs: int = opt(3, "passes over the rollouts per iteration")
+    epochs: int = opt(2, "passes over the rollouts per iteration")
     minibatch: int = opt(256, "chunks per gradient step, over all processes")
     lr: float = opt(3e-4, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine")
     critic_lr: float = opt(1e-3, "AdamW learning rate of the value model")
@@ -59,13 +60,14 @@ class RLConfig:
     clip: float = opt(0.2, "PPO clip of the probability ratio")
     target_kl: float = opt(0.02, "end an iteration's update when the policy has moved this far")
     grad_clip: float = opt(1.0, "gradient norm limit")
-    ppo: bool = opt(True, "false: no rollouts, as many updates of imitation on random expert samples")
+    ppo: bool = opt(True, "false: imitation of the expert samples alone, in as many updates of as many chunks")
     experts: str = opt("similar", "expert samples in every minibatch: similar (retrieved) | random | none")
     expert_weight: float = opt(0.1, "weight of the expert term")
     expert_form: str = opt("cfm", "cfm (flow-matching loss) | ratio (clipped ratio of it) | chain (likelihood of a noised path to the expert's chunk)")
     expert_advantage: str = opt("one", "one (the paper's 1.0) | gae (from the value model: the paper's failing control)")
+    noise_samples: int = opt(1, "M, noise samples (eps, t) of every expert sample")
     neighbours: int = opt(4, "a decision draws one of its most similar expert frames")
-    view_weights: str = opt("1,1", "w_v of every camera in the similarity")
+    view_weights: str = opt("", "w_v of every camera in the similarity, with commas (default: 1 each)")
     index_frames: int = opt(10000, "expert frames that can be retrieved")
     decouple: str = opt("gradient", "intention decoupling in the expert term: gradient | random | attention | off")
     anchor: float = opt(0.0, "weight of the KL divergence from the starting policy, a baseline in place of experts")
@@ -84,12 +86,18 @@ class RLConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("iterations", "episodes", "arms", "epochs", "minibatch", "neighbours", "index_frames", "eval_every", "eval_episodes"):
+        for name in ("iterations", "episodes", "arms", "epochs", "minibatch", "noise_samples", "neighbours", "index_frames", "eval_every", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         for name in ("sigma", "sde_level", "lr", "critic_lr", "clip", "target_kl", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be greater than 0")
+        if self.seed < 0 or FIRST_SEED + (self.seed + 1) * self.iterations * self.episodes > len(sim_env.SEEDS["train"]):
+            raise ValueError(f"--seed={self.seed} with {self.iterations} iterations of {self.episodes} episodes leaves the training seeds; choose less")
+        try:
+            [float(w) for w in self.view_weights.split(",") if self.view_weights]
+        except ValueError:
+            raise ValueError(f"view_weights must be numbers with commas between them, not {self.view_weights!r}") from None
         if not self.ppo and self.experts == "none":
             raise ValueError("--ppo=false needs expert samples to imitate; leave out --experts=none")
 
@@ -99,6 +107,7 @@ PRESETS = {
     "tiny": dict(iterations=60),
     "small": dict(),
 }
+HARMLESS = {"config", "out", "resume", "init_from", "data", "device", "threads", "arms", "eval", "eval_every"}
 FIRST_SEED = 600_000  # of the training range: no scene of the data set is practised on
 
 
@@ -235,7 +244,7 @@ def play(policy, jobs, vec, cfg, clock):
             vec.reset([running[arm]["seed"] for arm in free], [running[arm]["family"] for arm in free], "id", free)
             clock.mark("simulation")
         busy = sorted(running)
-        states, state, views = observe(policy, vec._copy(busy))
+        states, state, views = observe(policy, vec.observations(busy))
         clock.mark("VLM")
         rngs = [np.random.default_rng([cfg.seed, running[arm]["seed"], len(running[arm]["reward"])]) for arm in busy]
         noise = torch.from_numpy(np.stack([r.standard_normal((K + 1, H, A), dtype=np.float32) for r in rngs])).to(device)
@@ -257,7 +266,7 @@ def play(policy, jobs, vec, cfg, clock):
         ended = [arm for arm in busy if terminated[arm] or truncated[arm]]
         cut = [arm for arm in ended if truncated[arm]]
         if cut:
-            for arm, *last in zip(cut, *observe(policy, vec._copy(cut))[:2]):
+            for arm, *last in zip(cut, *observe(policy, vec.observations(cut))[:2]):
                 running[arm]["final"] = [x.cpu() for x in last]
             clock.mark("VLM")
         for arm in ended:
@@ -270,7 +279,7 @@ def play(policy, jobs, vec, cfg, clock):
 
 def to_batch(episodes, critic, cfg, device):
     """Episodes of an iteration -> one batch over all chunks (n, ...), with old values, advantages and returns."""
-    b = {name: torch.stack([x for e in episodes for x in e[name]]).to(device) for name in ("states", "state", "views", "chain", "noisy", "executed")}
+    b = {name: torch.stack([x for e in episodes for x in e[name]]).to(device) for name in ("states", "state", "chain", "noisy", "executed")}
     with torch.no_grad():
         values = critic(b["states"], b["state"]).cpu().numpy()
         advantages, at = [], 0
@@ -296,11 +305,14 @@ class Experts:
         self.policy, self.cfg, self.device = policy, cfg, device
         self.episodes = Episodes(cfg.data, policy.cfg, families)
         self.states = {}  # frame -> feature query states: the VLM is frozen, so once is enough
-        if cfg.experts == "similar":
-            weights = torch.tensor([float(w) for w in cfg.view_weights.split(",")])
-            if len(weights) != policy.cfg.views:
-                raise ValueError(f"view_weights {cfg.view_weights} must be one number for each of the cameras {policy.cfg.cameras}")
-            self.index = Neighbours.build(self.episodes, self.embed, cfg.index_frames, weights, cfg.seed)
+        weights = torch.tensor([float(w) for w in cfg.view_weights.split(",")] if cfg.view_weights else [1.0] * policy.cfg.views)
+        if len(weights) != policy.cfg.views:
+            raise ValueError(f"view_weights {cfg.view_weights} must be one number for each of the cameras {policy.cfg.cameras}")
+        made_of = hashlib.sha256(f"{policy.cfg.cameras} {families} {cfg.index_frames}".encode())
+        for parameter in policy.vlm.vision.state_dict().values():
+            made_of.update(parameter.float().cpu().numpy().tobytes())
+        path = Path(cfg.data, f"similarity_{made_of.hexdigest()[:12]}.safetensors")
+        self.index = Neighbours.build(path, self.episodes, self.embed, cfg.index_frames, weights)
 
     @torch.inference_mode()
     def embed(self, images):
@@ -310,7 +322,7 @@ class Experts:
     def retrieve(self, views, families, rng):
         """An expert frame for every decision: views (n, V, E), n families -> frames (n,), similarity (n,)."""
         if self.cfg.experts == "random":
-            return rng.integers(len(self.episodes), size=len(families)), np.full(len(families), np.nan)
+            return self.index.random(views, rng)
         return self.index.nearest(views, families, self.cfg.neighbours, rng)
 
     @torch.inference_mode()
@@ -374,15 +386,16 @@ def rows_of(b, rows):
     return {name: x[rows] for name, x in b.items()}
 
 
-def expert_samples(policy, experts, b, families, cfg, iteration):
+def expert_samples(policy, experts, episodes, cfg, iteration):
     """One expert sample for every chunk of the rollouts, with its noise -> batch dict (n, ...), similarity (n,), frames (n,)."""
-    rng = np.random.default_rng([cfg.seed, iteration, 1])
-    frames, similarity = experts.retrieve(b["views"], families, rng)
+    rng, device = np.random.default_rng([cfg.seed, iteration, 1]), policy.vlm.queries.device
+    views, families = torch.stack([x for e in episodes for x in e["views"]]), [e["family"] for e in episodes for _ in e["views"]]
+    frames, similarity = experts.retrieve(views, families, rng)
     e = experts.batch(frames)
-    n, M, K, H, A = len(frames), policy.cfg.noise_samples, policy.cfg.denoise_steps, policy.cfg.chunk, policy.cfg.action_dim
+    n, M, K, H, A = len(frames), cfg.noise_samples, policy.cfg.denoise_steps, policy.cfg.chunk, policy.cfg.action_dim
     drawn = {"t": flow_times(rng, (n, M)), "eps": rng.standard_normal((n, M, H, A)), "uniform": rng.random((n, policy.cfg.queries)), "path": rng.standard_normal((n, K + 1, H, A))}
-    e |= {k: torch.as_tensor(v, dtype=torch.float32, device=b["state"].device) for k, v in drawn.items()}
-    e["left"] = torch.as_tensor(experts.chunks_left(frames), dtype=torch.float32, device=b["state"].device)
+    e |= {k: torch.as_tensor(v, dtype=torch.float32, device=device) for k, v in drawn.items()}
+    e["left"] = torch.as_tensor(experts.chunks_left(frames), dtype=torch.float32, device=device)
     return e, similarity, frames
 
 
@@ -402,7 +415,7 @@ def expert_term(policy, critic, e, scale, cfg):
         steps = torch.arange(K, device=e["left"].device).expand(len(e["left"]), K)
         path = {"chain": bridge(e["actions"], e["path"], K, cfg), "noisy": steps, "executed": e["valid"], "states": e["states"], "state": e["state"]}
         return -(advantage * chain_logp(policy, path, cfg)[0]).mean()
-    beta = 1 / (2 * K**2 * cfg.sigma**2) if cfg.sampler == "chain" else 1.0  # flow loss in units of the chain's log-probability
+    beta = 1 / (2 * K**2 * cfg.sigma**2) if cfg.sampler == "chain" else 1.0  # loss in units of the chain's log-probability; or as FPO
     ratio = (beta * (e["old"] - expert_loss(policy, e))).clamp(-3, 3).exp()
     return ppo_loss(ratio.log(), torch.zeros_like(ratio), advantage, cfg.clip)[0].mean()
 
@@ -512,6 +525,8 @@ def practise(cfg):
     families = cfg.families.split(",")
     if unknown := [f for f in families if f not in sim_env.LIMIT]:
         raise ValueError(f"{', '.join(unknown)} is no family of the simulation; set --families to some of {', '.join(sim_env.LIMIT)}")
+    if cfg.resume:
+        check_resume(cfg, read_checkpoint_config(out).get("rl", {}), HARMLESS, (), say)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -569,7 +584,7 @@ def practise(cfg):
             b = to_batch(episodes, learner["critic"], cfg, device)
             e, line = None, {"iteration": iteration + 1}
             if experts:
-                e, similarity, frames = expert_samples(policy, experts, b, [e["family"] for e in episodes for _ in e["reward"]], cfg, iteration)
+                e, similarity, frames = expert_samples(policy, experts, episodes, cfg, iteration)
                 line |= {"similarity": float(similarity.mean()), "expert_frames": len(set(frames.tolist()))}
             clock.mark("retrieval")
             try:

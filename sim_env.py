@@ -993,7 +993,8 @@ class VecEnv:
             self.obs["images"][arm, view] = obs["images"][camera]
         self.obs["state"][arm], self.obs["task"][arm], self.infos[arm] = obs["state"], obs["task"], info
 
-    def _copy(self, arms=slice(None)):
+    def observations(self, arms=slice(None)):
+        """What the arms (all by default) see now: {"images" (n, V, px, px, 3) uint8, "state" (n, 6), "task" [n strings]}."""
         task = self.obs["task"] if isinstance(arms, slice) else [self.obs["task"][arm] for arm in arms]
         return {"images": self.obs["images"][arms].copy(), "state": self.obs["state"][arms].copy(), "task": list(task)}
 
@@ -1006,7 +1007,7 @@ class VecEnv:
         for arm, (obs, info) in self._call("reset", calls).items():
             self._store(arm, obs, info)
             self.terminated[arm] = self.truncated[arm] = False
-        return self._copy(), list(self.infos)
+        return self.observations(), list(self.infos)
 
     def step_chunk(self, actions):
         """actions (n, h, 6) -> obs, reward (n,), terminated (n,), truncated (n,), infos. Resting arms get reward 0 and
@@ -1018,7 +1019,7 @@ class VecEnv:
         for arm, (obs, r, terminated, truncated, info) in self._call("step_chunk", calls).items():
             self._store(arm, obs, info)
             reward[arm], self.terminated[arm], self.truncated[arm] = r, terminated, truncated
-        return self._copy(), reward, self.terminated.copy(), self.truncated.copy(), list(self.infos)
+        return self.observations(), reward, self.terminated.copy(), self.truncated.copy(), list(self.infos)
 
     def close(self):
         for worker in self.workers:
@@ -1050,7 +1051,7 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
                 for arm in free:
                     results[running[arm]].update(task=vec.obs["task"][arm], reason=infos[arm]["reason"])
             busy = sorted(running)
-            answer = policy(vec._copy(busy))
+            answer = policy(vec.observations(busy))
             chosen, extras = answer if isinstance(answer, tuple) else (answer, [None] * len(busy))
             for arm, extra in zip(busy, extras):
                 if arm in free:

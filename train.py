@@ -264,13 +264,13 @@ HARMLESS = {"config", "data", "out", "resume", "init_from", "device", "threads",
 ADJUSTABLE = {"ground_steps", "steps", "adam_lr", "muon_lr"}
 
 
-def check_resume(cfg, say):
-    """A resumed run must be the run that was begun: refuse other settings, point out adjusted ones."""
+def check_resume(cfg, saved, harmless, adjustable, say):
+    """A resumed run must be the run that was begun, with the settings `saved`: refuse others, point out adjusted ones."""
     for name, value in asdict(cfg).items():
-        begun = read_checkpoint_config(cfg.out).get(name, value)
-        if name in ADJUSTABLE and begun != value:
+        begun = saved.get(name, value)
+        if name in adjustable and begun != value:
             say(f"{cfg.out} was begun with --{name}={begun} and goes on with {value}")
-        elif name not in HARMLESS and begun != value:
+        elif name not in harmless and begun != value:
             raise ValueError(f"{cfg.out} was begun with {name} {begun}, not {value}; add --{name}={begun}")
 
 
@@ -408,7 +408,7 @@ def train(cfg):
     if cfg.resume and not (out / "train_state.pt").is_file():
         raise FileNotFoundError(f"nothing to resume in {out}; leave --resume out")
     if cfg.resume:
-        check_resume(cfg, say)
+        check_resume(cfg, read_checkpoint_config(out), HARMLESS, ADJUSTABLE, say)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:

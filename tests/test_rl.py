@@ -169,10 +169,10 @@ class Recording:
         return len(self.frames)
 
 
-def test_retrieval_finds_the_frame_itself_within_its_family():
+def test_retrieval_finds_the_frame_itself_within_its_family(tmp_path):
     recording, weights = Recording(30), torch.tensor([1.0, 0.5])
     embed = lambda images: images.flatten(2).float() - 127  # noqa: E731
-    index = Neighbours.build(recording, embed, 30, weights)
+    index = Neighbours.build(tmp_path / "index.safetensors", recording, embed, 30, weights)
     tokens = embed(torch.from_numpy(np.stack(recording.images, axis=1)))
     families = ["place", "calculate"] * 15
     frames, similarity = index.nearest(tokens, families, 1, np.random.default_rng(0))
@@ -181,6 +181,10 @@ def test_retrieval_finds_the_frame_itself_within_its_family():
     assert (frames % 2 == 1).all() and similarity[0] < 1.5
     cosines = torch.nn.functional.cosine_similarity(tokens[0], tokens[frames[0]], dim=-1)
     assert similarity[0] == pytest.approx((cosines * weights).sum().item(), abs=2e-3)
+    saved = Neighbours.build(tmp_path / "index.safetensors", recording, None, 30, weights)
+    drawn, similarity = saved.random(tokens, np.random.default_rng(0))
+    cosines = torch.nn.functional.cosine_similarity(tokens, tokens[drawn], dim=-1)  # (30, V)
+    assert len(set(drawn.tolist())) > 10 and np.allclose(similarity, (cosines * weights).sum(1), atol=2e-3)
 
 
 # -- the expert term -----------------------------------------------------------------------------------------------
@@ -288,7 +292,7 @@ def arguments(trained, out, *flags):
     return ["--config", "debug", f"--init_from={trained}", f"--out={out}", "--device=cpu", "--threads=1", *flags]
 
 
-def test_run_resume_and_frozen_language(trained, tmp_path, capsys, monkeypatch):
+def test_run_resume_and_frozen_language(trained, tmp_path, capsys, monkeypatch, fails):
     rl.main(arguments(trained, tmp_path / "whole"))
     said = capsys.readouterr().out
     assert "bit for bit" in said
@@ -303,6 +307,7 @@ def test_run_resume_and_frozen_language(trained, tmp_path, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         rl.main(arguments(trained, tmp_path / "cut"))
     monkeypatch.setattr(rl, "update", real)
+    assert "begun with sigma" in fails(rl.main, arguments(trained, tmp_path / "cut", "--resume", "--sigma=0.5"))
     rl.main(arguments(trained, tmp_path / "cut", "--resume"))
     whole, cut = (torch.load(tmp_path / name / "train_state.pt", weights_only=True) for name in ("whole", "cut"))
     for part in ("learner", "ema"):
@@ -341,7 +346,7 @@ if world > 1: dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--init_from=nowhere"], "no checkpoint"), (["--experts=all"], "experts must be one of"), (["--view_weights=1"], "view_weights"),
+    (["--init_from=nowhere"], "no checkpoint"), (["--experts=all"], "experts must be one of"), (["--seed=99999"], "leaves the training seeds"), (["--view_weights=1"], "view_weights"), (["--view_weights=a,b"], "must be numbers"),
     (["--families=place,calculate"], "calculate"), (["--data=nowhere"], "no data set"), (["--sigma=0"], "sigma"), (["--resume"], "nothing to resume"),
     (["--ppo=false", "--experts=none"], "imitate"), (["--families=dance"], "dance"),
 ])  # fmt: skip

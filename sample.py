@@ -35,6 +35,7 @@ class SampleConfig:
     eval: int = opt(0, "closed-loop episodes per family and split; writes eval.json and prints the table")
     families: str = opt("", "families for --eval, with commas (default: those the run was trained on)")
     seeds: str = opt("report", "scenes of --eval: report, for numbers to publish, or val, to choose between policies")
+    splits: str = opt("", "splits for --eval, with commas (default: all three)")
     ask: str = opt("", "a question about the scene of --seed")
     replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot")
     data: str = opt("", "data set for --replay (default: the one the run was trained on)")
@@ -49,6 +50,8 @@ class SampleConfig:
             raise ValueError("eval counts episodes (0 or more), arms at least 1")
         if self.seeds not in ("report", "val"):
             raise ValueError(f"seeds must be report or val, not {self.seeds!r}")
+        if unknown := [s for s in self.splits.split(",") if s not in ("", *sim_env.SPLITS)]:
+            raise ValueError(f"unknown split {', '.join(unknown)}; choose from {', '.join(sim_env.SPLITS)}")
 
 
 def load_policy(run):
@@ -153,12 +156,12 @@ def contact_sheet(frames, columns=4, rows=4):
 
 
 def evaluate(policy, cfg):
-    """Success by family and split; eval.json in the run folder."""
+    """Success by family and split; eval.json in the run folder, or eval_<seeds>_<splits>.json where they are not all report ones."""
     trained = read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))
     families = (cfg.families or trained).split(",")
     began = time.time()
-    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds)
-    path = Path(cfg.run) / ("eval.json" if cfg.seeds == "report" else f"eval_{cfg.seeds}.json")
+    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds, cfg.splits.split(",") if cfg.splits else sim_env.SPLITS)
+    path = Path(cfg.run, "_".join(["eval", *([cfg.seeds] if cfg.seeds != "report" else []), *cfg.splits.split(",")]).rstrip("_") + ".json")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1))
     os.replace(temporary, path)

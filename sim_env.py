@@ -1113,7 +1113,7 @@ def latency(policy, family, n=30):
     return {stage: float(np.median([sample[stage] for sample in samples[5:]])) for stage in samples[0]}
 
 
-def evaluate(policy, families, n, n_arms=24, seeds="report"):
+def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS):
     """Closed-loop episodes on the first n seeds of a range; policy as driver() takes it.
 
     Seeds "report" are for the numbers one publishes, "val" for choosing between policies.
@@ -1127,7 +1127,7 @@ def evaluate(policy, families, n, n_arms=24, seeds="report"):
     for family in families:
         results[family] = {}
         stages = latency(policy, family)
-        for split in SPLITS if family in FAMILIES else ("id",):
+        for split in splits if family in FAMILIES else ("id",):
             episodes = rollout(driver(policy), SEEDS[seeds][:n], family, split, n_arms, policy.cfg.image_size, name=f"{family} {split}")
             wins = sum(e["success"] for e in episodes)
             low, high = wilson(wins, n)

@@ -122,7 +122,7 @@ def test_many_arms_are_seen_through_the_policys_cameras_in_its_order(run, monkey
 
 @pytest.mark.parametrize("words, said", [
     (["--family=plaice"], "place"), (["--split=odd"], "ood_position"), ([" "], "is empty"), (["sing me a song"], "cannot tell"), (["put the red cube on the red pad, the red block on the blue pad"], "cannot tell"), (["put it " * 1500], "tokens long"), (["--ask= "], "is empty"),
-    (["--ask", "why " * 3000], "tokens long"), (["--eval=-1"], "0 or more"), (["--eval=1", "--arms=0"], "arms"), (["--eval=1", "--seeds=train"], "report or val"), (["--eval=9999999"], "report seeds"), (["--eval=1", "--families=plaice"], "place"),
+    (["--ask", "why " * 3000], "tokens long"), (["--eval=-1"], "0 or more"), (["--eval=1", "--arms=0"], "arms"), (["--eval=1", "--seeds=train"], "report or val"), (["--eval=1", "--splits=od"], "unknown split od"), (["--eval=9999999"], "report seeds"), (["--eval=1", "--families=plaice"], "place"),
     (["--replay", "--data=nowhere"], "python prepare.py"), (["one", "two"], "unexpected word 'two'"), (["--evall=3"], "did you mean eval"),
 ], ids=lambda words: " ".join(words)[:24] if isinstance(words, list) else "")  # fmt: skip
 def test_bad_input_is_answered_in_one_line(trained, tmp_path, fails, words, said):

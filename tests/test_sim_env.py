@@ -429,6 +429,21 @@ def test_expert_recovers_from_a_mistake(env):
     assert any(env._advance(expert.action())[0] for _ in range(45))
 
 
+def test_expert_bears_errors_of_a_pupil(env):
+    """Someone who is about 9 mm wrong, and differently so every four steps, still succeeds by the expert's rules."""
+    wins = 0
+    for seed in range(VAL, VAL + 30):
+        begin(env, "calculate", seed)
+        rng, expert = np.random.default_rng(seed), Expert(env)
+        for step in range(LIMIT["calculate"]):
+            if step % 4 == 0:
+                expert.mistake = rng.normal(0, .009, 2)
+            if env._advance(expert.action())[0]:
+                wins += 1
+                break
+    assert wins >= 24
+
+
 def test_expert_starts_anywhere(env):
     for seed in range(6):
         assert demonstrate(env, VAL + seed, "place", noise=False, start=True, images=False)["success"]

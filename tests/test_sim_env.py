@@ -9,7 +9,7 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import sim_env
-from sim_env import (COLOURS, CUBE, FAMILIES, HELD_OUT_NAMES, HELD_OUT_SUMS, HIGH, LIMIT, LOW, SEEDS, SPLITS, SUMS,
+from sim_env import (COLOURS, CUBE, FAMILIES, HELD_OUT_NAMES, HELD_OUT_SUMS, HIGH, LIMIT, LOW, OPEN, SEEDS, SPLITS, SUMS,
                      VAGUE_NAMES, Expert, SO100Env, VecEnv, demonstrate, held_out, instruction, inverse, mujoco, number_of,
                      pinch_x, polar_to_xy, random_task, reasoning, rollout, sample_goal, to_position, to_qpos, xy_to_polar)
 
@@ -442,6 +442,15 @@ def test_expert_bears_errors_of_a_pupil(env):
                 wins += 1
                 break
     assert wins >= 24
+
+
+def test_expert_aims_within_reach_whatever_it_is_asked(env):
+    begin(env, "place", VAL)
+    for z in np.linspace(0, .15, 6):
+        for roll in np.linspace(-160, 0, 9):
+            for gripper in np.linspace(0, 100, 9):
+                for r in (.02, .5):
+                    Expert(env).towards(np.array([0, 0, 0, 0, 0, gripper]), polar_to_xy(10, r), z, roll, OPEN)
 
 
 def test_expert_starts_anywhere(env):

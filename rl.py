@@ -48,7 +48,7 @@ class RLConfig:
     episodes: int = opt(96, "episodes per iteration, over all families and processes")
     arms: int = opt(32, "arms simulated at once")
     sampler: str = opt("chain", "noisy denoising: chain (every step Gaussian with --sigma) or sde (Flow-SDE, one random step per chunk)")
-    sigma: float = opt(0.03, "standard deviation of a step of the chain, normalised action units")
+    sigma: float = opt(0.12, "standard deviation of the chain's first step, falling in proportion to flow time; normalised action units")
     sde_level: float = opt(0.5, "a, noise level of Flow-SDE")
     epochs: int = opt(2, "passes over the rollouts per iteration")
     minibatch: int = opt(256, "chunks per gradient step, over all processes")
@@ -123,12 +123,14 @@ def timesteps(K, device=None):
 def step(x, v, t, d, cfg):
     """One noisy step from time t to t - d -> mean (like x) and standard deviation (broadcasts with x), both fp32.
 
-    chain: the Euler step of the sampler plus fixed noise (Flow-Noise with a constant). sde: Flow-SDE (Flow-GRPO, arXiv
-    2505.05470), sigma_t = a sqrt(t / (1 - t)), which keeps the marginals of the ODE as d -> 0. x, v (..., H, A), t (..., 1, 1).
+    chain: the Euler step of the sampler plus noise of a fixed spread sigma t (Flow-Noise without a noise network). What comes in
+    early is denoised: about a fifth of it arrives, as one coherent motion of the whole chunk, which is what exploration needs. What
+    comes in last reaches the motors as jitter, so there is less of it. sde: Flow-SDE (Flow-GRPO, arXiv 2505.05470), sigma_t =
+    a sqrt(t / (1 - t)), which keeps the marginals of the ODE as d -> 0. x, v (..., H, A), t (..., 1, 1).
     """
     x, v = x.float(), v.float()
     if cfg.sampler == "chain":
-        return x - d * v, torch.full_like(t, cfg.sigma)
+        return x - d * v, cfg.sigma * t
     variance = cfg.sde_level**2 * t / (1 - t.clamp(max=1 - d))  # at t = 1 the next time stands in the denominator
     mean = (x - t * v) * (1 - t + d) + (x + (1 - t) * v) * (t - d - variance * d / (2 * t))
     return mean, (variance * d).sqrt()
@@ -362,7 +364,7 @@ def bridge(actions, noise, K, cfg):
     """A noisy path from noise to the expert's chunk: the chain with the conditional velocity (x - a) / t in the network's place.
 
     actions (B, H, A), noise (B, K+1, H, A) -> chain (B, K+1, H, A). Its expected log-probability under the policy's chain is a
-    constant minus the flow-matching loss, weighted d^2 / (2 sigma^2) for `chain` and, for `sde`, by
+    constant minus the flow-matching loss, weighted d^2 / (2 sigma^2 t^2) for `chain` and, for `sde`, by
     d (1 + a^2/2)^2 / (2 a^2) (1 - t) / t.
     """
     path = [noise[:, 0]]
@@ -415,7 +417,7 @@ def expert_term(policy, critic, e, scale, cfg):
         steps = torch.arange(K, device=e["left"].device).expand(len(e["left"]), K)
         path = {"chain": bridge(e["actions"], e["path"], K, cfg), "noisy": steps, "executed": e["valid"], "states": e["states"], "state": e["state"]}
         return -(advantage * chain_logp(policy, path, cfg)[0]).mean()
-    beta = 1 / (2 * K**2 * cfg.sigma**2) if cfg.sampler == "chain" else 1.0  # loss in units of the chain's log-probability; or as FPO
+    beta = (1 / (K * cfg.sigma * timesteps(K))).square().mean().item() / 2 if cfg.sampler == "chain" else 1.0  # to log-probability; or FPO's
     ratio = (beta * (e["old"] - expert_loss(policy, e))).clamp(-3, 3).exp()
     return ppo_loss(ratio.log(), torch.zeros_like(ratio), advantage, cfg.clip)[0].mean()
 

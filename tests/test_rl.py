@@ -115,7 +115,7 @@ def test_experts_log_probability_is_minus_their_flow_matching_loss(form):
         mean, std = rl.step(x, u, time, d, cfg)
         sampled = mean + std * torch.randn(n, 8, 6)
         logp = rl.gaussian_logp(sampled, rl.step(x, v, time, d, cfg)[0], std).mean()
-        weight = d**2 / (2 * cfg.sigma**2)
+        weight = d**2 / (2 * (cfg.sigma * t) ** 2)
         if cfg.sampler == "sde":
             at = min(t, 1 - d)  # sigma's denominator at t = 1
             variance = cfg.sde_level**2 * t / (1 - at)
@@ -220,7 +220,8 @@ def test_forms_of_the_expert_term_pull_the_same_way(make_policy):
         policy.zero_grad()
         rl.expert_term(policy, critic, e, (0.0, 1.0), cfg).backward()
         gradients[form] = torch.cat([p.grad.flatten() for p in policy.expert.parameters() if p.grad is not None])
-    beta = (1 / policy.cfg.denoise_steps) ** 2 / (2 * 0.2**2)
+    K = policy.cfg.denoise_steps
+    beta = np.mean([(1 / K) ** 2 / (2 * (0.2 * k / K) ** 2) for k in range(1, K + 1)])  # the chain's sigma falls with flow time
     assert torch.allclose(gradients["ratio"], beta * gradients["cfm"], rtol=1e-3, atol=1e-5)
     assert torch.nn.functional.cosine_similarity(gradients["chain"], gradients["cfm"], dim=0) > 0.5
 
@@ -329,7 +330,7 @@ policy, cfg = make_policy.__wrapped__()(), config(critic_warmup=0, minibatch=6, 
 learner = learner_of(policy)
 torch.manual_seed(1)
 b = chains(policy, 16, cfg) | {{"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}}
-logs = rl.update(policy, None, learner, b, None, torch.optim.SGD(learner.parameters(), lr=.1), cfg, 1, rank, world)
+logs = rl.update(policy, None, learner, b, None, torch.optim.SGD(learner.parameters(), lr=.01), cfg, 1, rank, world)
 if rank == 0: torch.save((learner.state_dict(), logs), sys.argv[1])
 if world > 1: dist.destroy_process_group()
 """
@@ -342,7 +343,7 @@ if world > 1: dist.destroy_process_group()
     assert [p.wait() for p in both] == [0, 0]
     (one, logs), (two, logs_two) = (torch.load(tmp_path / name) for name in ("one", "two"))
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
-    assert logs == pytest.approx(logs_two, abs=1e-4)
+    assert logs == pytest.approx(logs_two, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -5,9 +5,9 @@
     python rl.py --config small --init_from=out/small --experts=none --out=out/no_experts      # plain PPO
 
 Every iteration: many simulated arms play whole episodes with a noisy denoising chain, whose Gaussian steps have a likelihood
-(`step`).  Every decision looks up one of the expert frames most like what it saw.  PPO moves the adapter and the expert;
+(`step`). Every decision looks up one of the expert frames most like what it saw. PPO moves the adapter and the expert;
 the expert samples join each minibatch with their advantage fixed at 1.0, outside GAE, outside normalisation, outside the
-value loss.  The VLM is frozen: what it made of an observation (the feature query states) is computed once and kept.
+value loss. The VLM is frozen: what it made of an observation (the feature query states) is computed once and kept.
 
 Paper: SyVLA, arXiv 2606.09009, section on reinforcement learning; what it leaves open follows pi_RL (arXiv 2510.25889).
 """
@@ -33,7 +33,7 @@ from tqdm import tqdm
 import sim_env
 from data import Episodes, Neighbours, Tokenizer, flow_times
 from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
-from train import Stopwatch, average_gradients, averaged_weights, check_resume, choose_device, save_policy, trim_log, write_atomically
+from train import Stopwatch, average_gradients, averaged_weights, check_resume, choose_device, explain_errors, save_policy, trim_log, write_atomically
 
 
 @dataclass
@@ -500,17 +500,7 @@ def validate(policy, ema, families, cfg):
 
 
 def main(argv=None):
-    cfg = parse_config(RLConfig, PRESETS, sys.argv[1:] if argv is None else argv)
-    try:
-        practise(cfg)
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not str(e).startswith("MuJoCo cannot draw"):
-            raise
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    explain_errors(practise, parse_config(RLConfig, PRESETS, sys.argv[1:] if argv is None else argv))
 
 
 def practise(cfg):

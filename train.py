@@ -384,9 +384,13 @@ def bench(cfg, policy, run, episodes, questions, optimizers, device, autocast):
 
 
 def main(argv=None):
-    cfg = parse_config(TrainConfig, PRESETS, sys.argv[1:] if argv is None else argv)
+    explain_errors(train, parse_config(TrainConfig, PRESETS, sys.argv[1:] if argv is None else argv))
+
+
+def explain_errors(run, cfg):
+    """run(cfg); a user's mistake ends in one line on standard error and exit status 2, a defect of ours in its traceback."""
     try:
-        train(cfg)
+        run(cfg)
     except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not str(e).startswith(("prepare.py failed", "MuJoCo cannot draw")):
             raise

@@ -332,7 +332,7 @@ torch.manual_seed(1)
 b = chains(policy, 16, cfg) | {{"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}}
 logs = rl.update(policy, None, learner, b, None, torch.optim.SGD(learner.parameters(), lr=.01), cfg, 1, rank, world)
 if rank == 0: torch.save((learner.state_dict(), logs), sys.argv[1])
-if world > 1: dist.destroy_process_group()
+if world > 1: dist.barrier(); dist.destroy_process_group()
 """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -18,17 +18,13 @@ same global batch and takes its own rows.
 
 import json
 import math
-import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
 # Text
@@ -312,47 +308,28 @@ class Questions:
 class Neighbours:
     """Recorded frames by similarity of what the cameras saw: sum_v w_v cos(E(o_v), E(x_v)) (SyVLA), one matrix product per batch.
 
-    E is whatever `embed` makes of a view; a policy's own image encoder stays frozen while it is in use.
+    keys (N, V, E): what an image encoder E makes of every frame's views; families: N names; weights (V,): w_v.
     """
 
-    def __init__(self, keys, frames, families, weights):
-        self.keys, self.frames, self.families, self.weights = keys.float(), frames, np.asarray(families), weights
-
-    @classmethod
-    def build(cls, path, episodes, embed, count, weights, batch=256):
-        """Keys of up to `count` random frames, read from the file `path` if they are there, else made and saved there.
-
-        embed((B, V, px, px, 3) uint8) -> (B, V, E); weights (V,) per view. The path must name everything that keys depend on.
-        """
-        frames = np.sort(np.random.default_rng(0).permutation(len(episodes))[:count])
-        if Path(path).is_file():
-            keys = load_file(path)["keys"]
-        else:
-            parts = tqdm(np.array_split(frames, math.ceil(len(frames) / batch)), desc="similarity index", leave=False, disable=not sys.stderr.isatty())
-            pictures = (np.stack([view[[episodes.frames[i] for i in part]] for view in episodes.images], axis=1) for part in parts)
-            keys = torch.cat([F.normalize(embed(torch.from_numpy(images)).float(), dim=-1).flatten(1).half() for images in pictures])
-            temporary = Path(f"{path}.tmp{os.getpid()}")  # several processes may come here at once
-            save_file({"keys": keys}, temporary)
-            os.replace(temporary, path)
-        return cls(keys, torch.from_numpy(frames), [episodes.episodes[episodes.episode_of[i]]["family"] for i in frames], weights)
+    def __init__(self, keys, families, weights):
+        self.keys, self.families, self.weights = F.normalize(keys.float(), dim=-1).flatten(1), np.asarray(families), weights
 
     def queries(self, tokens):
         """Embeddings (n, V, E) -> (n, V * E), whose inner products with keys are the weighted sums of cosines."""
         return (F.normalize(tokens.float(), dim=-1) * self.weights[:, None]).flatten(1)
 
-    def random(self, tokens, rng):
-        """Any frame for every embedding (n, V, E) -> frames (n,), similarity (n,): the control for nearest()."""
-        rows = torch.from_numpy(rng.integers(len(self.frames), size=len(tokens)))
-        return self.frames[rows].numpy(), (self.queries(tokens) * self.keys[rows]).sum(1).numpy()
+    def random(self, tokens, uniform):
+        """Any frame for every embedding (n, V, E), drawn by uniform (n,) -> rows (n,), similarity (n,): the control for nearest()."""
+        rows = torch.from_numpy((uniform * len(self.keys)).astype(np.int64))
+        return rows, (self.queries(tokens) * self.keys[rows]).sum(1)
 
-    def nearest(self, tokens, families, k, rng):
-        """For every embedding (n, V, E) one of the k most similar frames of its family, at random -> frames (n,), similarity (n,)."""
+    def nearest(self, tokens, families, k, uniform):
+        """For every embedding (n, V, E) one of the k most similar frames of its family, drawn by uniform (n,) -> rows (n,), similarity (n,)."""
         k = min(k, *(int((self.families == family).sum()) for family in set(families)))
         if k == 0:
             raise ValueError(f"no frame of family {', '.join(sorted(set(families) - set(self.families)))} can be retrieved; raise --index_frames")
         similarity = self.queries(tokens) @ self.keys.T  # (n, N)
         other = np.asarray(families)[:, None] != self.families[None]
-        similarity.masked_fill_(torch.from_numpy(other), -math.inf)
-        best, where = similarity.topk(k, dim=1)  # (n, k)
-        column = torch.from_numpy(rng.integers(k, size=(len(best), 1)))
-        return self.frames[where.gather(1, column)[:, 0]].numpy(), best.gather(1, column)[:, 0].numpy()
+        best, rows = similarity.masked_fill_(torch.from_numpy(other), -math.inf).topk(k, dim=1)  # (n, k)
+        column = torch.from_numpy((uniform * k).astype(np.int64))[:, None]  # (n, 1)
+        return rows.gather(1, column)[:, 0], best.gather(1, column)[:, 0]

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import sim_env
@@ -44,21 +45,24 @@ class RLConfig:
     out: str = opt("", "run folder (default out/<config>_rl)")
     resume: bool = opt(False, "go on with the run in --out")
     families: str = opt("", "task families to practise, with commas (default: those the policy was trained on)")
-    iterations: int = opt(150, "rounds of rollouts and update")
-    episodes: int = opt(96, "episodes per iteration, over all families and processes")
+    iterations: int = opt(110, "rounds of rollouts and update")
+    episodes: int = opt(192, "episodes per iteration, over all families and processes")
     arms: int = opt(32, "arms simulated at once")
-    sampler: str = opt("chain", "noisy denoising: chain (every step Gaussian with --sigma) or sde (Flow-SDE, one random step per chunk)")
-    sigma: float = opt(0.12, "standard deviation of the chain's first step, falling in proportion to flow time; normalised action units")
+    sampler: str = opt("chain", "noisy denoising: chain (Gaussian Euler steps of fixed --sigma) or sde (Flow-SDE)")
+    sigma: float = opt(0.04, "standard deviation of the chain's noisy steps; normalised action units")
+    noisy: str = opt("last", "which denoising steps have noise: last | one (drawn for every chunk) | all")
+    noise: str = opt("chunk", "draws of a noisy step: chunk (one per joint, for the whole chunk) or step (one per joint and control step)")
     sde_level: float = opt(0.5, "a, noise level of Flow-SDE")
-    epochs: int = opt(2, "passes over the rollouts per iteration")
+    epochs: int = opt(1, "passes of the policy over the rollouts of an iteration")
+    critic_epochs: int = opt(3, "passes of the value model over them")
     minibatch: int = opt(256, "chunks per gradient step, over all processes")
-    lr: float = opt(3e-4, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine")
-    critic_lr: float = opt(1e-3, "AdamW learning rate of the value model")
-    critic_warmup: int = opt(3, "iterations in which only the value model learns")
-    gamma: float = opt(0.99, "discount per chunk")
-    lam: float = opt(0.95, "lambda of GAE")
+    lr: float = opt(3e-5, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine")
+    critic_lr: float = opt(5e-4, "AdamW learning rate of the value model")
+    critic_warmup: int = opt(2, "iterations in which only the value model learns")
+    gamma: float = opt(0.9, "discount per chunk")
+    lam: float = opt(0.5, "lambda of GAE, for the advantages")
     clip: float = opt(0.2, "PPO clip of the probability ratio")
-    target_kl: float = opt(0.02, "end an iteration's update when the policy has moved this far")
+    target_kl: float = opt(0.02, "the policy rests for the remainder of an iteration in which it has moved this far")
     grad_clip: float = opt(1.0, "gradient norm limit")
     ppo: bool = opt(True, "false: imitation of the expert samples alone, in as many updates of as many chunks")
     experts: str = opt("similar", "expert samples in every minibatch: similar (retrieved) | random | none")
@@ -68,12 +72,12 @@ class RLConfig:
     noise_samples: int = opt(1, "M, noise samples (eps, t) of every expert sample")
     neighbours: int = opt(4, "a decision draws one of its most similar expert frames")
     view_weights: str = opt("", "w_v of every camera in the similarity, with commas (default: 1 each)")
-    index_frames: int = opt(10000, "expert frames that can be retrieved")
+    index_frames: int = opt(6000, "expert frames that can be retrieved")
     decouple: str = opt("gradient", "intention decoupling in the expert term: gradient | random | attention | off")
     anchor: float = opt(0.0, "weight of the KL divergence from the starting policy, a baseline in place of experts")
     ema: float = opt(0.9, "decay per iteration of the weight average that is evaluated and saved")
-    eval_every: int = opt(10, "iterations between evaluations without noise on validation seeds; the best is kept")
-    eval_episodes: int = opt(50, "validation episodes per family in each of them")
+    eval_every: int = opt(20, "iterations between evaluations without noise on validation seeds; the best is kept")
+    eval_episodes: int = opt(150, "validation episodes per family in each of them")
     eval: int = opt(100, "report episodes per family and split for the tables before and after; 0 for none")
     seed: int = opt(0, "seed of scenes and noise")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
@@ -81,12 +85,12 @@ class RLConfig:
 
     def __post_init__(self):
         self.init_from, self.out = self.init_from or f"out/{self.config}", self.out or f"out/{self.config}_rl"
-        choices = {"sampler": ("chain", "sde"), "experts": ("similar", "random", "none"), "expert_form": ("cfm", "ratio", "chain"),
+        choices = {"sampler": ("chain", "sde"), "noisy": ("last", "one", "all"), "noise": ("chunk", "step"), "experts": ("similar", "random", "none"), "expert_form": ("cfm", "ratio", "chain"),
                    "expert_advantage": ("one", "gae"), "decouple": ("gradient", "random", "attention", "off")}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("iterations", "episodes", "arms", "epochs", "minibatch", "noise_samples", "neighbours", "index_frames", "eval_every", "eval_episodes"):
+        for name in ("iterations", "episodes", "arms", "epochs", "critic_epochs", "minibatch", "noise_samples", "neighbours", "index_frames", "eval_every", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         for name in ("sigma", "sde_level", "lr", "critic_lr", "clip", "target_kl", "grad_clip"):
@@ -123,14 +127,13 @@ def timesteps(K, device=None):
 def step(x, v, t, d, cfg):
     """One noisy step from time t to t - d -> mean (like x) and standard deviation (broadcasts with x), both fp32.
 
-    chain: the Euler step of the sampler plus noise of a fixed spread sigma t (Flow-Noise without a noise network). What comes in
-    early is denoised: about a fifth of it arrives, as one coherent motion of the whole chunk, which is what exploration needs. What
-    comes in last reaches the motors as jitter, so there is less of it. sde: Flow-SDE (Flow-GRPO, arXiv 2505.05470), sigma_t =
-    a sqrt(t / (1 - t)), which keeps the marginals of the ODE as d -> 0. x, v (..., H, A), t (..., 1, 1).
+    chain: the Euler step of the sampler plus noise of fixed spread sigma (Flow-Noise without a noise network). sde: Flow-SDE
+    (Flow-GRPO, arXiv 2505.05470), sigma_t = a sqrt(t / (1 - t)), which keeps the marginals of the ODE as d -> 0.
+    x, v (..., H, A), t (..., 1, 1).
     """
     x, v = x.float(), v.float()
     if cfg.sampler == "chain":
-        return x - d * v, cfg.sigma * t
+        return x - d * v, torch.full_like(t, cfg.sigma)
     variance = cfg.sde_level**2 * t / (1 - t.clamp(max=1 - d))  # at t = 1 the next time stands in the denominator
     mean = (x - t * v) * (1 - t + d) + (x + (1 - t) * v) * (t - d - variance * d / (2 * t))
     return mean, (variance * d).sqrt()
@@ -139,6 +142,14 @@ def step(x, v, t, d, cfg):
 def gaussian_logp(x, mean, std):
     """Log density of N(mean, std^2), per element."""
     return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def draw(rng, K, H, A, cfg):
+    """Noise of one chunk's chain, the starting noise first, (K+1, H, A) float32, and the indices of its noisy steps (m,)."""
+    noise = rng.standard_normal((K + 1, H, A), dtype=np.float32)
+    if cfg.noise == "chunk":
+        noise[1:] = noise[1:, :1]
+    return noise, np.array({"last": [K - 1], "one": [rng.integers(K)], "all": range(K)}[cfg.noisy])
 
 
 @torch.no_grad()
@@ -164,6 +175,9 @@ def sample_chain(policy, states, state, noise, noisy, cfg):
 def chain_logp(policy, b, cfg):
     """Log-probability of the noisy steps of rollouts, a mean over these steps, executed control steps and joints.
 
+    Where one draw moves the whole chunk (--noise=chunk), what was drawn is the mean displacement of the executed control steps,
+    so the density is that of this mean: 6 numbers of a chunk speak in the gradient instead of 48, all of which exploration has tried.
+
     b: states (B, Q, D), state (B, S), chain (B, K+1, H, A), noisy (B, m), executed (B, H) -> (B,) fp32, and the steps' means
     (B, m, H, A) and standard deviations (B or 1, m, 1, 1).
     """
@@ -173,9 +187,13 @@ def chain_logp(policy, b, cfg):
     modulation = policy.expert.modulation(t[:1] if t.shape[1] == K else t)  # all steps in order: the same for every row
     v = policy.expert(x, modulation, b["state"], policy.expert.condition(policy.adapter(b["states"])))
     mean, std = step(x, v, t[..., None, None], 1 / K, cfg)
-    logp = gaussian_logp(following, mean, std).mean(-1)  # (B, m, H)
-    weight = b["executed"][:, None].float()
-    return (logp * weight).sum((1, 2)) / (weight.sum((1, 2)) * logp.shape[1]), mean, std
+    weight = b["executed"][:, None, :, None].float()
+    weight = weight / weight.sum(2, keepdim=True)  # (B, 1, H, 1)
+    if cfg.noise == "chunk":
+        logp = gaussian_logp((following * weight).sum(2), (mean * weight).sum(2), std[..., 0])  # (B, m, A)
+    else:
+        logp = (gaussian_logp(following, mean, std) * weight).sum(2)  # (B, m, A)
+    return logp.mean((1, 2)), mean, std
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -187,9 +205,9 @@ class Critic(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        sizes = (cfg.queries * cfg.width + cfg.action_dim, 512, 256, 128)
+        sizes = (cfg.queries * cfg.width + cfg.action_dim, 256, 128)
         layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(128, 1))
+        self.net = nn.Sequential(nn.LayerNorm(sizes[0]), *layers, nn.Linear(128, 1))
         nn.init.normal_(self.net[-1].weight, std=0.02)
 
     def forward(self, states, state):
@@ -213,6 +231,9 @@ def gae(rewards, values, last_value, gamma, lam):
 # Rollouts
 
 
+CHUNKS = ("states", "state", "views", "chain", "noisy", "executed")  # what a rollout keeps of every decision
+
+
 @torch.inference_mode()
 def observe(policy, obs):
     """What the frozen VLM makes of observations, once: feature query states (B, Q, D), normalised joint state (B, S), and the
@@ -229,8 +250,8 @@ def observe(policy, obs):
 def play(policy, jobs, vec, cfg, clock):
     """Whole episodes with the noisy chain, one per job (seed, family); arms that finish take the next job.
 
-    -> list of episodes: {"seed", "family", "success", "steps", "final": (states, state) or None, and per chunk lists "states",
-    "state", "views", "chain", "noisy", "executed", "reward"}. Noise is a function of the episode's seed and the control step.
+    -> list of episodes by seed: {"seed", "family", "success", "steps", "final": (states, state) or None, "reward": [T numbers], and
+    stacked over its T chunks "states", "state", "views", "chain", "noisy", "executed"}. Noise depends on the episode's seed and time alone.
     """
     K, H, A, execute = policy.cfg.denoise_steps, policy.cfg.chunk, policy.cfg.action_dim, policy.cfg.execute
     device = policy.vlm.queries.device
@@ -241,16 +262,15 @@ def play(policy, jobs, vec, cfg, clock):
         if free:
             for arm in free:
                 seed, family = waiting.pop(0)
-                running[arm] = {"seed": seed, "family": family, "final": None} | {k: [] for k in ("states", "state", "views", "chain", "noisy", "executed", "reward")}
+                running[arm] = {"seed": seed, "family": family, "final": None, "reward": []} | {name: [] for name in CHUNKS}
                 episodes.append(running[arm])
             vec.reset([running[arm]["seed"] for arm in free], [running[arm]["family"] for arm in free], "id", free)
             clock.mark("simulation")
         busy = sorted(running)
         states, state, views = observe(policy, vec.observations(busy))
         clock.mark("VLM")
-        rngs = [np.random.default_rng([cfg.seed, running[arm]["seed"], len(running[arm]["reward"])]) for arm in busy]
-        noise = torch.from_numpy(np.stack([r.standard_normal((K + 1, H, A), dtype=np.float32) for r in rngs])).to(device)
-        noisy = torch.tensor([range(K) if cfg.sampler == "chain" else [r.integers(K)] for r in rngs], device=device)  # (B, m)
+        drawn = [draw(np.random.default_rng([cfg.seed, running[arm]["seed"], len(running[arm]["reward"])]), K, H, A, cfg) for arm in busy]
+        noise, noisy = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*drawn))  # (B, K+1, H, A), (B, m)
         chain = sample_chain(policy, states, state, noise, noisy, cfg)
         chunk = policy.denormalise(chain[:, -1].clamp(-1.5, 1.5)).cpu().numpy()  # (B, H, A)
         clock.mark("expert")
@@ -261,10 +281,9 @@ def play(policy, jobs, vec, cfg, clock):
         for row, arm in enumerate(busy):
             episode = running[arm]
             executed = np.arange(H) < infos[arm]["executed"]
-            values = {"states": states[row], "state": state[row], "views": views[row], "chain": chain[row], "noisy": noisy[row],
-                      "executed": torch.from_numpy(executed), "reward": float(reward[arm])}  # fmt: skip
-            for name, value in values.items():
-                episode[name].append(value.cpu() if torch.is_tensor(value) else value)
+            episode["reward"].append(float(reward[arm]))
+            for name, value in zip(CHUNKS, (states[row], state[row], views[row], chain[row], noisy[row], torch.from_numpy(executed))):
+                episode[name].append(value.cpu())
         ended = [arm for arm in busy if terminated[arm] or truncated[arm]]
         cut = [arm for arm in ended if truncated[arm]]
         if cut:
@@ -274,25 +293,29 @@ def play(policy, jobs, vec, cfg, clock):
         for arm in ended:
             episode = running.pop(arm)
             episode["success"], episode["steps"] = bool(terminated[arm]), infos[arm]["steps"]
+            episode |= {name: torch.stack(x) for name, x in episode.items() if name in CHUNKS}
             bar.update()
     bar.close()
-    return episodes
+    return sorted(episodes, key=lambda e: e["seed"])
 
 
 def to_batch(episodes, critic, cfg, device):
-    """Episodes of an iteration -> one batch over all chunks (n, ...), with old values, advantages and returns."""
-    b = {name: torch.stack([x for e in episodes for x in e[name]]).to(device) for name in ("states", "state", "chain", "noisy", "executed")}
+    """Episodes of an iteration -> one batch over all chunks (n, ...), with old values, advantages and returns.
+
+    Returns, which the value model learns, are those of lambda 1: it must not learn from its own guesses (VC-PPO, arXiv 2503.01491).
+    """
+    b = {name: torch.cat([e[name] for e in episodes]).to(device) for name in CHUNKS if name != "views"}
     with torch.no_grad():
         values = critic(b["states"], b["state"]).cpu().numpy()
-        advantages, at = [], 0
+        advantages, returns, at = [], [], 0
         for e in episodes:
-            n = len(e["reward"])
+            guesses, at = values[at : at + len(e["reward"])], at + len(e["reward"])
             last = critic(*[x[None].to(device) for x in e["final"]]).item() if e["final"] else 0.0
-            advantages.append(gae(e["reward"], values[at : at + n], last, cfg.gamma, cfg.lam))
-            at += n
+            advantages.append(gae(e["reward"], guesses, last, cfg.gamma, cfg.lam))
+            returns.append(gae(e["reward"], guesses, last, cfg.gamma, 1.0) + guesses)
     b["advantage"] = torch.from_numpy(np.concatenate(advantages)).to(device)
     b["value"] = torch.from_numpy(values).to(device)
-    b["return"] = b["advantage"] + b["value"]
+    b["return"] = torch.from_numpy(np.concatenate(returns)).to(device)
     return b
 
 
@@ -305,47 +328,59 @@ class Experts:
 
     def __init__(self, policy, cfg, families, device):
         self.policy, self.cfg, self.device = policy, cfg, device
-        self.episodes = Episodes(cfg.data, policy.cfg, families)
-        self.states = {}  # frame -> feature query states: the VLM is frozen, so once is enough
         weights = torch.tensor([float(w) for w in cfg.view_weights.split(",")] if cfg.view_weights else [1.0] * policy.cfg.views)
         if len(weights) != policy.cfg.views:
             raise ValueError(f"view_weights {cfg.view_weights} must be one number for each of the cameras {policy.cfg.cameras}")
-        made_of = hashlib.sha256(f"{policy.cfg.cameras} {families} {cfg.index_frames}".encode())
-        for parameter in policy.vlm.vision.state_dict().values():
+        episodes = Episodes(cfg.data, policy.cfg, families)
+        frames = np.sort(np.random.default_rng(0).permutation(len(episodes))[: cfg.index_frames])
+        made_of = hashlib.sha256(f"{policy.cfg.cameras} {families} {cfg.index_frames} {policy.cfg.chunk} {policy.cfg.reasoning}".encode())
+        for parameter in policy.vlm.state_dict().values():
             made_of.update(parameter.float().cpu().numpy().tobytes())
         path = Path(cfg.data, f"similarity_{made_of.hexdigest()[:12]}.safetensors")
-        self.index = Neighbours.build(path, self.episodes, self.embed, cfg.index_frames, weights)
+        if not path.is_file():
+            parts = tqdm(np.array_split(frames, math.ceil(len(frames) / 64)), desc="similarity index", leave=False, disable=not sys.stderr.isatty())
+            parts = [self.embed(episodes.samples(policy.tokenizer, part)) for part in parts]
+            temporary = Path(f"{path}.tmp{os.getpid()}")  # several processes may come here at once
+            save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, temporary)
+            os.replace(temporary, path)
+        table = load_file(path)
+        demonstrations = [episodes.episodes[episodes.episode_of[i]] for i in frames]
+        self.index = Neighbours(table.pop("keys"), [e["family"] for e in demonstrations], weights)
+        table["state"], table["actions"] = policy.normalise(table["state"].to(device), "state"), policy.normalise(table["actions"].to(device), "action")
+        steps = [e["start"] + e["length"] - episodes.frames[i] for e, i in zip(demonstrations, frames)]
+        table["left"] = torch.tensor(np.ceil(np.array(steps) / policy.cfg.execute), dtype=torch.float32)  # decisions to the end
+        self.table = {name: x.to(device) for name, x in table.items()}
 
     @torch.inference_mode()
-    def embed(self, images):
-        """(B, V, px, px, 3) uint8 -> tokens of the frozen image encoder, (B, V, E)."""
-        return self.policy.vlm.see(images.to(self.device)).view(len(images), images.shape[1], -1).cpu()
+    def embed(self, samples):
+        """What the frozen VLM makes of demonstrated frames, once -> keys (B, V, E), feature query states after the teacher's own
+        thought (B, Q, D), and what the flow loss takes besides."""
+        visual = self.policy.vlm.see(samples["images"].to(self.device))  # (B, P, D)
+        _, states = self.policy.vlm(visual, *(samples[k].to(self.device) for k in ("tokens", "segments", "positions")), True)
+        return {"keys": visual.view(len(visual), self.policy.cfg.views, -1).half().cpu(), "states": states.float().cpu(),
+                "state": samples["state"], "actions": samples["actions"], "valid": samples["valid"]}  # fmt: skip
 
-    def retrieve(self, views, families, rng):
-        """An expert frame for every decision: views (n, V, E), n families -> frames (n,), similarity (n,)."""
+    def retrieve(self, episodes):
+        """Every decision of these episodes looks up a frame: adds "experts" and "similarity" (T,) to each, consumes "views"."""
+        uniform = np.concatenate([np.random.default_rng([self.cfg.seed, e["seed"], 1]).random(len(e["reward"])) for e in episodes])
+        views = torch.cat([e.pop("views") for e in episodes])  # (n, V, E)
         if self.cfg.experts == "random":
-            return self.index.random(views, rng)
-        return self.index.nearest(views, families, self.cfg.neighbours, rng)
+            rows, similarity = self.index.random(views, uniform)
+        else:
+            families = [e["family"] for e in episodes for _ in e["reward"]]
+            rows, similarity = self.index.nearest(views, families, self.cfg.neighbours, uniform)
+        at = np.cumsum([len(e["reward"]) for e in episodes])[:-1].tolist()
+        for e, mine, alike in zip(episodes, rows.tensor_split(at), similarity.tensor_split(at)):
+            e["experts"], e["similarity"] = mine, alike
 
-    @torch.inference_mode()
-    def batch(self, frames):
-        """Frames -> {"states", "state", "actions", "valid"}: what the flow loss takes, states from the teacher's own thought."""
-        policy, samples = self.policy, self.episodes.samples(self.policy.tokenizer, frames)
-        missing = [i for i, frame in enumerate(frames) if frame not in self.states]
-        for i in range(0, len(missing), 64):
-            part = missing[i : i + 64]
-            tokens, segments, positions = (samples[k][part].to(self.device) for k in ("tokens", "segments", "positions"))
-            _, states = policy.vlm(policy.vlm.see(samples["images"][part].to(self.device)), tokens, segments, positions, True)
-            self.states |= {frames[row]: h for row, h in zip(part, states.cpu())}
-        return {"states": torch.stack([self.states[frame] for frame in frames]).to(self.device),
-                "state": policy.normalise(samples["state"].to(self.device), "state"),
-                "actions": policy.normalise(samples["actions"].to(self.device), "action"), "valid": samples["valid"].to(self.device)}  # fmt: skip
-
-    def chunks_left(self, frames):
-        """How many more decisions each demonstration took from these frames to its end: (n,)."""
-        ends = [self.episodes.episodes[self.episodes.episode_of[i]] for i in frames]
-        steps = np.array([e["start"] + e["length"] - self.episodes.frames[i] for e, i in zip(ends, frames)])
-        return np.ceil(steps / self.policy.cfg.execute)
+    def batch(self, episodes, iteration):
+        """The frames looked up, with their noise -> batch dict (n, ...)."""
+        rng, c = np.random.default_rng([self.cfg.seed, iteration, 1]), self.policy.cfg
+        rows = torch.cat([e["experts"] for e in episodes])
+        n, M, K, H, A = len(rows), self.cfg.noise_samples, c.denoise_steps, c.chunk, c.action_dim
+        drawn = {"t": flow_times(rng, (n, M)), "eps": rng.standard_normal((n, M, H, A)), "uniform": rng.random((n, c.queries)), "path": rng.standard_normal((n, K + 1, H, A))}
+        e = {name: x[rows.to(self.device)] for name, x in self.table.items()}
+        return e | {k: torch.as_tensor(v, dtype=torch.float32, device=self.device) for k, v in drawn.items()}
 
 
 def expert_loss(policy, e):
@@ -364,7 +399,7 @@ def bridge(actions, noise, K, cfg):
     """A noisy path from noise to the expert's chunk: the chain with the conditional velocity (x - a) / t in the network's place.
 
     actions (B, H, A), noise (B, K+1, H, A) -> chain (B, K+1, H, A). Its expected log-probability under the policy's chain is a
-    constant minus the flow-matching loss, weighted d^2 / (2 sigma^2 t^2) for `chain` and, for `sde`, by
+    constant minus the flow-matching loss, weighted d^2 / (2 sigma^2) for `chain` and, for `sde`, by
     d (1 + a^2/2)^2 / (2 a^2) (1 - t) / t.
     """
     path = [noise[:, 0]]
@@ -388,19 +423,6 @@ def rows_of(b, rows):
     return {name: x[rows] for name, x in b.items()}
 
 
-def expert_samples(policy, experts, episodes, cfg, iteration):
-    """One expert sample for every chunk of the rollouts, with its noise -> batch dict (n, ...), similarity (n,), frames (n,)."""
-    rng, device = np.random.default_rng([cfg.seed, iteration, 1]), policy.vlm.queries.device
-    views, families = torch.stack([x for e in episodes for x in e["views"]]), [e["family"] for e in episodes for _ in e["views"]]
-    frames, similarity = experts.retrieve(views, families, rng)
-    e = experts.batch(frames)
-    n, M, K, H, A = len(frames), cfg.noise_samples, policy.cfg.denoise_steps, policy.cfg.chunk, policy.cfg.action_dim
-    drawn = {"t": flow_times(rng, (n, M)), "eps": rng.standard_normal((n, M, H, A)), "uniform": rng.random((n, policy.cfg.queries)), "path": rng.standard_normal((n, K + 1, H, A))}
-    e |= {k: torch.as_tensor(v, dtype=torch.float32, device=device) for k, v in drawn.items()}
-    e["left"] = torch.as_tensor(experts.chunks_left(frames), dtype=torch.float32, device=device)
-    return e, similarity, frames
-
-
 def expert_term(policy, critic, e, scale, cfg):
     """The expert samples' part of the loss: advantage times likelihood, in one of three forms. -> scalar.
 
@@ -416,8 +438,8 @@ def expert_term(policy, critic, e, scale, cfg):
     if cfg.expert_form == "chain":
         steps = torch.arange(K, device=e["left"].device).expand(len(e["left"]), K)
         path = {"chain": bridge(e["actions"], e["path"], K, cfg), "noisy": steps, "executed": e["valid"], "states": e["states"], "state": e["state"]}
-        return -(advantage * chain_logp(policy, path, cfg)[0]).mean()
-    beta = (1 / (K * cfg.sigma * timesteps(K))).square().mean().item() / 2 if cfg.sampler == "chain" else 1.0  # to log-probability; or FPO's
+        return -(advantage * chain_logp(policy, path, replace(cfg, noise="step"))[0]).mean()  # the path's draws are one per control step
+    beta = 1 / (K * cfg.sigma) ** 2 / 2 if cfg.sampler == "chain" else 1.0  # to log-probability; or FPO's
     ratio = (beta * (e["old"] - expert_loss(policy, e))).clamp(-3, 3).exp()
     return ppo_loss(ratio.log(), torch.zeros_like(ratio), advantage, cfg.clip)[0].mean()
 
@@ -438,14 +460,15 @@ def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, worl
             b["start"] = torch.cat([chain_logp(start, rows_of(b, piece), cfg)[1] for piece in pieces])
     if e is not None and cfg.expert_form == "ratio":
         e = e | {"old": torch.cat([expert_loss(policy, rows_of(e, piece)).detach() for piece in pieces])}
-    sums, updates, rng = defaultdict(float), 0, np.random.default_rng([cfg.seed, iteration, 2])
-    for _ in range(cfg.epochs):
+    numbers, rng = defaultdict(list), np.random.default_rng([cfg.seed, iteration, 2])
+    for epoch in range(max(cfg.epochs, cfg.critic_epochs)):
         for rows in np.array_split(rng.permutation(n), math.ceil(n / cfg.minibatch)):
+            moving, judging = moving and epoch < cfg.epochs, epoch < cfg.critic_epochs
             mine = rows[rank::world]
             share = len(mine) * world / len(rows)  # makes the mean over processes the mean over rows
-            part = rows_of(b, mine)
-            logs = {"value_loss": F.mse_loss(critic(part["states"], part["state"]), part["return"])}
-            loss = logs["value_loss"]
+            part, logs, loss = rows_of(b, mine), {}, 0.0
+            if judging:
+                loss = logs["value_loss"] = F.mse_loss(critic(part["states"], part["state"]), part["return"])
             if moving:
                 logp, mean, std = chain_logp(policy, part, cfg)
                 losses, ratio = ppo_loss(logp, part["old"], part["advantage"], cfg.clip)
@@ -458,26 +481,27 @@ def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, worl
                 if start is not None:  # KL divergence between Gaussian steps of equal spread
                     logs["anchor"] = 0.5 * ((mean - part["start"]) / std).square().mean()
                     loss = loss + cfg.anchor * logs["anchor"]
+            if not logs:  # the policy stopped early and the value model has seen enough
+                break
             (loss * share).backward()
-            numbers = share * torch.stack([v.detach() for v in logs.values()])
+            values = share * torch.stack([v.detach() for v in logs.values()])
             if world > 1:
                 average_gradients(learner, world)
-                dist.all_reduce(numbers)
-                numbers /= world
-            norms = [nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], cfg.grad_clip)
-                     for modules in ((learner["adapter"], learner["expert"]), (critic,))]  # fmt: skip
-            numbers = dict(zip(logs, numbers.tolist())) | {"gnorm": norms[0].item(), "critic_gnorm": norms[1].item()}
-            if not all(math.isfinite(v) for v in numbers.values()):
-                raise FloatingPointError(f"non-finite number in iteration {iteration}: {numbers}; lower --lr, then --resume")
+                dist.all_reduce(values)
+                values /= world
+            logs = dict(zip(logs, values.tolist()))
+            for name, learns, modules in (("gnorm", moving, (learner["adapter"], learner["expert"])), ("critic_gnorm", judging, (critic,))):
+                if learns:
+                    logs[name] = nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], cfg.grad_clip).item()
+            if not all(math.isfinite(v) for v in logs.values()):
+                raise FloatingPointError(f"non-finite number in iteration {iteration}: {logs}; lower --lr, then --resume")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            updates += 1
-            for k, v in numbers.items():
-                sums[k] += v
-        if cfg.ppo and sums.get("kl", 0) / updates > cfg.target_kl:  # the same decision on every process
-            break
+            moving = moving and (not cfg.ppo or logs["kl"] <= cfg.target_kl)  # the same decision on every process
+            for k, v in logs.items():
+                numbers[k].append(v)
     explained = 1 - (b["return"] - b["value"]).var() / b["return"].var().clamp(min=1e-8)
-    return {k: v / updates for k, v in sums.items()} | {"updates": updates, "explained": explained.item()}
+    return {k: float(np.mean(v)) for k, v in numbers.items()} | {"updates": len(numbers["kl"]), "explained": explained.item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -491,12 +515,15 @@ def jobs_of(cfg, families, iteration):
     return sorted(jobs, key=lambda job: -sim_env.LIMIT[job[1]])
 
 
-def validate(policy, ema, families, cfg):
-    """Success without noise on validation seeds -> {family: rate}."""
-    seeds = sim_env.SEEDS["val"][50_000 : 50_000 + cfg.eval_episodes]
+def validate(policy, ema, families, cfg, rank=0, world=1):
+    """Success without noise on validation seeds, shared among the processes -> {family: rate}."""
+    seeds, workers = sim_env.SEEDS["val"][50_000 : 50_000 + cfg.eval_episodes], os.cpu_count() // world or 1
     with averaged_weights(policy, ema):
-        runs = {f: sim_env.rollout(sim_env.driver(policy), seeds, f, "id", cfg.arms, policy.cfg.image_size, name=f"validation, {f}") for f in families}
-    return {family: float(np.mean([e["success"] for e in episodes])) for family, episodes in runs.items()}
+        runs = [sim_env.rollout(sim_env.driver(policy), seeds[rank::world], f, "id", cfg.arms, policy.cfg.image_size, workers, name=f"validation, {f}") for f in families]
+    wins = torch.tensor([sum(e["success"] for e in episodes) for episodes in runs], dtype=torch.float32, device=policy.vlm.queries.device)
+    if world > 1:
+        dist.all_reduce(wins)
+    return {family: n / len(seeds) for family, n in zip(families, wins.tolist())}
 
 
 def main(argv=None):
@@ -531,7 +558,7 @@ def practise(cfg):
     torch.manual_seed(cfg.seed)
     learner = nn.ModuleDict({"adapter": policy.adapter, "expert": policy.expert, "critic": Critic(policy.cfg).to(device)}).requires_grad_(True)
     moving = [p for name, p in learner.named_parameters() if not name.startswith("critic")]
-    optimizer = torch.optim.AdamW([{"params": moving}, {"params": learner["critic"].parameters()}], betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW([{"params": moving}, {"params": learner["critic"].parameters(), "weight_decay": 0.1}], betas=(0.9, 0.95), weight_decay=0.0)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
     first, best = 0, -1.0
@@ -556,28 +583,38 @@ def practise(cfg):
         if cfg.eval:
             say("before:")
             report(policy, families, cfg, out / "eval_before.json", say)
-        before = validate(policy, ema, families, cfg)
-        best = float(np.mean(list(before.values())))
         save_policy(out, policy, settings)
+    if not cfg.resume:
+        before = validate(policy, ema, families, cfg, rank, world)
+        best = float(np.mean(list(before.values())))
         say("validation before: " + " ".join(f"{family} {rate:.2f}" for family, rate in before.items()))
     arms = min(cfg.arms, math.ceil(cfg.episodes / world))
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, unit="iteration", disable=rank > 0 or not sys.stderr.isatty())
     with sim_env.VecEnv(arms, os.cpu_count() // world or 1, px=policy.cfg.image_size) as vec:
         for iteration in bar:
             factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * iteration / cfg.iterations))
-            for group, lr in zip(optimizer.param_groups, (cfg.lr, cfg.critic_lr)):
+            rise = min(1, (iteration + 1 - cfg.critic_warmup) / 5)  # AdamW's first steps are of full size however small the gradient
+            for group, lr in zip(optimizer.param_groups, (cfg.lr * max(0, rise), cfg.critic_lr)):
                 group["lr"] = lr * factor
-            clock, began = Stopwatch(device), time.time()
+            spent, clock, began = vec.spent(), Stopwatch(device), time.time()
             episodes = play(policy, jobs_of(cfg, families, iteration)[rank::world], vec, cfg, clock)
+            rollout = sum(clock.seconds.values())
+            for stage, seconds in vec.spent().items():
+                clock.seconds[stage] = seconds - spent[stage]
+                clock.seconds["simulation"] -= clock.seconds[stage]  # what is left: resets, pipes, waiting for the slower worker
+            if experts:
+                experts.retrieve(episodes)
+            for episode in episodes:
+                episode.pop("views", None)  # large, and no longer needed
             if world > 1:
                 gathered = [None] * world
                 dist.all_gather_object(gathered, episodes)
-                episodes = [e for part in gathered for e in part]
+                episodes = sorted((e for part in gathered for e in part), key=lambda e: e["seed"])
             b = to_batch(episodes, learner["critic"], cfg, device)
             e, line = None, {"iteration": iteration + 1}
             if experts:
-                e, similarity, frames = expert_samples(policy, experts, episodes, cfg, iteration)
-                line |= {"similarity": float(similarity.mean()), "expert_frames": len(set(frames.tolist()))}
+                e = experts.batch(episodes, iteration)
+                line |= {"similarity": torch.cat([e["similarity"] for e in episodes]).mean().item(), "expert_frames": len(torch.cat([e["experts"] for e in episodes]).unique())}
             clock.mark("retrieval")
             try:
                 line |= update(policy, start, learner, b, e, optimizer, cfg, iteration, rank, world)
@@ -590,17 +627,14 @@ def practise(cfg):
                 average.lerp_(trained[name].detach(), 1 - cfg.ema)
             steps, seconds = sum(e["steps"] for e in episodes), time.time() - began
             line |= {f"success {f}": float(np.mean([e["success"] for e in episodes if e["family"] == f])) for f in families}
-            line |= {"return": b["return"].mean().item(), "chunks": len(b["return"]), "steps_per_s": steps / sum(v for k, v in clock.seconds.items() if k not in ("update", "retrieval")),
-                     "seconds": seconds, "time": dict(clock.seconds)}  # fmt: skip
+            line |= {"return": b["return"].mean().item(), "chunks": len(b["return"]), "steps_per_s": steps / rollout, "chunks_per_s": len(b["return"]) / rollout, "seconds": seconds, "time": dict(clock.seconds)}  # fmt: skip
             if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
-                if rank == 0:
-                    line["validation"] = validate(policy, ema, families, cfg)
-                    mean = float(np.mean(list(line["validation"].values())))
-                    if mean > best:
-                        best = mean
+                line["validation"] = validate(policy, ema, families, cfg, rank, world)
+                mean = float(np.mean(list(line["validation"].values())))
+                if mean > best:
+                    best = mean
+                    if rank == 0:
                         save_policy(out, policy, settings, policy.state_dict() | ema)
-                if world > 1:
-                    dist.barrier()
             if rank == 0:
                 with open(out / "log.jsonl", "a") as f:
                     f.write(json.dumps(line) + "\n")
@@ -615,6 +649,9 @@ def practise(cfg):
         if cfg.eval:
             say("after:")
             report(SyVLA.load(out, policy.tokenizer, device), families, cfg, out / "eval.json", say)
+    if world > 1:
+        dist.barrier()  # nobody hangs up while another still speaks
+        dist.destroy_process_group()
 
 
 def report(policy, families, cfg, path, say):

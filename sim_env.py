@@ -508,6 +508,7 @@ class SO100Env:
         self.data = mujoco.MjData(self.model)
         self.seeder = np.random.default_rng()
         self.goal = self.task = self.renderer = self.big = None
+        self.seconds = {"physics": 0.0, "rendering": 0.0}  # spent so far
         self._name_things()
 
     def _name_things(self):
@@ -748,9 +749,11 @@ class SO100Env:
 
     def _advance(self, action):
         """One control step without drawing -> terminated, truncated."""
+        began = time.perf_counter()
         self.data.ctrl[:] = to_qpos(np.clip(action, LOW, HIGH))
         mujoco.mj_step(self.model, self.data, SUBSTEPS)
         mujoco.mj_forward(self.model, self.data)  # contacts and places of the state we now look at
+        self.seconds["physics"] += time.perf_counter() - began
         self.steps += 1
         terminated = self._judge()
         return terminated, self.steps >= LIMIT[self.family] and not terminated
@@ -758,8 +761,14 @@ class SO100Env:
     def _obs(self):
         if self.renderer is None:
             self.renderer = make_renderer(self.model, self.px)
+        began = time.perf_counter()
         images = {camera: draw(self.renderer, self.data, camera) for camera in CAMERAS}
+        self.seconds["rendering"] += time.perf_counter() - began
         return {"images": images, "state": self.position().astype(np.float32), "task": self.task}
+
+    def spent(self):
+        """Seconds of physics and rendering so far."""
+        return dict(self.seconds)
 
     def render(self, px=256, camera="front"):
         """A larger picture (px, px, 3) uint8, for videos."""
@@ -1020,6 +1029,11 @@ class VecEnv:
             self._store(arm, obs, info)
             reward[arm], self.terminated[arm], self.truncated[arm] = r, terminated, truncated
         return self.observations(), reward, self.terminated.copy(), self.truncated.copy(), list(self.infos)
+
+    def spent(self):
+        """Seconds that a worker has spent so far, on average -> {"physics": s, "rendering": s}."""
+        arms = self._call("spent", {arm: {} for arm in range(self.n)}).values()
+        return {stage: sum(arm[stage] for arm in arms) / len(self.workers) for stage in ("physics", "rendering")}
 
     def close(self):
         for worker in self.workers:

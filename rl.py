@@ -650,7 +650,7 @@ def practise(cfg):
             say("after:")
             report(SyVLA.load(out, policy.tokenizer, device), families, cfg, out / "eval.json", say)
     if world > 1:
-        dist.barrier()  # nobody hangs up while another still speaks
+        dist.barrier()  # gloo aborts one who hangs up while another is still busy
         dist.destroy_process_group()
 
 

@@ -478,7 +478,8 @@ def train(cfg):
                 save_policy(out / "grounded", policy, asdict(cfg), policy.state_dict() | ema)
     report("after action training" if cfg.steps else "before action training")
     say(f"trained {step - first} steps in {(time.time() - began) / 60:.1f} min")
-    if world > 1:  # the others need not wait for the evaluation
+    if world > 1:  # the others need not wait for the evaluation; gloo aborts one who hangs up while another is still busy
+        dist.barrier()
         dist.destroy_process_group()
     if cfg.eval and rank == 0:
         evaluate(policy, ema, cfg, out, say)

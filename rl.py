@@ -201,7 +201,7 @@ def chain_logp(policy, b, cfg):
 
 
 class Critic(nn.Module):
-    """V(o): a separate model on the frozen feature query states and the joint state (pi_RL: after the VLM beats after the expert)."""
+    """V(o), the discounted chance of success: a separate model on the frozen feature query states and the joint state (pi_RL: after the VLM beats after the expert)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -627,7 +627,8 @@ def practise(cfg):
                 average.lerp_(trained[name].detach(), 1 - cfg.ema)
             steps, seconds = sum(e["steps"] for e in episodes), time.time() - began
             line |= {f"success {f}": float(np.mean([e["success"] for e in episodes if e["family"] == f])) for f in families}
-            line |= {"return": b["return"].mean().item(), "chunks": len(b["return"]), "steps_per_s": steps / rollout, "chunks_per_s": len(b["return"]) / rollout, "seconds": seconds, "time": dict(clock.seconds)}  # fmt: skip
+            line |= {"return": b["return"].mean().item(), "chunks": len(b["return"]), "steps_per_s": steps / rollout,
+                     "chunks_per_s": len(b["return"]) / rollout, "seconds": seconds, "time": dict(clock.seconds)}  # fmt: skip
             if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
                 line["validation"] = validate(policy, ema, families, cfg, rank, world)
                 mean = float(np.mean(list(line["validation"].values())))

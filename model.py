@@ -724,10 +724,10 @@ class SyVLA(nn.Module):
         """model.safetensors: every parameter and buffer (or `state`, a dict in their place, such as the EMA)."""
         save_file({k: v.detach().cpu().contiguous() for k, v in (state or self.state_dict()).items()}, path)
 
-    def load_weights(self, path):
-        """Strict: a missing, unknown or misshapen tensor is an error that names it."""
+    def load_weights(self, path, part=""):
+        """Strict: a missing, unknown or misshapen tensor is an error that names it. `part`: only what begins so, as in "vlm."."""
         try:
-            loaded, own = load_file(path), self.state_dict()
+            loaded, own = ({k: v for k, v in weights.items() if k.startswith(part)} for weights in (load_file(path), self.state_dict()))
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged ({e})") from None
         missing, unknown = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
@@ -736,7 +736,7 @@ class SyVLA(nn.Module):
         for name, tensor in loaded.items():
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here")
-        self.load_state_dict(loaded)
+        self.load_state_dict(self.state_dict() | loaded)
 
     @classmethod
     def load(cls, folder, tokenizer, device="cpu"):

@@ -74,6 +74,7 @@ class RLConfig:
     view_weights: str = opt("", "w_v of every camera in the similarity, with commas (default: 1 each)")
     index_frames: int = opt(6000, "expert frames that can be retrieved")
     decouple: str = opt("gradient", "intention decoupling in the expert term: gradient | random | attention | off")
+    proximal: float = opt(0.0, "weight of the KL divergence from the policy that played, over the whole chunk and all denoising steps")
     anchor: float = opt(0.0, "weight of the KL divergence from the starting policy, a baseline in place of experts")
     ema: float = opt(0.9, "decay per iteration of the weight average that is evaluated and saved")
     eval_every: int = opt(20, "iterations between evaluations without noise on validation seeds; the best is kept")
@@ -178,22 +179,23 @@ def chain_logp(policy, b, cfg):
     Where one draw moves the whole chunk (--noise=chunk), what was drawn is the mean displacement of the executed control steps,
     so the density is that of this mean: 6 numbers of a chunk speak in the gradient instead of 48, all of which exploration has tried.
 
-    b: states (B, Q, D), state (B, S), chain (B, K+1, H, A), noisy (B, m), executed (B, H) -> (B,) fp32, and the steps' means
-    (B, m, H, A) and standard deviations (B or 1, m, 1, 1).
+    b: states (B, Q, D), state (B, S), chain (B, K+1, H, A), noisy (B, m), executed (B, H), and optionally other (B, o), further
+    steps to walk, without a say in the likelihood. -> (B,) fp32, and the steps' means (B, m+o, H, A) and standard deviations (B or 1, m+o, 1, 1).
     """
-    K = b["chain"].shape[1] - 1
-    rows, t = torch.arange(len(b["chain"]), device=b["chain"].device)[:, None], timesteps(K, b["chain"].device)[b["noisy"]]  # (B, m)
-    x, following = b["chain"][rows, b["noisy"]], b["chain"][rows, b["noisy"] + 1]  # (B, m, H, A)
-    modulation = policy.expert.modulation(t[:1] if t.shape[1] == K else t)  # all steps in order: the same for every row
+    K, m = b["chain"].shape[1] - 1, b["noisy"].shape[1]
+    steps = torch.cat((b["noisy"], b["other"]), dim=1) if "other" in b else b["noisy"]  # (B, m+o)
+    rows, t = torch.arange(len(b["chain"]), device=b["chain"].device)[:, None], timesteps(K, b["chain"].device)[steps]  # (B, m+o)
+    x, following = b["chain"][rows, steps], b["chain"][rows, steps + 1]  # (B, m+o, H, A)
+    modulation = policy.expert.modulation(t[:1] if (t == t[:1]).all() else t)  # the same steps in every row: computed once
     v = policy.expert(x, modulation, b["state"], policy.expert.condition(policy.adapter(b["states"])))
     mean, std = step(x, v, t[..., None, None], 1 / K, cfg)
     weight = b["executed"][:, None, :, None].float()
     weight = weight / weight.sum(2, keepdim=True)  # (B, 1, H, 1)
     if cfg.noise == "chunk":
-        logp = gaussian_logp((following * weight).sum(2), (mean * weight).sum(2), std[..., 0])  # (B, m, A)
+        logp = gaussian_logp((following * weight).sum(2), (mean * weight).sum(2), std[..., 0])  # (B, m+o, A)
     else:
-        logp = (gaussian_logp(following, mean, std) * weight).sum(2)  # (B, m, A)
-    return logp.mean((1, 2)), mean, std
+        logp = (gaussian_logp(following, mean, std) * weight).sum(2)  # (B, m+o, A)
+    return logp[:, :m].mean((1, 2)), mean, std
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -454,13 +456,16 @@ def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, worl
     scale = b["advantage"].mean(), b["advantage"].std().clamp(min=1e-6)
     b = b | {"advantage": (b["advantage"] - scale[0]) / scale[1]}
     pieces = [slice(i, i + cfg.minibatch) for i in range(0, n, cfg.minibatch)]
+    K, rng = b["chain"].shape[1] - 1, np.random.default_rng([cfg.seed, iteration, 2])
+    if cfg.proximal and b["noisy"].shape[1] == 1 < K:  # besides the noisy step one of the others, drawn
+        b["other"] = (b["noisy"] + 1 + torch.from_numpy(rng.integers(K - 1, size=(n, 1))).to(b["noisy"])) % K  # (n, 1)
     with torch.no_grad():  # by the function that the update uses, not remembered from the rollout: ratios start at exactly 1
-        b["old"] = torch.cat([chain_logp(policy, rows_of(b, piece), cfg)[0] for piece in pieces])
+        b["old"], b["mean"] = (torch.cat(x) for x in zip(*[chain_logp(policy, rows_of(b, piece), cfg)[:2] for piece in pieces]))
         if start is not None:
             b["start"] = torch.cat([chain_logp(start, rows_of(b, piece), cfg)[1] for piece in pieces])
     if e is not None and cfg.expert_form == "ratio":
         e = e | {"old": torch.cat([expert_loss(policy, rows_of(e, piece)).detach() for piece in pieces])}
-    numbers, rng = defaultdict(list), np.random.default_rng([cfg.seed, iteration, 2])
+    numbers = defaultdict(list)
     for epoch in range(max(cfg.epochs, cfg.critic_epochs)):
         for rows in np.array_split(rng.permutation(n), math.ceil(n / cfg.minibatch)):
             moving, judging = moving and epoch < cfg.epochs, epoch < cfg.critic_epochs
@@ -478,9 +483,11 @@ def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, worl
                 if e is not None:
                     logs["expert_loss"] = expert_term(policy, critic, rows_of(e, mine), scale, cfg)
                     loss = loss + cfg.expert_weight * logs["expert_loss"]
-                if start is not None:  # KL divergence between Gaussian steps of equal spread
-                    logs["anchor"] = 0.5 * ((mean - part["start"]) / std).square().mean()
-                    loss = loss + cfg.anchor * logs["anchor"]
+                # KL divergences between Gaussian steps of equal spread, from the policy before this iteration and from the first one
+                for name, reference, weight in (("proximal", "mean", cfg.proximal), ("anchor", "start", cfg.anchor)):
+                    if weight:
+                        logs[name] = 0.5 * ((mean - part[reference]) / std).square().mean()
+                        loss = loss + weight * logs[name]
             if not logs:  # the policy stopped early and the value model has seen enough
                 break
             (loss * share).backward()

@@ -40,6 +40,7 @@ class TrainConfig(Config):
     out: str = opt("", "run folder (default out/<config>)")
     stage: str = opt("pretrain", "pretrain (grounding, then actions) or finetune (actions, from --init_from)")
     init_from: str = opt("", "checkpoint folder whose weights and tokenizer start this run")
+    new_expert: bool = opt(False, "finetune: keep the VLM of --init_from as it is; a new adapter and expert, of any size, learn from random weights")
     resume: bool = opt(False, "go on with the run in --out")
     families: str = opt("place,calculate,sequence", "task families to train on and evaluate")
     ground_steps: int = opt(1800, "steps of phase 1, questions only")
@@ -72,6 +73,10 @@ class TrainConfig(Config):
             self.ground_steps = 0
             if not self.init_from and not self.resume:
                 raise ValueError("stage finetune needs weights to start from: add --init_from=out/small")
+        if self.new_expert and self.stage != "finetune":
+            raise ValueError("a new expert needs a VLM that has learnt to see and think: add --stage=finetune --init_from=out/small")
+        if self.new_expert:
+            self.mix = 0.0  # questions teach the VLM, and it stays as it is
         for name in ("batch_size", "accumulate", "warmup", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
@@ -259,6 +264,9 @@ def make_data(cfg):
 # What may differ from the checkpoint that a run starts from: behaviour, not weights.
 FREE = {"execute", "denoise_steps", "temperature", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
 
+# What besides may differ with --new_expert.
+EXPERT = {"motors", "expert_width", "expert_depth", "expert_heads", "chunk"}
+
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
 HARMLESS = {"config", "data", "out", "resume", "init_from", "device", "threads", "compile", "bench", "eval", "log_every", "save_every"}
 ADJUSTABLE = {"ground_steps", "steps", "adam_lr", "muon_lr"}
@@ -284,7 +292,7 @@ def build(cfg, device):
     held_out = Questions(f"{cfg.data}/questions_val", cfg) if Path(cfg.data, "questions_val").is_dir() else None
     if cfg.init_from and not cfg.resume:
         saved = Config.pick(read_checkpoint_config(cfg.init_from))
-        for name in (f.name for f in fields(Config) if f.name not in FREE):
+        for name in (f.name for f in fields(Config) if f.name not in (FREE | EXPERT if cfg.new_expert else FREE)):
             if getattr(saved, name) != getattr(cfg, name):
                 raise ValueError(f"{cfg.init_from} has {name} {getattr(saved, name)}, this run {getattr(cfg, name)}; add --{name}={getattr(saved, name)}")
     if cfg.resume or cfg.init_from:
@@ -296,11 +304,12 @@ def build(cfg, device):
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
         statistics = {k: v.clone() for k, v in policy.state_dict().items() if k.endswith(("_low", "_high"))}
-        policy.load_weights(os.path.join(cfg.init_from, "model.safetensors"))
+        policy.load_weights(os.path.join(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else "")
         if not torch.isfinite(policy.state_low).all():
             raise ValueError(f"{cfg.init_from} has no normalisation statistics; choose a checkpoint that train.py wrote")
         if cfg.stage == "pretrain":
             policy.load_state_dict(policy.state_dict() | statistics)  # fine-tuning keeps the scale its expert learnt
+    policy.vlm.requires_grad_(not cfg.new_expert)
     return policy, episodes, questions, held_out
 
 

@@ -272,6 +272,23 @@ def test_anchor_is_zero_at_the_start_and_grows(make_policy):
     assert first < 1e-6 < second
 
 
+def test_proximal_penalty_is_the_divergence_from_the_policy_that_played(make_policy):
+    """KL of Gaussian steps against torch.distributions, at the noisy step and one other; the likelihood does not see the other."""
+    policy, cfg = make_policy(), config(sampler="chain", noisy="last", critic_warmup=0, proximal=1e-9, epochs=2, minibatch=16)
+    learner = learner_of(policy)
+    b = chains(policy, 16, cfg) | {"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}
+    alone = rl.chain_logp(policy, b, cfg)[0]
+    other = b | {"other": torch.randint(policy.cfg.denoise_steps - 1, (16, 1))}
+    together, before, std = rl.chain_logp(policy, other, cfg)
+    assert torch.allclose(alone, together, atol=1e-5) and before.shape[1] == 2
+    moved = rl.update(policy, None, learner, b, None, torch.optim.AdamW(learner.parameters(), lr=1e-2), cfg, 1)
+    assert moved["proximal"] > 0  # mean over two passes: zero in the first, not in the second
+    after = rl.chain_logp(policy, other, cfg)[1]
+    normal = lambda mean: torch.distributions.Normal(mean.detach(), std.expand_as(mean))
+    assert torch.allclose(0.5 * ((after - before) / std).square(), torch.distributions.kl_divergence(normal(after), normal(before)), rtol=1e-3, atol=1e-5)
+    assert (after - before)[:, 1].abs().max() > 0
+
+
 # -- the run -------------------------------------------------------------------------------------------------------
 
 

@@ -305,6 +305,19 @@ def test_finetuning_starts_from_the_weights_and_scale_of_its_parent(trained, dat
     assert (out / "tokenizer.json").read_text() == (trained / "tokenizer.json").read_text()
 
 
+def test_new_expert_of_another_size_learns_on_a_vlm_that_stays_bit_for_bit(trained, data, tmp_path, fails):
+    out = tmp_path / "new"
+    flags = ("--stage=finetune", "--new_expert", f"--init_from={trained}")
+    train.main(arguments(data, out, *flags, "--expert_width=48", "--chunk=6"))
+    new, old = weights(out), weights(trained)
+    assert all(torch.equal(new[k], old[k]) for k in old if k.startswith("vlm.")) and new["expert.action_in.weight"].shape[0] == 48
+    assert not torch.equal(new["adapter.0.weight"][:32, :32], old["adapter.0.weight"])
+    train.main(arguments(data, out, "--stage=finetune", "--new_expert", "--resume", "--expert_width=48", "--chunk=6", "--steps=3"))
+    assert all(torch.equal(v, old[k]) for k, v in weights(out).items() if k.startswith("vlm."))
+    assert "--stage=finetune" in fails(train.main, arguments(data, tmp_path / "x", "--new_expert", f"--init_from={trained}"))
+    assert "--width=32" in fails(train.main, arguments(data, tmp_path / "x", *flags, "--width=64"))
+
+
 def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fails):
     tell = lambda folder, *flags: fails(train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={folder}", *flags))
     assert "--width=32" in tell(trained, "--width=64")

@@ -44,6 +44,7 @@ class RLConfig:
     data: str = opt("", "data set that expert samples come from (default: the one the policy was trained on)")
     out: str = opt("", "run folder (default out/<config>_rl)")
     resume: bool = opt(False, "go on with the run in --out")
+    env: str = opt("", "sim, or an environment package.module:Class (default: the one the policy was trained for)")
     families: str = opt("", "task families to practise, with commas (default: those the policy was trained on)")
     iterations: int = opt(110, "rounds of rollouts and update")
     episodes: int = opt(192, "episodes per iteration, over all families and processes")
@@ -237,10 +238,9 @@ CHUNKS = ("states", "state", "views", "chain", "noisy", "executed")  # what a ro
 
 
 @torch.inference_mode()
-def observe(policy, obs):
+def observe(policy, obs, views):
     """What the frozen VLM makes of observations, once: feature query states (B, Q, D), normalised joint state (B, S), and the
-    image encoder's tokens of every view (B, V, E) for the retrieval."""
-    views = [sim_env.CAMERAS.index(camera) for camera in policy.cfg.cameras.split(",")]
+    image encoder's tokens of every view (B, V, E) for the retrieval. views: which of the environment's cameras it looks through."""
     images, state = policy.check_inputs(obs["images"][:, views], obs["state"], obs["task"])
     visual = policy.vlm.see(images)  # (B, P, D)
     prompts = [policy.tokenizer.prompt(task, policy.cfg.reasoning) for task in obs["task"]]
@@ -256,7 +256,7 @@ def play(policy, jobs, vec, cfg, clock):
     stacked over its T chunks "states", "state", "views", "chain", "noisy", "executed"}. Noise depends on the episode's seed and time alone.
     """
     K, H, A, execute = policy.cfg.denoise_steps, policy.cfg.chunk, policy.cfg.action_dim, policy.cfg.execute
-    device = policy.vlm.queries.device
+    device, cameras = policy.vlm.queries.device, sim_env.views_of(policy, cfg.env)
     episodes, waiting, running = [], list(jobs), {}  # running: arm -> its episode
     bar = tqdm(total=len(jobs), desc="rollouts", unit="episode", leave=False, disable=not sys.stderr.isatty())
     while waiting or running:
@@ -269,7 +269,7 @@ def play(policy, jobs, vec, cfg, clock):
             vec.reset([running[arm]["seed"] for arm in free], [running[arm]["family"] for arm in free], "id", free)
             clock.mark("simulation")
         busy = sorted(running)
-        states, state, views = observe(policy, vec.observations(busy))
+        states, state, views = observe(policy, vec.observations(busy), cameras)
         clock.mark("VLM")
         drawn = [draw(np.random.default_rng([cfg.seed, running[arm]["seed"], len(running[arm]["reward"])]), K, H, A, cfg) for arm in busy]
         noise, noisy = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*drawn))  # (B, K+1, H, A), (B, m)
@@ -289,7 +289,7 @@ def play(policy, jobs, vec, cfg, clock):
         ended = [arm for arm in busy if terminated[arm] or truncated[arm]]
         cut = [arm for arm in ended if truncated[arm]]
         if cut:
-            for arm, *last in zip(cut, *observe(policy, vec.observations(cut))[:2]):
+            for arm, *last in zip(cut, *observe(policy, vec.observations(cut), cameras)[:2]):
                 running[arm]["final"] = [x.cpu() for x in last]
             clock.mark("VLM")
         for arm in ended:
@@ -519,14 +519,16 @@ def jobs_of(cfg, families, iteration):
     """Scenes of one iteration [(seed, family), ...], none practised twice, the longest episodes first so that no arm waits for them."""
     first = FIRST_SEED + (cfg.seed * cfg.iterations + iteration) * cfg.episodes
     jobs = [(first + i, families[i % len(families)]) for i in range(cfg.episodes)]
-    return sorted(jobs, key=lambda job: -sim_env.LIMIT[job[1]])
+    limit = sim_env.environment(cfg.env).families
+    return sorted(jobs, key=lambda job: -limit[job[1]])
 
 
 def validate(policy, ema, families, cfg, rank=0, world=1):
     """Success without noise on validation seeds, shared among the processes -> {family: rate}."""
     seeds, workers = sim_env.SEEDS["val"][50_000 : 50_000 + cfg.eval_episodes], os.cpu_count() // world or 1
     with averaged_weights(policy, ema):
-        runs = [sim_env.rollout(sim_env.driver(policy), seeds[rank::world], f, "id", cfg.arms, policy.cfg.image_size, workers, name=f"validation, {f}") for f in families]
+        runs = [sim_env.rollout(sim_env.driver(policy, cfg.env), seeds[rank::world], f, "id", cfg.arms, policy.cfg.image_size, workers, f"validation, {f}", cfg.env)
+                for f in families]  # fmt: skip
     wins = torch.tensor([sum(e["success"] for e in episodes) for episodes in runs], dtype=torch.float32, device=policy.vlm.queries.device)
     if world > 1:
         dist.all_reduce(wins)
@@ -548,9 +550,8 @@ def practise(cfg):
         raise ValueError(f"nothing to resume in {out}; leave --resume out" if cfg.resume else f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     began_with = read_checkpoint_config(cfg.init_from)
     cfg.data, cfg.families = cfg.data or began_with.get("data", ""), cfg.families or began_with.get("families", "place")
-    families = cfg.families.split(",")
-    if unknown := [f for f in families if f not in sim_env.LIMIT]:
-        raise ValueError(f"{', '.join(unknown)} is no family of the simulation; set --families to some of {', '.join(sim_env.LIMIT)}")
+    cfg.env, families = cfg.env or began_with.get("env", "sim"), cfg.families.split(",")
+    sim_env.check_families(families, cfg.env)
     if cfg.resume:
         check_resume(cfg, read_checkpoint_config(out).get("rl", {}), HARMLESS, (), say)
     if world > 1 and not dist.is_initialized():
@@ -578,7 +579,7 @@ def practise(cfg):
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     say(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es); {sum(p.numel() for p in moving):,} parameters learn, {sum(p.numel() for p in learner['critic'].parameters()):,} judge")
     out.mkdir(parents=True, exist_ok=True)
-    settings = asdict(policy.cfg) | {"data": cfg.data, "families": cfg.families, "rl": asdict(cfg)}
+    settings = asdict(policy.cfg) | {"data": cfg.data, "env": cfg.env, "families": cfg.families, "rl": asdict(cfg)}
 
     def keep(iteration):
         state = {"iteration": iteration, "best": best, "learner": learner.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
@@ -597,7 +598,7 @@ def practise(cfg):
         say("validation before: " + " ".join(f"{family} {rate:.2f}" for family, rate in before.items()))
     arms = min(cfg.arms, math.ceil(cfg.episodes / world))
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, unit="iteration", disable=rank > 0 or not sys.stderr.isatty())
-    with sim_env.VecEnv(arms, os.cpu_count() // world or 1, px=policy.cfg.image_size) as vec:
+    with sim_env.VecEnv(arms, os.cpu_count() // world or 1, cfg.env, policy.cfg.image_size) as vec:
         for iteration in bar:
             factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * iteration / cfg.iterations))
             rise = min(1, (iteration + 1 - cfg.critic_warmup) / 5)  # AdamW's first steps are of full size however small the gradient
@@ -664,7 +665,7 @@ def practise(cfg):
 
 def report(policy, families, cfg, path, say):
     """Closed-loop success on held-out report seeds: a JSON file and the printed table."""
-    results = sim_env.evaluate(policy, families, cfg.eval)
+    results = sim_env.evaluate(policy, families, cfg.eval, env=cfg.env)
     write_atomically(path, lambda p: p.write_text(json.dumps(results, indent=1)))
     say(sim_env.table(results))
 

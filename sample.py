@@ -28,8 +28,9 @@ from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
 class SampleConfig:
     config: str = opt("small", "preset whose run is used")
     run: str = opt("", "checkpoint folder (default out/<config>)")
+    env: str = opt("", "sim, or an environment package.module:Class (default: the one the policy was trained for)")
     task: str = opt("", "instruction; without one the environment draws it")
-    family: str = opt("place", "task family when the environment draws the instruction: place, calculate, sequence, tiny")
+    family: str = opt("", "task family when the environment draws the instruction (default: the first that the policy was trained on)")
     split: str = opt("id", "id, ood_position or ood_instruction, when the environment draws the instruction")
     seed: int = opt(2_000_000, "scene seed (report seeds start at 2000000), and of the sampler's noise")
     eval: int = opt(0, "closed-loop episodes per family and split; writes eval.json and prints the table")
@@ -90,10 +91,10 @@ def wrap_text(text, font, width):
     return lines
 
 
-def draw_frame(env, task, reasoning, weights, note="", px=256):
-    """Both views side by side with the instruction, the reasoning and a bar per feature query state underneath."""
+def draw_frame(env, cameras, task, reasoning, weights, note="", px=256):
+    """The first two views side by side with the instruction, the reasoning and a bar per feature query state underneath."""
     frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
-    for i, camera in enumerate(sim_env.CAMERAS):
+    for i, camera in enumerate(cameras[:2]):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
     pen, font = ImageDraw.Draw(frame), ImageFont.load_default(13)
     y = px + 4
@@ -110,12 +111,14 @@ def draw_frame(env, task, reasoning, weights, note="", px=256):
 
 def film(policy, cfg):
     """One episode -> GIF and contact sheet in cfg.out, and the reasoning on the screen."""
-    env = sim_env.SO100Env(cfg.family, cfg.split, policy.cfg.image_size)
+    env, cameras = sim_env.make_env(cfg.env, policy.cfg.image_size), sim_env.environment(cfg.env).cameras
+    options = {"family": cfg.family, "split": cfg.split}
     if cfg.task:
         policy.tokenizer.prompt(cfg.task)  # complain about the words before anything is simulated
+    if cfg.task and cfg.env == "sim":
         obs, info = env.reset_for(cfg.task, cfg.seed, "tiny" if cfg.family == "tiny" else "sequence")
     else:
-        obs, info = env.reset(seed=cfg.seed)
+        obs, info = env.reset(seed=cfg.seed, options=options | ({"task": cfg.task} if cfg.task else {}))
     print(f"instruction: {obs['task']}")
     frames, terminated, truncated, said = [], False, False, None
     while not terminated and not truncated:
@@ -125,11 +128,11 @@ def film(policy, cfg):
             said = reasoning
         weights = importance(policy, obs, chunk[0])
         for action in chunk[0, : policy.cfg.execute]:
-            frames.append(draw_frame(env, obs["task"], reasoning, weights, f"(step {info['steps']})"))
+            frames.append(draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']})"))
             obs, _, terminated, truncated, info = env.step(action)
             if terminated or truncated:
                 break
-    frames += [draw_frame(env, obs["task"], reasoning, weights, "success" if terminated else "out of time")] * sim_env.FPS
+    frames += [draw_frame(env, cameras, obs["task"], reasoning, weights, "success" if terminated else "out of time")] * sim_env.FPS
     env.close()
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -157,10 +160,9 @@ def contact_sheet(frames, columns=4, rows=4):
 
 def evaluate(policy, cfg):
     """Success by family and split; eval.json in the run folder, or eval_<seeds>_<splits>.json where they are not all report ones."""
-    trained = read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))
-    families = (cfg.families or trained).split(",")
+    families = (cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))).split(",")
     began = time.time()
-    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds, cfg.splits.split(",") if cfg.splits else sim_env.SPLITS)
+    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds, cfg.splits.split(",") if cfg.splits else sim_env.SPLITS, cfg.env)
     path = Path(cfg.run, "_".join(["eval", *([cfg.seeds] if cfg.seeds != "report" else []), *cfg.splits.split(",")]).rstrip("_") + ".json")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1))
@@ -220,21 +222,25 @@ def plot_replay(truth, chunks, every, motors, title, width=640, height=110):
 
 def ask(policy, cfg):
     """Answer a question about the scene of --seed; the picture is saved so that the answer can be checked."""
-    env = sim_env.SO100Env("sequence", px=policy.cfg.image_size)
-    obs, _ = env.reset(seed=cfg.seed)
+    env = sim_env.make_env(cfg.env, policy.cfg.image_size)
+    obs, _ = env.reset(seed=cfg.seed, options={"family": "sequence" if cfg.env == "sim" else cfg.family})
     (answer,) = policy.answer(look(obs, policy)[0], [cfg.ask])
     path = Path(cfg.out) / f"scene_{cfg.seed}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.hstack([env.render(384, camera) for camera in sim_env.CAMERAS])).save(path)
+    Image.fromarray(np.hstack([env.render(384, camera) for camera in sim_env.environment(cfg.env).cameras])).save(path)
     env.close()
     print(f"{cfg.ask}\n{answer}\n(the scene is in {path})")
 
 
 def main(argv=None):
-    cfg = parse_config(SampleConfig, {"debug": {}, "tiny": dict(family="tiny"), "small": {}}, sys.argv[1:] if argv is None else argv, positional="task")
+    cfg = parse_config(SampleConfig, {"debug": {}, "tiny": {}, "small": {}}, sys.argv[1:] if argv is None else argv, positional="task")
     fast_cpu(cfg.threads)
     try:
-        policy = load_policy(cfg.run)
+        policy, trained = load_policy(cfg.run), read_checkpoint_config(cfg.run)
+        cfg.env = cfg.env or trained.get("env", "sim")
+        cfg.family = cfg.family or trained.get("families", "place").split(",")[0]
+        sim_env.views_of(policy, cfg.env)  # complain before anything is simulated
+        sim_env.check_families([cfg.family], cfg.env)
         (evaluate if cfg.eval else replay if cfg.replay else ask if cfg.ask else film)(policy, cfg)
     except (ValueError, FileNotFoundError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)

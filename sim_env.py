@@ -11,6 +11,7 @@ metres. The front camera looks back at the arm, so phi grows from left to right 
 right there. LeRobot's shoulder_pan is -phi.
 """
 import contextlib
+import importlib
 import itertools
 import math
 import os
@@ -487,6 +488,12 @@ def inverse(phi, r, z, roll=-90.0, gripper=CLOSED):
 # ---------------------------------------------------------------------------------------------------------------
 # The environment.
 
+def check_families(families, env="sim"):
+    there = environment(env).families
+    if unknown := [family for family in families if family not in there]:
+        raise ValueError(f"{', '.join(unknown)} is no task family of --env={env}; set --families to some of {', '.join(there)}")
+
+
 def check_task(family, split):
     if family not in LIMIT:
         raise ValueError(f"unknown family {family!r}: type one of {', '.join(LIMIT)}")
@@ -500,6 +507,8 @@ class SO100Env:
     family: place, calculate, sequence or tiny. split: id, ood_position or ood_instruction. px: side of the images.
     randomise: how much colours, light, cameras, friction, cube size and the first arm pose vary; 0 is not at all.
     """
+
+    cameras, motors, families, splits = CAMERAS, MOTORS, LIMIT, SPLITS  # what the programs ask an environment class for
 
     def __init__(self, family="place", split="id", px=96, randomise=1.0):
         check_task(family, split)
@@ -927,13 +936,82 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Many arms at once.
+# Any environment, and many at once.
+
+def environment(name):
+    """The class that `--env` names, "sim" or "package.module:Class", or a ValueError.
+
+    It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally splits, is made
+    by Class(px=...), and has Gymnasium's reset(*, seed, options), step(action) and close(). options hold family and split,
+    observations {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}; terminated means success.
+    """
+    if name == "sim":
+        return SO100Env
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"--env={name} is neither sim nor package.module:Class")
+    if os.getcwd() not in sys.path:  # the user's own file lies where the command is typed
+        sys.path.append(os.getcwd())
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--env={name} cannot be imported: {error}") from None
+    if missing := [need for need in ("cameras", "motors", "families", "reset", "step", "close") if not hasattr(cls, need)]:
+        raise ValueError(f"--env={name} is no environment: the class lacks {', '.join(missing)}")
+    return cls
+
+
+class Chunked:
+    """An environment that only has step(), played in chunks as SO100Env is."""
+
+    def __init__(self, env):
+        self.env = env
+
+    def reset(self, *, seed=None, options=None):
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        self.steps = 0
+        return self.obs, self._info(info, False, 0)
+
+    def _info(self, info, success, executed):
+        return {"reason": "", "failure": "", **info, "success": success, "steps": self.steps, "executed": executed}
+
+    def step(self, action):
+        return self.step_chunk(np.asarray(action)[None])
+
+    def step_chunk(self, actions):
+        total = 0.0
+        for executed, action in enumerate(np.asarray(actions, np.float32), 1):
+            self.obs, reward, terminated, truncated, info = self.env.step(action)
+            self.steps += 1
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return self.obs, total, bool(terminated), bool(truncated), self._info(info, bool(terminated), executed)
+
+    def spent(self):
+        return {}
+
+    def render(self, px=256, camera="front"):
+        """The last observation's picture, enlarged."""
+        image = self.obs["images"][camera]
+        rows = np.arange(px) * len(image) // px
+        return image[rows][:, rows]
+
+    def close(self):
+        self.env.close()
+
+
+def make_env(name, px=96, **options):
+    """An environment by its name, with step_chunk(), render() and spent() whatever it brings itself."""
+    env = environment(name)(px=px, **options)
+    return env if hasattr(env, "step_chunk") else Chunked(env)
+
 
 def serve():
     """Body of a worker process: answer pickled requests (method, {arm: arguments}) on standard input until it closes."""
     requests, answers, sys.stdout = sys.stdin.buffer, sys.stdout.buffer, sys.stderr
-    n, kwargs = pickle.load(requests)
-    envs = [SO100Env(**kwargs) for _ in range(n)]
+    n, name, options = pickle.load(requests)
+    envs = [make_env(name, **options) for _ in range(n)]
     while True:
         try:
             method, calls = pickle.load(requests)
@@ -950,23 +1028,24 @@ def serve():
 class VecEnv:
     """n arms in worker processes. An arm whose episode ended rests until it is reset; its last observation stays.
 
-    obs = {"images": (n, V, px, px, 3) uint8, views in the order of CAMERAS, "state": (n, 6) float32, "task": [n strings]}.
+    env: a name that environment() takes; options: of its constructor.
+    obs = {"images": (n, V, px, px, 3) uint8, views in the order of its cameras, "state": (n, S) float32, "task": [n strings]}.
     Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor spawn's second
     import of the main program. Use it in a `with` statement or call close().
     """
 
-    def __init__(self, n, workers=2, **kwargs):
-        check_task(kwargs.get("family", "place"), kwargs.get("split", "id"))  # complain here, not in a worker
-        self.n, self.px = n, kwargs.get("px", 96)
+    def __init__(self, n, workers=2, env="sim", px=96, **options):
+        cls = environment(env)  # complain here, not in a worker
+        self.n, self.px, self.cameras = n, px, list(cls.cameras)
         here = os.path.dirname(os.path.abspath(__file__))
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+        variables = dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
         self.groups = np.array_split(np.arange(n), min(workers, n))  # arms of each worker
-        self.workers = [subprocess.Popen([sys.executable, "-c", "import sim_env; sim_env.serve()"], env=environment,
+        self.workers = [subprocess.Popen([sys.executable, "-c", "import sim_env; sim_env.serve()"], env=variables,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in self.groups]
         for worker, group in zip(self.workers, self.groups):
-            self._send(worker, (len(group), kwargs))
-        self.obs = {"images": np.zeros((n, len(CAMERAS), self.px, self.px, 3), np.uint8),
-                    "state": np.zeros((n, 6), np.float32), "task": [""] * n}
+            self._send(worker, (len(group), env, options | {"px": px}))
+        self.obs = {"images": np.zeros((n, len(self.cameras), px, px, 3), np.uint8),
+                    "state": np.zeros((n, len(cls.motors)), np.float32), "task": [""] * n}
         self.infos = [{} for _ in range(n)]
         self.terminated, self.truncated = np.zeros(n, bool), np.ones(n, bool)  # nothing moves before its first reset
 
@@ -998,12 +1077,12 @@ class VecEnv:
         return {arm + first: result for answer, first in answers for arm, result in answer.items()}
 
     def _store(self, arm, obs, info):
-        for view, camera in enumerate(CAMERAS):
+        for view, camera in enumerate(self.cameras):
             self.obs["images"][arm, view] = obs["images"][camera]
         self.obs["state"][arm], self.obs["task"][arm], self.infos[arm] = obs["state"], obs["task"], info
 
     def observations(self, arms=slice(None)):
-        """What the arms (all by default) see now: {"images" (n, V, px, px, 3) uint8, "state" (n, 6), "task" [n strings]}."""
+        """What the arms (all by default) see now: {"images" (n, V, px, px, 3) uint8, "state" (n, S), "task" [n strings]}."""
         task = self.obs["task"] if isinstance(arms, slice) else [self.obs["task"][arm] for arm in arms]
         return {"images": self.obs["images"][arms].copy(), "state": self.obs["state"][arms].copy(), "task": list(task)}
 
@@ -1011,7 +1090,7 @@ class VecEnv:
         """Reset the named arms (all by default) -> obs and infos of all arms. families and splits: one for all, or a list."""
         arms = range(self.n) if arms is None else arms
         every = lambda x: [x] * len(arms) if isinstance(x, str) else x
-        calls = {int(arm): {"seed": int(seed), "options": {"family": family, "split": split, "start": start}}
+        calls = {int(arm): {"seed": int(seed), "options": {"family": family, "split": split} | ({"start": True} if start else {})}
                  for arm, seed, family, split in zip(arms, seeds, every(families), every(splits))}
         for arm, (obs, info) in self._call("reset", calls).items():
             self._store(arm, obs, info)
@@ -1019,7 +1098,7 @@ class VecEnv:
         return self.observations(), list(self.infos)
 
     def step_chunk(self, actions):
-        """actions (n, h, 6) -> obs, reward (n,), terminated (n,), truncated (n,), infos. Resting arms get reward 0 and
+        """actions (n, h, A) -> obs, reward (n,), terminated (n,), truncated (n,), infos. Resting arms get reward 0 and
         info["executed"] 0."""
         reward = np.zeros(self.n, np.float32)
         awake = np.flatnonzero(~self.terminated & ~self.truncated)
@@ -1033,7 +1112,7 @@ class VecEnv:
     def spent(self):
         """Seconds that a worker has spent so far, on average -> {"physics": s, "rendering": s}."""
         arms = self._call("spent", {arm: {} for arm in range(self.n)}).values()
-        return {stage: sum(arm[stage] for arm in arms) / len(self.workers) for stage in ("physics", "rendering")}
+        return {stage: sum(arm.get(stage, 0.0) for arm in arms) / len(self.workers) for stage in ("physics", "rendering")}
 
     def close(self):
         for worker in self.workers:
@@ -1043,7 +1122,7 @@ class VecEnv:
             worker.stdout.close()
 
 
-def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers=2, randomise=1.0, name="episodes"):
+def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers=2, name="episodes", env="sim", **options):
     """Run one episode per seed; arms that finish take the next seed, so all stay busy.
 
     policy(obs of the busy arms) -> actions (n, h, 6), or (actions, extras) with one extra per arm. Returns a list of dicts
@@ -1054,7 +1133,7 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
     n_arms = min(n_arms, len(seeds))
     results, waiting, running = {}, list(enumerate(seeds)), {}  # running: arm -> index of its episode
     bar = tqdm(total=len(seeds), desc=name, unit="episode", leave=False, disable=not sys.stderr.isatty())
-    with bar, VecEnv(n_arms, workers, family=family, split=split, px=px, randomise=randomise) as vec:
+    with bar, VecEnv(n_arms, workers, env, px, **options) as vec:
         while waiting or running:
             free = [arm for arm in range(n_arms) if arm not in running][:len(waiting)]
             if free:
@@ -1098,12 +1177,19 @@ def target_of(reason):
     return (named[2], named[1]) if named else None
 
 
-def driver(policy):
+def views_of(policy, env="sim"):
+    """Which of the environment's cameras the policy looks through, as indices; a ValueError if they or the motors do not fit."""
+    cls, wanted = environment(env), policy.cfg.cameras.split(",")
+    if missing := [camera for camera in wanted if camera not in cls.cameras]:
+        raise ValueError(f"the policy looks through {wanted}, the environment has {list(cls.cameras)}: {missing} missing")
+    if policy.cfg.motors.split(",") != list(cls.motors):
+        raise ValueError(f"the policy moves {policy.cfg.motors.split(',')}, the environment has {list(cls.motors)}")
+    return [cls.cameras.index(camera) for camera in wanted]
+
+
+def driver(policy, env="sim"):
     """A policy with `act(images, state, task, seed)` and `cfg` (cameras, execute) as rollout() wants it: obs -> (actions, thoughts)."""
-    wanted = policy.cfg.cameras.split(",")
-    if missing := [camera for camera in wanted if camera not in CAMERAS]:
-        raise ValueError(f"the policy looks through {wanted}, the environment has {list(CAMERAS)}: {missing} missing")
-    calls, views = itertools.count(), [CAMERAS.index(camera) for camera in wanted]
+    calls, views = itertools.count(), views_of(policy, env)
 
     def act(obs):
         chunk, thoughts = policy.act(obs["images"][:, views], obs["state"], obs["task"], seed=next(calls))
@@ -1112,12 +1198,12 @@ def driver(policy):
     return act
 
 
-def latency(policy, family, n=30):
+def latency(policy, family, n=30, env="sim"):
     """Median milliseconds of one policy.act on a single observation, over n of them -> {stage: ms, ..., "total": ms}."""
-    act, env, samples = driver(policy), SO100Env(family, px=policy.cfg.image_size), []
+    act, cameras, env, samples = driver(policy, env), environment(env).cameras, make_env(env, policy.cfg.image_size), []
     for i in range(n + 5):  # five to warm up
-        obs, _ = env.reset(seed=SEEDS["val"][i])
-        one = {"images": np.stack([obs["images"][camera] for camera in CAMERAS])[None], "state": obs["state"][None], "task": [obs["task"]]}
+        obs, _ = env.reset(seed=SEEDS["val"][i], options={"family": family})
+        one = {"images": np.stack([obs["images"][camera] for camera in cameras])[None], "state": obs["state"][None], "task": [obs["task"]]}
         marks = [("", time.perf_counter())]
         policy.mark = lambda stage: marks.append((stage, time.perf_counter()))  # noqa: B023
         act(one)
@@ -1127,8 +1213,8 @@ def latency(policy, family, n=30):
     return {stage: float(np.median([sample[stage] for sample in samples[5:]])) for stage in samples[0]}
 
 
-def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS):
-    """Closed-loop episodes on the first n seeds of a range; policy as driver() takes it.
+def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS, env="sim"):
+    """Closed-loop episodes on the first n seeds of a range; policy as driver() takes it, env as environment() does.
 
     Seeds "report" are for the numbers one publishes, "val" for choosing between policies.
     -> {family: {split: {"success", "n", "low", "high" (95 % interval), "target_at_0" (cube and pad named correctly in the
@@ -1137,12 +1223,13 @@ def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS):
     """
     if n > len(SEEDS[seeds]):
         raise ValueError(f"there are {len(SEEDS[seeds])} {seeds} seeds, not {n}")
-    results = {}
+    check_families(families, env)
+    results, there = {}, getattr(environment(env), "splits", ("id",))
     for family in families:
         results[family] = {}
-        stages = latency(policy, family)
-        for split in splits if family in FAMILIES else ("id",):
-            episodes = rollout(driver(policy), SEEDS[seeds][:n], family, split, n_arms, policy.cfg.image_size, name=f"{family} {split}")
+        stages = latency(policy, family, env=env)
+        for split in [s for s in splits if s in there] if family != "tiny" else ("id",):
+            episodes = rollout(driver(policy, env), SEEDS[seeds][:n], family, split, n_arms, policy.cfg.image_size, name=f"{family} {split}", env=env)
             wins = sum(e["success"] for e in episodes)
             low, high = wilson(wins, n)
             thinks = any(e["extra"] for e in episodes)

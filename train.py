@@ -35,6 +35,8 @@ from model import Config, SyVLA, fast_cpu, opt, parse_config, read_checkpoint_co
 
 @dataclass
 class TrainConfig(Config):
+    cameras: str = opt("", "camera roles, in the order the model sees them (default: the data set's)")
+    motors: str = opt("", "joint names, in order, of state and action (default: the data set's)")
     config: str = opt("small", "preset this run started from")
     data: str = opt("", "data set folder (default data/<config>)")
     out: str = opt("", "run folder (default out/<config>)")
@@ -42,6 +44,7 @@ class TrainConfig(Config):
     init_from: str = opt("", "checkpoint folder whose weights and tokenizer start this run")
     new_expert: bool = opt(False, "finetune: keep the VLM of --init_from as it is; a new adapter and expert, of any size, learn from random weights")
     resume: bool = opt(False, "go on with the run in --out")
+    env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
     families: str = opt("place,calculate,sequence", "task families to train on and evaluate")
     ground_steps: int = opt(1800, "steps of phase 1, questions only")
     steps: int = opt(4900, "steps of phase 2, actions")
@@ -67,6 +70,10 @@ class TrainConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         self.data, self.out = self.data or f"data/{self.config}", self.out or f"out/{self.config}"
+        meta = Path(self.data, "meta.json")
+        robot = json.loads(meta.read_text()) if meta.is_file() else {}  # a set that is still to be made will be the SO-100's
+        for name in ("cameras", "motors"):
+            setattr(self, name, getattr(self, name) or ",".join(robot.get(name, ())) or getattr(Config, name))
         if self.stage not in ("pretrain", "finetune"):
             raise ValueError(f"stage must be pretrain or finetune, not {self.stage!r}")
         if self.stage == "finetune":
@@ -268,7 +275,7 @@ FREE = {"execute", "denoise_steps", "temperature", "max_thought", "reasoning", "
 EXPERT = {"motors", "expert_width", "expert_depth", "expert_heads", "chunk"}
 
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
-HARMLESS = {"config", "data", "out", "resume", "init_from", "device", "threads", "compile", "bench", "eval", "log_every", "save_every"}
+HARMLESS = {"config", "data", "out", "env", "resume", "init_from", "device", "threads", "compile", "bench", "eval", "log_every", "save_every"}
 ADJUSTABLE = {"ground_steps", "steps", "adam_lr", "muon_lr"}
 
 
@@ -510,12 +517,13 @@ def evaluate(policy, ema, cfg, out, say):
     """Closed-loop success on held-out report seeds: eval.json and the printed table."""
     import sim_env
 
-    families = [family for family in cfg.families.split(",") if family in sim_env.LIMIT]
+    there = sim_env.environment(cfg.env).families
+    families = [family for family in cfg.families.split(",") if family in there]
     if not families:
-        say(f"no evaluation: {cfg.families} is no family of the simulation ({', '.join(sim_env.LIMIT)})")
+        say(f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(there)})")
         return
     with averaged_weights(policy, ema):
-        results = sim_env.evaluate(policy, families, cfg.eval)
+        results = sim_env.evaluate(policy, families, cfg.eval, env=cfg.env)
     write_atomically(out / "eval.json", lambda p: p.write_text(json.dumps(results, indent=1)))
     say(sim_env.table(results))
 

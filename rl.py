@@ -46,7 +46,7 @@ class RLConfig:
     resume: bool = opt(False, "go on with the run in --out")
     env: str = opt("", "sim, or an environment package.module:Class (default: the one the policy was trained for)")
     families: str = opt("", "task families to practise, with commas (default: those the policy was trained on)")
-    iterations: int = opt(110, "rounds of rollouts and update")
+    iterations: int = opt(50, "rounds of rollouts and update")
     episodes: int = opt(192, "episodes per iteration, over all families and processes")
     arms: int = opt(32, "arms simulated at once")
     sampler: str = opt("chain", "noisy denoising: chain (Gaussian Euler steps of fixed --sigma) or sde (Flow-SDE)")
@@ -57,7 +57,7 @@ class RLConfig:
     epochs: int = opt(1, "passes of the policy over the rollouts of an iteration")
     critic_epochs: int = opt(3, "passes of the value model over them")
     minibatch: int = opt(256, "chunks per gradient step, over all processes")
-    lr: float = opt(3e-5, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine")
+    lr: float = opt(3e-4, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine")
     critic_lr: float = opt(5e-4, "AdamW learning rate of the value model")
     critic_warmup: int = opt(2, "iterations in which only the value model learns")
     gamma: float = opt(0.9, "discount per chunk")
@@ -67,18 +67,18 @@ class RLConfig:
     grad_clip: float = opt(1.0, "gradient norm limit")
     ppo: bool = opt(True, "false: imitation of the expert samples alone, in as many updates of as many chunks")
     experts: str = opt("similar", "expert samples in every minibatch: similar (retrieved) | random | none")
-    expert_weight: float = opt(0.1, "weight of the expert term")
+    expert_weight: float = opt(10.0, "weight of the expert term")
     expert_form: str = opt("cfm", "cfm (flow-matching loss) | ratio (clipped ratio of it) | chain (likelihood of a noised path to the expert's chunk)")
     expert_advantage: str = opt("one", "one (the paper's 1.0) | gae (from the value model: the paper's failing control)")
-    noise_samples: int = opt(1, "M, noise samples (eps, t) of every expert sample")
+    noise_samples: int = opt(2, "M, noise samples (eps, t) of every expert sample")
     neighbours: int = opt(4, "a decision draws one of its most similar expert frames")
     view_weights: str = opt("", "w_v of every camera in the similarity, with commas (default: 1 each)")
     index_frames: int = opt(6000, "expert frames that can be retrieved")
     decouple: str = opt("gradient", "intention decoupling in the expert term: gradient | random | attention | off")
-    proximal: float = opt(0.0, "weight of the KL divergence from the policy that played, over the whole chunk and all denoising steps")
+    proximal: float = opt(0.5, "weight of the KL divergence from the policy that played, over the whole chunk and all denoising steps")
     anchor: float = opt(0.0, "weight of the KL divergence from the starting policy, a baseline in place of experts")
     ema: float = opt(0.9, "decay per iteration of the weight average that is evaluated and saved")
-    eval_every: int = opt(20, "iterations between evaluations without noise on validation seeds; the best is kept")
+    eval_every: int = opt(10, "iterations between evaluations without noise on validation seeds; the best is kept")
     eval_episodes: int = opt(150, "validation episodes per family in each of them")
     eval: int = opt(100, "report episodes per family and split for the tables before and after; 0 for none")
     seed: int = opt(0, "seed of scenes and noise")
@@ -110,7 +110,7 @@ class RLConfig:
 
 PRESETS = {
     "debug": dict(iterations=2, episodes=4, arms=2, epochs=2, minibatch=8, critic_warmup=1, index_frames=20, eval_every=1, eval_episodes=1, eval=0, families="place"),
-    "tiny": dict(iterations=60),
+    "tiny": dict(),
     "small": dict(),
 }
 HARMLESS = {"config", "out", "resume", "init_from", "data", "device", "threads", "arms", "eval", "eval_every"}

@@ -39,6 +39,7 @@ class Tokenizer:
     SPECIAL = ("<pad>", "<task>", "<reason>", "</reason>", "<ask>", "<answer>", "<end>")
     PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s")
     LONGEST = 128  # tokens of an instruction or question; the longest of ours has under 40
+    start = image_open = image_close = ()  # nothing stands around the images
 
     def __init__(self, words):
         self.words = list(words)
@@ -109,12 +110,89 @@ class Tokenizer:
     def answer(self, question, answer):
         return [*self.encode(answer), self.end_thought if question.startswith("<task>") else self.end_answer]
 
-    @classmethod
-    def load(cls, folder):
+    def dumps(self):
+        """What stands in a checkpoint's tokenizer.json."""
+        return json.dumps(self.words)
+
+    @staticmethod
+    def load(folder):
+        """The tokenizer of a checkpoint, or of a pretrained model: words, or what the package `tokenizers` writes."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no checkpoint: it has no tokenizer.json; run: python train.py --config small")
-        return cls(json.loads(path.read_text()))
+        text = path.read_text()
+        return Tokenizer(json.loads(text)) if text.lstrip().startswith("[") else ChatTokenizer(text)
+
+
+class ChatTokenizer:
+    """A pretrained model's tokenizer and chat format behind Tokenizer's interface. Needs the package `tokenizers`.
+
+    The conversation is written as the model learnt it: START (OPEN picture CLOSE)* instruction TURN answer END. A thought is an
+    answer that begins with the words <reason>; END stands for </reason>, one token that every chat model knows how to say.
+    """
+
+    LONGEST = 512
+    FORMATS = (  # START, OPEN, CLOSE, TURN, space before an answer, END; the first whose special tokens are all there
+        ("<|im_start|>User:", "<fake_token_around_image><global-img>", "<fake_token_around_image>", "<end_of_utterance>\nAssistant:", " ", "<end_of_utterance>"),  # SmolVLM
+        ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n", "<|vision_start|>", "<|vision_end|>",
+         "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>"),  # Qwen-VL
+    )  # fmt: skip
+
+    def __init__(self, text):
+        try:
+            from tokenizers import Tokenizer as Pretrained
+        except ImportError:
+            raise ValueError("a pretrained backbone needs its tokenizer: pip install tokenizers") from None
+        try:
+            self.text, self.pretrained = text, Pretrained.from_str(text)
+        except Exception as e:  # the package raises nothing narrower
+            raise ValueError(f"tokenizer.json cannot be read ({str(e)[:100]}); download it again") from None
+        known = lambda format: all(self.pretrained.token_to_id(token) is not None for piece in format for token in re.findall(r"<[^<>\s]+>", piece))
+        format = next((f for f in self.FORMATS if known(f)), None)
+        if format is None:
+            raise ValueError("the chat format of this tokenizer is unknown; add a line to ChatTokenizer.FORMATS in data.py")
+        ids = lambda piece: self.pretrained.encode(piece, add_special_tokens=False).ids
+        self.start, self.image_open, self.image_close, self.turn, _, (self.end_answer,) = map(ids, format)
+        self.end_thought, self.space = self.end_answer, format[4]
+        self.pretrained.encode_special_tokens = True  # from here on: nobody types control tokens
+        self.encoded = {}
+
+    def __len__(self):
+        return self.pretrained.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text):
+        if text not in self.encoded and len(self.encoded) < 1_000_000:
+            self.encoded[text] = self.pretrained.encode(text, add_special_tokens=False).ids
+        return self.encoded.get(text) or self.pretrained.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.pretrained.decode(list(ids), skip_special_tokens=True).strip()
+
+    def tidy(self, text, what):
+        """A user's words with single spaces, or a ValueError."""
+        ids = self.encode(" ".join(text.split()))
+        if not ids:
+            raise ValueError(f'the {what} is empty; try "put the red cube on the blue pad"')
+        if len(ids) > self.LONGEST:
+            raise ValueError(f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words")
+        return ids
+
+    def prompt(self, task, reasoning=True):
+        return [*self.tidy(task, "instruction"), *self.turn, *(self.encode(self.space + "<reason>") if reasoning else [])]
+
+    def thought(self, reason):
+        return [*self.encode(" " + reason if reason else ""), self.end_thought]
+
+    def question(self, question):
+        if question.startswith("<task>"):
+            return self.prompt(question.removeprefix("<task>"))
+        return [*self.tidy(question, "question"), *self.turn]
+
+    def answer(self, question, answer):
+        return self.thought(answer) if question.startswith("<task>") else [*self.encode(self.space + answer), self.end_answer]
+
+    def dumps(self):
+        return self.text
 
 
 def pack(rows):

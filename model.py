@@ -21,6 +21,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -51,6 +53,11 @@ class Config:
     vision_width: int = opt(48, "vision encoder width")
     vision_depth: int = opt(0, "vision encoder blocks; from random weights the language model's attention does as well for less")
     vision_heads: int = opt(2, "vision encoder attention heads")
+    vision_mlp: int = opt(0, "vision encoder MLP width; 0: 4 x vision_width")
+    vision_act: str = opt("relu2", "vision encoder activation: relu2, or gelu_pytorch_tanh (SigLIP's)")
+    vision_eps: float = opt(1e-5, "vision encoder LayerNorm epsilon")
+    vision_size: int = opt(0, "pixels per side that the encoder takes, camera images are resized to it; 0: image_size")
+    vision_enlarge: int = opt(0, "SmolVLM's processor first brings the longest edge to this many pixels; 0: not")
     pixel_shuffle: int = opt(4, "k: k x k neighbouring patches become one visual token")
     width: int = opt(128, "language model width D")
     depth: int = opt(3, "language model blocks")
@@ -58,8 +65,13 @@ class Config:
     kv_heads: int = opt(2, "language model key/value heads (grouped queries)")
     mlp_width: int = opt(256, "language model SwiGLU width")
     qk_norm: bool = opt(True, "RMS-normalise queries and keys per head")
+    norm_eps: float = opt(0.0, "language model RMSNorm epsilon; 0: that of the number format")
+    tied: bool = opt(False, "the output layer is the token embedding")
     rope_theta: float = opt(10000.0, "rotary embedding base")
     vocab_size: int = opt(512, "rows of the token embedding")
+    backbone: str = opt("", "pretrained VLM, a hub name or a folder; it fixes the shapes above. Empty: from nothing")
+    wrapped: bool = opt(False, "the backbone runs in `transformers`, not in this file (everything but SmolVLM); set by --backbone")
+    lora: int = opt(0, "rank of LoRA on the language model, which is then frozen (needs peft); 0: trained whole")
     queries: int = opt(20, "Q, number of feature query tokens (paper: 20)")
     expert_width: int = opt(128, "action expert width")
     expert_depth: int = opt(3, "action expert blocks")
@@ -77,15 +89,19 @@ class Config:
     noise_samples: int = opt(4, "M, noise samples (eps, t) per observation")
 
     def __post_init__(self):
-        choices = {"decouple": ("gradient", "random", "attention", "off"), "decouple_scope": ("sample", "batch")}
+        choices = {"decouple": ("gradient", "random", "attention", "off"), "decouple_scope": ("sample", "batch"), "vision_act": ("relu2", "gelu_pytorch_tanh")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        may_be_zero = ("max_thought", "vision_depth", "vision_mlp", "vision_size", "vision_enlarge", "lora")
         for f in dataclasses.fields(Config):
-            if f.type in (int, "int") and getattr(self, f.name) < 1 and f.name not in ("max_thought", "vision_depth"):
-                raise ValueError(f"{f.name} ({getattr(self, f.name)}) must be at least 1")
-        if self.image_size % (self.patch_size * self.pixel_shuffle):
-            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size * pixel_shuffle = {self.patch_size * self.pixel_shuffle}")
+            if f.type in (int, "int") and getattr(self, f.name) < (f.name not in may_be_zero):
+                raise ValueError(f"{f.name} ({getattr(self, f.name)}) must be at least {int(f.name not in may_be_zero)}")
+        if self.lora and not self.backbone:
+            raise ValueError("lora adapts a pretrained language model; add --backbone=... or leave --lora out")
+        if not self.wrapped and (self.vision_size or self.image_size) % (self.patch_size * self.pixel_shuffle):
+            name = "vision_size" if self.vision_size else "image_size"
+            raise ValueError(f"{name} {getattr(self, name)} must be a multiple of patch_size * pixel_shuffle = {self.patch_size * self.pixel_shuffle}")
         for width, heads in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads"), ("expert_width", "expert_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})")
@@ -112,7 +128,7 @@ class Config:
 
     @property
     def tokens_per_view(self):
-        return (self.image_size // self.patch_size // self.pixel_shuffle) ** 2
+        return ((self.vision_size or self.image_size) // self.patch_size // self.pixel_shuffle) ** 2
 
     @classmethod
     def pick(cls, config):
@@ -120,6 +136,10 @@ class Config:
         values = config if isinstance(config, dict) else dataclasses.asdict(config)
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
+
+# SmolVLM2: SigLIP-B/16 at 512 px, 64 tokens a view, and SmolLM2. The shapes are those of the published config.json, which wins.
+SMOLVLM = dict(vision_width=768, vision_depth=12, vision_heads=12, patch_size=16, vision_size=512, vision_enlarge=2048, conv_stem=False,
+               vision_act="gelu_pytorch_tanh", vision_eps=1e-6, qk_norm=False, norm_eps=1e-5, rope_theta=1e5, vocab_size=49280, max_thought=64)  # fmt: skip
 
 PRESETS = {
     # for tests: every part present, nothing learnt
@@ -130,6 +150,15 @@ PRESETS = {
                  expert_depth=2, expert_heads=3),
     # the whole recipe from random weights on two CPU cores
     "small": dict(),
+    # pretrained, one consumer GPU: 256 M + 55 M of expert, 507 M + 106 M
+    "base256": dict(SMOLVLM, backbone="HuggingFaceTB/SmolVLM2-256M-Video-Instruct", width=576, depth=30, heads=9, kv_heads=3, mlp_width=1536,
+                    expert_width=512, expert_depth=8, expert_heads=8),
+    "base": dict(SMOLVLM, backbone="HuggingFaceTB/SmolVLM2-500M-Video-Instruct", width=960, depth=32, heads=15, kv_heads=5, mlp_width=2560,
+                 expert_width=768, expert_depth=7, expert_heads=12),
+    # the paper's: Qwen2.5-VL-3B through `transformers`, 20 queries, an expert of 0.69 B
+    "paper": dict(backbone="Qwen/Qwen2.5-VL-3B-Instruct", wrapped=True, lora=16, image_size=224, max_thought=64, width=2048, depth=36, heads=16, kv_heads=2,
+                  mlp_width=11008, vocab_size=151936, tied=True, vision_width=1280, vision_depth=32, vision_heads=16, vision_mlp=3420, patch_size=14, pixel_shuffle=2,
+                  conv_stem=False, expert_width=1280, expert_depth=17, expert_heads=20),
 }
 
 
@@ -227,19 +256,21 @@ def relu2(x):
 class VisionBlock(nn.Module):
     """Pre-norm Transformer block of SigLIP: LayerNorm, biases everywhere, full attention."""
 
-    def __init__(self, width, heads):
+    def __init__(self, cfg):
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        width, hidden = cfg.vision_width, cfg.vision_mlp or 4 * cfg.vision_width
+        self.heads, self.gelu = cfg.vision_heads, cfg.vision_act == "gelu_pytorch_tanh"
+        self.norm1, self.norm2 = nn.LayerNorm(width, cfg.vision_eps), nn.LayerNorm(width, cfg.vision_eps)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x):
         n, length, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (n, nh, length, hd)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
         x = x + self.proj(y)
-        return x + self.down(relu2(self.up(self.norm2(x))))
+        y = self.up(self.norm2(x))  # (n, length, hidden)
+        return x + self.down(F.gelu(y, approximate="tanh") if self.gelu else relu2(y))
 
 
 class VisionEncoder(nn.Module):
@@ -248,7 +279,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        side, self.shuffle = cfg.image_size // cfg.patch_size, cfg.pixel_shuffle
+        side, self.shuffle, self.checkpointing = (cfg.vision_size or cfg.image_size) // cfg.patch_size, cfg.pixel_shuffle, False
         if cfg.conv_stem:  # overlapping filters and a ReLU, same grid of patches (Xiao et al. 2021, arXiv 2106.14881)
             half = cfg.patch_size // 2
             self.patch = nn.Sequential(nn.Conv2d(3, cfg.vision_width // 2, 3, stride=2, padding=1), nn.ReLU(),
@@ -256,19 +287,48 @@ class VisionEncoder(nn.Module):
         else:
             self.patch = nn.Conv2d(3, cfg.vision_width, cfg.patch_size, stride=cfg.patch_size)
         self.position = nn.Parameter(torch.zeros(side * side, cfg.vision_width))
-        self.blocks = nn.ModuleList(VisionBlock(cfg.vision_width, cfg.vision_heads) for _ in range(cfg.vision_depth))
-        self.norm = nn.LayerNorm(cfg.vision_width)
+        self.blocks = nn.ModuleList(VisionBlock(cfg) for _ in range(cfg.vision_depth))
+        self.norm = nn.LayerNorm(cfg.vision_width, cfg.vision_eps)
         self.connector = nn.Linear(cfg.vision_width * self.shuffle**2, cfg.width, bias=False)
 
     def forward(self, images):
         """(n, 3, px, px) in [-1, 1] -> (n, tokens_per_view, D)."""
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position  # (n, side*side, vision_width)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and x.requires_grad else block(x)
         x, k = self.norm(x), self.shuffle
         side = math.isqrt(x.shape[1])
         x = x.view(len(x), side // k, k, side // k, k, -1).transpose(2, 3).reshape(len(x), (side // k) ** 2, -1)  # (n, side^2/k^2, k*k*vision_width)
         return self.connector(x)
+
+
+@lru_cache(maxsize=32)
+def lanczos(n, m):
+    """Pillow's Lanczos filter from n to m pixels as a matrix (m, n)."""
+    scale = max(n / m, 1.0)
+    x = (torch.arange(n) + 0.5 - (torch.arange(m, dtype=torch.float64)[:, None] + 0.5) * n / m) / scale  # (m, n) distance in filter units
+    weights = torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), 0.0)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def resize(x, height, width):
+    """Pillow's Lanczos resizing, columns first, each pass rounded to whole grey values. x (n, 3, h, w) fp32 of 0..255 -> (n, 3, height, width)."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.shape[3] != width:
+            x = (x @ lanczos(x.shape[3], width).T.to(x.device) + 0.5).floor().clamp(0, 255)  # (n, 3, h, width)
+        if x.shape[2] != height:
+            x = (lanczos(x.shape[2], height).to(x.device) @ x + 0.5).floor().clamp(0, 255)  # (n, 3, height, width)
+    return x
+
+
+def fit(x, size, enlarge):
+    """What SmolVLM's processor makes of a picture that it does not split: longest edge to `enlarge`, then a square. (n, 3, h, w) uint8 -> (n, 3, size, size) fp32."""
+    x, (h, w) = x.float(), x.shape[2:]
+    if not enlarge:
+        return resize(x, size, size)
+    height, width = (int(enlarge / (w / h)), enlarge) if w >= h else (enlarge, int(enlarge * (w / h)))
+    height, width = (height + height % 2, width) if w >= h else (height, width + width % 2)  # the shorter side is made even
+    return torch.cat([resize(resize(one, height, width), size, size) for one in x.split(1)])  # one by one: 50 MB each on the way
 
 
 def rotation(positions, frequency):
@@ -289,7 +349,7 @@ class LanguageBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.nh, self.nkv, self.hd = cfg.heads, cfg.kv_heads, cfg.width // cfg.heads
-        self.norm1, self.norm2 = nn.RMSNorm(cfg.width), nn.RMSNorm(cfg.width)
+        self.norm1, self.norm2 = nn.RMSNorm(cfg.width, cfg.norm_eps or None), nn.RMSNorm(cfg.width, cfg.norm_eps or None)
         self.qkv = nn.Linear(cfg.width, (self.nh + 2 * self.nkv) * self.hd, bias=False)
         self.proj = nn.Linear(cfg.width, cfg.width, bias=False)
         self.gate_up = nn.Linear(cfg.width, 2 * cfg.mlp_width, bias=False)
@@ -320,43 +380,74 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(cfg.vocab_size, cfg.width)
         self.blocks = nn.ModuleList(LanguageBlock(cfg) for _ in range(cfg.depth))
-        self.norm = nn.RMSNorm(cfg.width)
-        self.head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.norm = nn.RMSNorm(cfg.width, cfg.norm_eps or None)
+        self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.checkpointing = False
         hd = cfg.width // cfg.heads
-        self.register_buffer("frequency", cfg.rope_theta ** (-torch.arange(0, hd, 2) / hd), persistent=False)  # (hd/2,)
+        exponent = torch.arange(0, hd, 2) / hd
+        # the same number, but pretrained weights know the rounding of the first form
+        frequency = 1.0 / cfg.rope_theta**exponent if cfg.backbone else cfg.rope_theta**-exponent
+        self.register_buffer("frequency", frequency, persistent=False)  # (hd/2,)
 
     def forward(self, x, positions, mask, caches=None):
         """x (B, n, D), positions (B, n), mask (B, n, past + n) -> hidden states (B, n, D)."""
-        cos, sin = (table.to(x.dtype) for table in rotation(positions[:, None], self.frequency))  # (B, 1, n, hd)
+        cos, sin = (table.to(x.dtype) for table in rotation(positions[:, None], self.frequency.float()))  # (B, 1, n, hd)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask[:, None], caches[i] if caches is not None else None)
+            if self.checkpointing and x.requires_grad:
+                x = checkpoint(block, x, cos, sin, mask[:, None], use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask[:, None], caches[i] if caches is not None else None)
         return self.norm(x)
 
+    def new_caches(self):
+        return [[] for _ in self.blocks]
+
     def logits(self, hidden):
-        """(..., D) -> (..., vocab) in fp32."""
-        return self.head(hidden).float()
+        """(..., D) -> (..., vocab) in fp32 (fp64 for a model in fp64)."""
+        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class VLM(nn.Module):
-    """Images, text and feature queries in one sequence: [P visual | T text | Q queries].
+    """Images, text and feature queries in one sequence: [P prefix | T text | Q queries].
 
     The mask has one rule: a token sees itself, and earlier tokens of its own segment or of the shared prefix (segment 0, the
-    images). Questions packed behind one image are segments 1, 2, ...: each sees the picture and itself, never another question
+    images, with what the chat format of a pretrained backbone writes around them). Questions packed behind one image are segments 1, 2, ...: each sees the picture and itself, never another question
     or its answer. Without that isolation a model trained from nothing learns to answer from the neighbours' answers instead of
     from the picture. Padding is segment -1. The queries belong to segment 1, the instruction with its thought.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, tokenizer):
         super().__init__()
+        self.size, self.enlarge = cfg.vision_size, cfg.vision_enlarge
         self.vision = VisionEncoder(cfg)
         self.lm = LanguageModel(cfg)
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
+        self.set_frame(tokenizer)
+
+    def set_frame(self, tokenizer):
+        """Token ids of the chat format: what stands before the images, before each and behind each."""
+        for name in ("start", "image_open", "image_close"):
+            self.register_buffer(name, torch.tensor(getattr(tokenizer, name), dtype=torch.int64), persistent=False)
+
+    def parts(self):
+        return {"vision": list(self.vision.parameters()), "language": list(self.lm.parameters())}
 
     def see(self, images):
-        """(B, V, px, px, 3) uint8 -> visual tokens (B, P, D)."""
+        """(B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
         B, V = images.shape[:2]
-        x = images.flatten(0, 1).permute(0, 3, 1, 2).to(self.queries.dtype).div(127.5).sub(1.0)  # (B*V, 3, px, px)
-        return self.vision(x).view(B, -1, self.queries.shape[-1])  # (B, P, D)
+        x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, px, px)
+        x = fit(x, self.size, self.enlarge) if self.size else x
+        x = x.to(self.queries.dtype).div(127.5).sub(1.0)
+        return self.vision(x).view(B, V, -1, self.queries.shape[-1])  # (B, V, n, D)
+
+    def prefix(self, visual):
+        """Visual tokens (B, V, n, D) -> what all texts follow: embeddings (B, P, D), positions (P,), position of the first text token."""
+        x = visual.flatten(1, 2)
+        if len(self.start) or len(self.image_open):
+            start, before, behind = (self.lm.embed(ids).expand(len(visual), -1, -1) for ids in (self.start, self.image_open, self.image_close))
+            x = torch.cat([start, *(part for view in visual.unbind(1) for part in (before, view, behind))], dim=1)  # (B, P, D)
+        return x, torch.arange(x.shape[1], device=x.device), x.shape[1]
 
     @staticmethod
     def visible(segments):
@@ -368,42 +459,50 @@ class VLM(nn.Module):
         return (((theirs == mine) & (theirs >= 0)) | (theirs == 0)) & causal | itself
 
     def forward(self, visual, tokens, segments, positions, with_queries):
-        """visual (B, P, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D) and queries (B, Q, D) or None.
+        """visual (B, V, n, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D) and queries (B, Q, D) or None.
 
         `positions` count within a segment, from 0; every segment starts right behind the images, as if it were alone.
         """
-        B, P, _ = visual.shape
-        x = [visual, self.lm.embed(tokens)]
+        prefix, places, begin = self.prefix(visual)
+        B, P, _ = prefix.shape
+        x = [prefix, self.lm.embed(tokens)]
         seg = [segments.new_zeros(B, P), segments]
-        pos = [torch.arange(P, device=tokens.device).expand(B, P), P + positions]
+        pos = [begin + positions]
         if with_queries:
             Q = len(self.queries)
             x.append(self.queries.expand(B, -1, -1))
             seg.append(segments.new_ones(B, Q))
             length = (segments == 1).sum(1, keepdim=True)  # (B, 1) tokens of instruction and thought
-            pos.append(P + length + torch.arange(Q, device=tokens.device))
+            pos.append(begin + length + torch.arange(Q, device=tokens.device))
         seg = torch.cat(seg, dim=1)  # (B, N)
-        hidden = self.lm(torch.cat(x, dim=1), torch.cat(pos, dim=1), self.visible(seg))  # (B, N, D)
+        hidden = self.lm(torch.cat(x, dim=1), self.places(places, torch.cat(pos, dim=1)), self.visible(seg))  # (B, N, D)
         text, queries = hidden[:, P : P + tokens.shape[1]], hidden[:, P + tokens.shape[1] :]
         return text, queries if with_queries else None
+
+    @staticmethod
+    def places(prefix, text):
+        """Positions of the prefix (..., P) and of text (B, n) -> of both (..., B, P + n). Leading axes: Qwen's time, row, column."""
+        axes, B = prefix.shape[:-1], len(text)
+        return torch.cat((prefix.unsqueeze(-2).expand(*axes, B, -1), text.expand(*axes, B, -1)), dim=-1)
 
     @torch.inference_mode()
     def generate(self, visual, prompts, stop, limit, with_queries=False):
         """Greedy decoding with a key/value cache; rows may have prompts of different length.
 
-        visual (B, P, D), prompts: B lists of token ids -> (B lists of generated ids without `stop`, query states (B, Q, D) or None).
+        visual (B, V, n, D), prompts: B lists of token ids -> (B lists of generated ids without `stop`, query states (B, Q, D) or None).
         `limit` 0 writes no thought and goes straight to the queries.
         """
-        B, P, _ = visual.shape
+        prefix, places, begin = self.prefix(visual)
+        B, P, _ = prefix.shape
         device = visual.device
         length = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
         T = int(length.max())
         tokens = torch.tensor([list(p) + [0] * (T - len(p)) for p in prompts], device=device)  # (B, T)
         segments = torch.where(torch.arange(T, device=device) < length[:, None], 1, -1)  # (B, T)
         segments = torch.cat((segments.new_zeros(B, P), segments), dim=1)  # (B, P + T)
-        positions = torch.arange(P + T, device=device).expand(B, -1)
-        caches = [[] for _ in self.lm.blocks]
-        hidden = self.lm(torch.cat((visual, self.lm.embed(tokens)), dim=1), positions, self.visible(segments), caches)
+        positions = self.places(places, begin + torch.arange(T, device=device).expand(B, -1))
+        caches = self.lm.new_caches()
+        hidden = self.lm(torch.cat((prefix, self.lm.embed(tokens)), dim=1), positions, self.visible(segments), caches)
         last = hidden[torch.arange(B, device=device), P + length - 1]  # (B, D)
         past = segments >= 0  # (B, P + T): what every later token sees
         written = [[] for _ in range(B)]
@@ -414,7 +513,7 @@ class VLM(nn.Module):
                 if live and word != stop:
                     written[row].append(word)
             past = torch.cat((past, alive[:, None]), dim=1)  # rows that ended write padding
-            last = self.lm(self.lm.embed(token)[:, None], (P + length)[:, None], past[:, None], caches)[:, 0]
+            last = self.lm(self.lm.embed(token)[:, None], (begin + length)[:, None], past[:, None], caches)[:, 0]
             length = length + alive
             alive = alive & (token != stop)
             if not alive.any():
@@ -422,11 +521,204 @@ class VLM(nn.Module):
         if not with_queries:
             return written, None
         Q = len(self.queries)
-        positions = (P + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
+        positions = (begin + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
         causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
         mask = torch.cat((past[:, None].expand(-1, Q, -1), causal.expand(B, -1, -1)), dim=2)  # (B, Q, past + Q)
         states = self.lm(self.queries.expand(B, -1, -1), positions, mask, caches)
         return written, states
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pretrained backbones
+
+
+def fetch_backbone(name, weights=True):
+    """Folder of a pretrained VLM: `name` itself if it is one, else the hub repository of that name, downloaded or from the cache.
+
+    Without `weights` only its configuration and tokenizer. Raises FileNotFoundError or ValueError in one line.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]))
+    except GatedRepoError:
+        raise FileNotFoundError(f"{name} asks for its licence to be accepted: do so on its hub page, then run: hf auth login") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise FileNotFoundError(f"{name} is neither a folder nor a public model on the hub; check --backbone") from None
+    except Exception as e:  # no network, a proxy, a full disk: the client has a dozen names for it
+        raise FileNotFoundError(f"cannot download {name} ({type(e).__name__}); check network and disk, or give a folder: --backbone=FOLDER") from None
+
+
+def backbone_fields(folder):
+    """The fields of Config that a pretrained VLM's config.json fixes. SmolVLM that deviates from this file is refused with the reason."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        text, vision = config.get("text_config", config), config["vision_config"]
+        fields = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], heads=text["num_attention_heads"], mlp_width=text["intermediate_size"],
+                      vocab_size=text["vocab_size"], tied=config.get("tie_word_embeddings", False), qk_norm=False, conv_stem=False)  # fmt: skip
+        fields["kv_heads"] = text.get("num_key_value_heads") or fields["heads"]
+    except (OSError, KeyError, json.JSONDecodeError) as e:
+        raise ValueError(f"{folder} is no vision-language model that this program reads (config.json: {type(e).__name__} {e})") from None
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    fields["rope_theta"] = float(text.get("rope_theta") or rope.get("rope_theta", 1e4))
+    get = lambda *names, default: next((vision[n] for n in names if n in vision), default)
+    fields |= dict(vision_width=get("hidden_size", "embed_dim", default=1152), vision_depth=get("num_hidden_layers", "depth", default=12),
+                   vision_heads=get("num_attention_heads", "num_heads", default=16), vision_mlp=get("intermediate_size", default=3072), patch_size=get("patch_size", default=32),
+                   pixel_shuffle=config.get("scale_factor", vision.get("spatial_merge_size", 2)))  # fmt: skip
+    if config.get("model_type") not in ("smolvlm", "idefics3"):
+        return fields | {"wrapped": True}
+    pictures = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text())
+            pictures |= found.get("image_processor", found)
+    size = get("image_size", default=224)
+    here = {"text hidden_act": (text.get("hidden_act", "silu"), "silu"), "head_dim": (text.get("head_dim") or fields["width"] // fields["heads"], fields["width"] // fields["heads"]),
+            "rope_type": (rope.get("rope_type", "default"), "default"), "attention_bias": (text.get("attention_bias", False), False), "mlp_bias": (text.get("mlp_bias", False), False),
+            "qk_layer_norms": (text.get("qk_layer_norms", False), False), "resample": (pictures.get("resample", 1), 1), "image_mean": (set(pictures.get("image_mean", [0.5])), {0.5}),
+            "image_std": (set(pictures.get("image_std", [0.5])), {0.5}), "max_image_size": (pictures.get("max_image_size", {}).get("longest_edge", size), size)}  # fmt: skip
+    for name, (theirs, ours) in here.items():
+        if theirs != ours:
+            raise ValueError(f"{folder} has {name} {theirs}, this program knows SmolVLM with {ours}")
+    return fields | dict(wrapped=False, vision_act=get("hidden_act", default="gelu_pytorch_tanh"), vision_eps=get("layer_norm_eps", default=1e-6), norm_eps=text.get("rms_norm_eps", 1e-6),
+                         vision_size=size, vision_enlarge=pictures.get("size", {}).get("longest_edge", 4 * size))  # fmt: skip
+
+
+def read_safetensors(folder):
+    """All tensors of a folder's *.safetensors files, or one line that says what is wrong with them."""
+    tensors, files = {}, sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged ({e}); delete it and download it again") from None
+    return tensors
+
+
+def load_smolvlm(vlm, folder):
+    """Every tensor of a SmolVLM checkpoint into `vlm`: q, k, v and gate, up are packed, every key and shape is checked. -> tensors read."""
+    eye, text = "model.vision_model.", "model.text_model."
+    sources = {"vision.patch": [eye + "embeddings.patch_embedding"], "vision.position": [eye + "embeddings.position_embedding.weight"], "vision.norm": [eye + "post_layernorm"],
+               "vision.connector": ["model.connector.modality_projection.proj"], "lm.embed": [text + "embed_tokens"], "lm.norm": [text + "norm"], "lm.head": ["lm_head"]}  # fmt: skip
+    for ours, theirs, parts in (
+        ("vision.blocks.", eye + "encoder.layers.", {"norm1": "layer_norm1", "norm2": "layer_norm2", "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+                                                     "proj": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}),
+        ("lm.blocks.", text + "layers.", {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+                                          "proj": "self_attn.o_proj", "gate_up": "mlp.gate_proj mlp.up_proj", "down": "mlp.down_proj"}),
+    ):  # fmt: skip
+        for i in range(len(vlm.get_submodule(ours[:-1]))):
+            sources |= {f"{ours}{i}.{mine}": [f"{theirs}{i}.{name}" for name in names.split()] for mine, names in parts.items()}
+    theirs, own = read_safetensors(folder), {k: v for k, v in vlm.state_dict().items() if k != "queries"}
+    if "lm_head.weight" in theirs and vlm.lm.head is None:  # tied, and yet written out
+        theirs.pop("lm_head.weight")
+    read, loaded = set(), {}
+    for name, tensor in own.items():
+        stem, _, kind = name.rpartition(".")
+        keys = sources[name] if name in sources else [f"{source}.{kind}" for source in sources[stem]]
+        if missing := [key for key in keys if key not in theirs]:
+            raise ValueError(f"{folder} lacks {missing[0]}; its weights do not fit its config.json")
+        loaded[name] = torch.cat([theirs[key] for key in keys])
+        read |= set(keys)
+        if loaded[name].shape != tensor.shape:
+            raise ValueError(f"{folder} does not fit: {' + '.join(keys)} is {tuple(loaded[name].shape)} there, {name} {tuple(tensor.shape)} here")
+    if unknown := sorted(theirs.keys() - read):
+        raise ValueError(f"{folder} holds {len(unknown)} tensors that SmolVLM does not know, such as {unknown[0]}")
+    vlm.load_state_dict(loaded | {"queries": vlm.queries.data})
+    return len(read)
+
+
+class WrappedLanguageModel:
+    """The language model of a `transformers` VLM with LanguageModel's interface (no module: WrappedVLM.model holds the weights)."""
+
+    def __init__(self, text, head):
+        self.text, self.head = text, head
+
+    def embed(self, tokens):
+        return self.text.get_input_embeddings()(tokens)
+
+    def __call__(self, x, positions, mask, caches=None):
+        """x (B, n, D), positions (B, n) or (3, B, n), mask (B, n, past + n) -> hidden states (B, n, D)."""
+        out = self.text(inputs_embeds=x, position_ids=positions, attention_mask=mask[:, None], past_key_values=caches, use_cache=caches is not None)
+        return out.last_hidden_state
+
+    def new_caches(self):
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.head.weight if self.head is not None else self.text.get_input_embeddings().weight).float()
+
+
+class WrappedVLM(VLM):
+    """Any image-text model of `transformers`: its vision tower and language model, called with our sequence, mask and positions.
+
+    So packing, feature queries, generation and answers are VLM's own. The model must offer get_image_features and a language
+    model that takes inputs_embeds and a 4-D mask; data.ChatTokenizer must know its chat format.
+    """
+
+    def __init__(self, cfg, tokenizer, folder, pretrained):
+        nn.Module.__init__(self)
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError(f"{cfg.backbone} runs in transformers: pip install transformers torchvision (or choose a SmolVLM)") from None
+        load = transformers.AutoModelForImageTextToText
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            self.processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+            self.whole = {"do_image_splitting": False} if hasattr(self.processor, "do_image_splitting") else {}
+            if pretrained:
+                whole, info = load.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, local_files_only=True)
+            else:
+                whole, info = load.from_config(config, attn_implementation="sdpa"), {}
+        except ImportError as e:
+            raise ValueError(f"{folder} needs a further package ({str(e).strip().splitlines()[0]}): pip install torchvision") from None
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+            raise ValueError(f"transformers cannot load {folder}: {' '.join(str(e).split())[:200]}") from None
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(kind):
+                raise ValueError(f"{folder} does not fit its config.json: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}")
+        self.model, self.config = whole.model, config
+        self.head = None if whole.get_output_embeddings().weight is whole.get_input_embeddings().weight else whole.get_output_embeddings()
+        text = next(getattr(self.model, name) for name in ("language_model", "text_model") if hasattr(self.model, name))
+        self.lm = WrappedLanguageModel(text, self.head)
+        self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
+        self.set_frame(tokenizer)
+
+    def parts(self):
+        language = list(self.lm.text.parameters()) + ([] if self.head is None else [self.head.weight])
+        ids = {id(p) for p in language}
+        return {"vision": [p for p in self.model.parameters() if id(p) not in ids], "language": language}
+
+    def see(self, images):
+        """(B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D), by the model's own image processor."""
+        B, V = images.shape[:2]
+        inputs = self.processor(images=[[picture] for picture in images.flatten(0, 1).cpu().numpy()], return_tensors="pt", **self.whole)
+        features = self.model.get_image_features(**{k: v.to(self.queries.device) for k, v in inputs.items()}).pooler_output
+        return torch.cat(list(features)).view(B, V, -1, self.queries.shape[-1])  # (B, V, n, D)
+
+    def prefix(self, visual):
+        x, positions, begin = super().prefix(visual)
+        if not hasattr(self.model, "get_rope_index"):
+            return x, positions, begin
+        # Qwen: a picture's tokens stand at (time, row, column); the text goes on behind its longest side
+        side, at, places = math.isqrt(visual.shape[2]), 0, []
+        text = lambda n: (at + torch.arange(n, device=x.device)).expand(3, -1)  # (3, n)
+        for view in range(visual.shape[1]):
+            places.append(text(len(self.image_open) + (len(self.start) if view == 0 else len(self.image_close))))
+            at += places[-1].shape[1]
+            row, column = (at + torch.arange(side**2, device=x.device) // side), (at + torch.arange(side**2, device=x.device) % side)
+            places.append(torch.stack((torch.full_like(row, at), row, column)))  # (3, side^2)
+            at += side
+        places.append(text(len(self.image_close)))
+        return x, torch.cat(places, dim=1), at + len(self.image_close)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -520,15 +812,16 @@ class Expert(nn.Module):
 class SyVLA(nn.Module):
     """VLM + feature queries + adapter + expert, with the data's normalisation statistics as buffers.
 
-    tokenizer: data.Tokenizer, or anything with its `prompt`, `question`, `decode`, `end_thought` and `end_answer`.
+    tokenizer: data.Tokenizer, or anything with its `prompt`, `question`, `decode`, `end_thought`, `end_answer`, `start`,
+    `image_open` and `image_close`. folder: where the backbone lies (a wrapped one needs its configuration); `pretrained`: with its weights.
     """
 
-    def __init__(self, cfg, tokenizer):
+    def __init__(self, cfg, tokenizer, folder=None, pretrained=False):
         super().__init__()
         if len(tokenizer) > cfg.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but vocab_size is {cfg.vocab_size}; raise --vocab_size")
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.vlm = VLM(cfg)
+        self.vlm = WrappedVLM(cfg, tokenizer, folder, pretrained) if cfg.wrapped else VLM(cfg, tokenizer)
         # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the adapter.
         self.adapter = nn.Sequential(nn.Linear(cfg.width, cfg.expert_width, bias=False), nn.SiLU(), nn.Linear(cfg.expert_width, cfg.expert_width, bias=False))
         self.expert = Expert(cfg)
@@ -536,9 +829,27 @@ class SyVLA(nn.Module):
             self.register_buffer(name, torch.full((cfg.action_dim,), math.nan))  # NaN until set_statistics: never silently unnormalised
         self.mark = lambda stage: None  # called after every stage; --bench and the latency table put a stopwatch here
         self._init_weights()
+        if pretrained and not cfg.wrapped:
+            print(f"{folder}: {load_smolvlm(self.vlm, folder)} tensors read, every key and shape as expected")
+        if pretrained:  # queries as loud as words
+            self.vlm.queries.data *= self.vlm.lm.embed(torch.arange(cfg.vocab_size)).std() / self.vlm.queries.std()
+        if cfg.lora:
+            self._add_lora()
+
+    def _add_lora(self):
+        """Low-rank adapters (Hu et al. 2021) beside every matrix of the language model's blocks, which is frozen."""
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise ValueError("--lora needs peft: pip install peft") from None
+        for parameter in self.vlm.parts()["language"]:
+            parameter.requires_grad_(False)
+        text = self.vlm.lm.text if self.cfg.wrapped else self.vlm.lm
+        names = [name for name, module in text.named_modules() if isinstance(module, nn.Linear) and name != "head"]
+        inject_adapter_in_model(LoraConfig(r=self.cfg.lora, lora_alpha=2 * self.cfg.lora, target_modules=names), text)
 
     def _init_weights(self):
-        for module in self.modules():
+        for module in [*self.adapter.modules(), *self.expert.modules()] if self.cfg.wrapped else self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_in = module.weight[0].numel()
                 nn.init.normal_(module.weight, std=fan_in**-0.5)
@@ -546,6 +857,12 @@ class SyVLA(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
+        for block in self.expert.blocks:
+            nn.init.zeros_(block.modulate.weight)
+        nn.init.zeros_(self.expert.modulate.weight)
+        nn.init.zeros_(self.expert.action_out.weight)
+        if self.cfg.wrapped:
+            return
         # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
         filters = next(self.vlm.vision.patch.parameters()).data  # (channels, 3, k, k)
         filters.sub_(filters.mean(dim=(1, 2, 3), keepdim=True)).mul_(2)
@@ -555,11 +872,8 @@ class SyVLA(nn.Module):
         for block in [*self.vlm.vision.blocks, *self.vlm.lm.blocks]:
             nn.init.zeros_(block.proj.weight)
             nn.init.zeros_(block.down.weight)
-        for block in self.expert.blocks:
-            nn.init.zeros_(block.modulate.weight)
-        nn.init.zeros_(self.vlm.lm.head.weight)
-        nn.init.zeros_(self.expert.modulate.weight)
-        nn.init.zeros_(self.expert.action_out.weight)
+        if self.vlm.lm.head is not None:
+            nn.init.zeros_(self.vlm.lm.head.weight)
 
     def set_statistics(self, statistics):
         """{"state" | "action": {"q01": (A,), "q99": (A,)}} in LeRobot units, as data.py computes them."""
@@ -742,14 +1056,14 @@ class SyVLA(nn.Module):
     def load(cls, folder, tokenizer, device="cpu"):
         """A trained policy from its checkpoint folder alone (config.json + model.safetensors), ready to act."""
         config = read_checkpoint_config(folder)
-        policy = cls(Config.pick(config), tokenizer).to(device).eval()
+        policy = cls(Config.pick(config), tokenizer, Path(folder) / "backbone").to(device).eval()
         policy.load_weights(os.path.join(folder, "model.safetensors"))
         return policy
 
     def parameter_table(self):
         """{part: number of parameters}."""
-        parts = {"vision": self.vlm.vision, "language": self.vlm.lm, "adapter": self.adapter, "expert": self.expert}
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()} | {"queries": self.vlm.queries.numel()}
+        parts = self.vlm.parts() | {"adapter": self.adapter.parameters(), "expert": self.expert.parameters(), "queries": [self.vlm.queries]}
+        return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
 
 def read_checkpoint_config(folder):

@@ -216,7 +216,7 @@ def save_policy(folder, policy, config, state=None):
     folder.mkdir(parents=True, exist_ok=True)
     if not all(torch.isfinite(v).all() for v in (state or policy.state_dict()).values()):
         raise FloatingPointError(f"non-finite weights; the last checkpoint in {folder} is untouched. Lower --adam_lr and --muon_lr, then --resume")
-    write_atomically(folder / "tokenizer.json", lambda path: path.write_text(json.dumps(policy.tokenizer.words)))
+    write_atomically(folder / "tokenizer.json", lambda path: path.write_text(policy.tokenizer.dumps()))
     write_atomically(folder / "model.safetensors", lambda path: policy.save_weights(path, state))
     write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config | {"torch": torch.__version__}, indent=1)))
 

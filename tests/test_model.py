@@ -99,7 +99,7 @@ def test_shapes_of_every_part(make_policy):
     policy = make_policy()
     cfg, n = policy.cfg, 3
     visual = policy.vlm.see(pictures(policy, n))
-    assert visual.shape == (n, cfg.views * cfg.tokens_per_view, cfg.width)
+    assert visual.shape == (n, cfg.views, cfg.tokens_per_view, cfg.width)
     text = packed([[([1, 300], [3])]] * n)
     hidden, states = policy.vlm(visual, text["tokens"], text["segments"], text["positions"], True)
     assert hidden.shape == (n, 3, cfg.width) and states.shape == (n, cfg.queries, cfg.width)
@@ -116,7 +116,7 @@ def test_shapes_of_every_part(make_policy):
 def test_see_maps_bytes_to_minus_one_to_one_per_view(make_policy):
     policy = make_policy()
     images = pictures(policy, 2)
-    expected = torch.cat([policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1) for v in range(2)], dim=1)
+    expected = torch.stack([policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1) for v in range(2)], dim=1)
     assert torch.allclose(policy.vlm.see(images), expected, atol=1e-4)
 
 

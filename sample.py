@@ -3,6 +3,7 @@
     python sample.py --config small "put the red cube on the blue pad"    # a GIF and a contact sheet, reasoning drawn in
     python sample.py --config small --eval 300                            # success by family and split, eval.json
     python sample.py --config small --ask "which pad is blue"             # a question about a scene
+    python sample.py --config base --ask "what is on the table" --image x.png    # or about a picture of yours
     python sample.py --config small --replay                              # open-loop error per joint on recorded episodes
 
 A checkpoint folder is all that a policy needs; only --replay reads the data set, because it compares with recorded actions.
@@ -37,7 +38,8 @@ class SampleConfig:
     families: str = opt("", "families for --eval, with commas (default: those the run was trained on)")
     seeds: str = opt("report", "scenes of --eval: report, for numbers to publish, or val, to choose between policies")
     splits: str = opt("", "splits for --eval, with commas (default: all three)")
-    ask: str = opt("", "a question about the scene of --seed")
+    ask: str = opt("", "a question about the scene of --seed, or about --image")
+    image: str = opt("", "picture files for --ask, with commas; models trained from nothing want one for every camera")
     replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot")
     data: str = opt("", "data set for --replay (default: the one the run was trained on)")
     out: str = opt("", "folder for pictures (default out/<config>/sample)")
@@ -51,8 +53,13 @@ class SampleConfig:
             raise ValueError("eval counts episodes (0 or more), arms at least 1")
         if self.seeds not in ("report", "val"):
             raise ValueError(f"seeds must be report or val, not {self.seeds!r}")
+        if self.image and not self.ask:
+            raise ValueError("image goes with a question: add --ask=...")
         if unknown := [s for s in self.splits.split(",") if s not in ("", *sim_env.SPLITS)]:
             raise ValueError(f"unknown split {', '.join(unknown)}; choose from {', '.join(sim_env.SPLITS)}")
+
+
+PRESETS = {"debug": {}, "tiny": dict(family="tiny"), "small": {}, "base256": {}, "base": {}, "paper": {}}
 
 
 def load_policy(run):
@@ -220,8 +227,30 @@ def plot_replay(truth, chunks, every, motors, title, width=640, height=110):
     return picture
 
 
+def read_pictures(policy, paths):
+    """Picture files -> one batch row (1, n, h, w, 3) uint8 as the policy takes them, or a ValueError."""
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(Image.open(path).convert("RGB"))
+        except (OSError, Image.DecompressionBombError) as e:
+            raise ValueError(f"{path} is no picture that can be read ({str(e).splitlines()[0]})") from None
+    c = policy.cfg
+    if not c.backbone and len(pictures) != c.views:
+        raise ValueError(f"this policy looks through {c.cameras}: give {c.views} pictures, --image={','.join(f'{name}.png' for name in c.cameras.split(','))}")
+    side = min(1024, max(pictures[0].size))
+    if not c.backbone:  # SmolVLM's own preparation takes any shape; a wrapped model gets a square
+        shape = (c.image_size, c.image_size)
+    else:
+        shape = (side, side) if c.wrapped else pictures[0].size
+    return np.stack([np.asarray(p if p.size == shape else p.resize(shape, Image.Resampling.LANCZOS)) for p in pictures])[None]
+
+
 def ask(policy, cfg):
-    """Answer a question about the scene of --seed; the picture is saved so that the answer can be checked."""
+    """Answer a question about pictures, or about the scene of --seed; its picture is saved so that the answer can be checked."""
+    if cfg.image:
+        (answer,) = policy.answer(read_pictures(policy, cfg.image.split(",")), [cfg.ask], limit=max(24, policy.cfg.max_thought))
+        return print(f"{cfg.ask}\n{answer}")
     env = sim_env.make_env(cfg.env, policy.cfg.image_size)
     obs, _ = env.reset(seed=cfg.seed, options={"family": "sequence" if cfg.env == "sim" else cfg.family})
     (answer,) = policy.answer(look(obs, policy)[0], [cfg.ask])
@@ -233,14 +262,15 @@ def ask(policy, cfg):
 
 
 def main(argv=None):
-    cfg = parse_config(SampleConfig, {"debug": {}, "tiny": {}, "small": {}}, sys.argv[1:] if argv is None else argv, positional="task")
+    cfg = parse_config(SampleConfig, PRESETS, sys.argv[1:] if argv is None else argv, positional="task")
     fast_cpu(cfg.threads)
     try:
         policy, trained = load_policy(cfg.run), read_checkpoint_config(cfg.run)
         cfg.env = cfg.env or trained.get("env", "sim")
         cfg.family = cfg.family or trained.get("families", "place").split(",")[0]
-        sim_env.views_of(policy, cfg.env)  # complain before anything is simulated
-        sim_env.check_families([cfg.family], cfg.env)
+        if not (cfg.image or cfg.replay):  # complain before anything is simulated
+            sim_env.views_of(policy, cfg.env)
+            sim_env.check_families([cfg.family], cfg.env)
         (evaluate if cfg.eval else replay if cfg.replay else ask if cfg.ask else film)(policy, cfg)
     except (ValueError, FileNotFoundError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)

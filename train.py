@@ -4,10 +4,15 @@
     python train.py --config small --resume                               # go on after a kill, to the same bits
     python train.py --config small --stage=finetune --init_from=out/small --families=sequence --out=out/seq
     torchrun --standalone --nproc_per_node=2 train.py --config small      # same global batch, split over processes
+    python train.py --config base --data=data/small                       # on a pretrained VLM (pip install tokenizers)
+    python train.py --config paper --data=data/small --plan               # parameters, predicted memory and work; trains nothing
 
 Stage `pretrain` has two phases.  1. Grounding: only questions about pictures (packed and isolated), because from random
 weights the obstacle is what the words mean, not control.  2. Actions: demonstrations with their chain of thought, and ~30 %
 of the samples still questions.  Stage `finetune` is phase 2 alone, from the weights of --init_from.
+
+A pretrained backbone fixes the model's shapes. Before its weights are fetched the peak memory is predicted and compared with the
+device's. Tokens of a frozen vision tower are computed anew each time: on disk they would take 10 times the room of the pictures.
 
 What is left out on purpose: data loader workers (a batch takes 2 ms), DistributedDataParallel (gradients are averaged in one
 call), GradScaler (bf16 needs none), schedulers as objects (`learning_rate` is a function of the step).
@@ -30,7 +35,7 @@ import torch.distributed as dist
 
 import model as model_module
 from data import Episodes, Questions, Tokenizer
-from model import Config, SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
+from model import Config, SyVLA, backbone_fields, fast_cpu, fetch_backbone, opt, parse_config, read_checkpoint_config
 
 
 @dataclass
@@ -54,6 +59,11 @@ class TrainConfig(Config):
     accumulate: int = opt(1, "micro-batches per step and process")
     adam_lr: float = opt(2e-3, "AdamW learning rate: embeddings, norms, biases, everything not a block matrix")
     muon_lr: float = opt(4e-3, "Muon learning rate: the matrices of Transformer blocks, connector and adapter")
+    backbone_lr: float = opt(0.0, "with the next two: AdamW for all, this rate for the VLM; 0 keeps the two rates above")
+    bridge_lr: float = opt(0.0, "rate of feature queries and adapter")
+    expert_lr: float = opt(0.0, "rate of the action expert")
+    freeze_vision: bool = opt(False, "leave the vision tower as it is (SmolVLM's connector still learns)")
+    checkpointing: bool = opt(False, "keep only every block's input and compute the rest twice: less memory, a third more work")
     warmup: int = opt(50, "steps of linear warmup of each phase")
     weight_decay: float = opt(0.01, "decoupled weight decay on matrices")
     clip: float = opt(1.0, "gradient norm limit")
@@ -65,6 +75,7 @@ class TrainConfig(Config):
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
     log_every: int = opt(25, "steps between log lines")
     save_every: int = opt(250, "steps between checkpoints")
+    plan: bool = opt(False, "print parameters, predicted memory and work, and stop: needs no data and no weights")
     bench: bool = opt(False, "time 20 steps of each phase by part, print the split and stop")
 
     def __post_init__(self):
@@ -84,6 +95,8 @@ class TrainConfig(Config):
             raise ValueError("a new expert needs a VLM that has learnt to see and think: add --stage=finetune --init_from=out/small")
         if self.new_expert:
             self.mix = 0.0  # questions teach the VLM, and it stays as it is
+        if len({rate > 0 for rate in (self.backbone_lr, self.bridge_lr, self.expert_lr)}) > 1:
+            raise ValueError("backbone_lr, bridge_lr and expert_lr are given together or not at all")
         for name in ("batch_size", "accumulate", "warmup", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
@@ -99,6 +112,14 @@ PRESETS = {
     "debug": dict(model_module.PRESETS["debug"], families="place", ground_steps=2, steps=2, batch_size=4, question_tokens=40, eval=0, log_every=1, warmup=1),
     "tiny": dict(model_module.PRESETS["tiny"], families="tiny", ground_steps=0, steps=500, mix=0.0),
     "small": dict(model_module.PRESETS["small"]),
+}
+# Pretrained backbones already know words and pictures: no grounding phase. These numbers are first guesses, not yet tried.
+FINETUNE = dict(data="data/small", ground_steps=0, steps=20000, batch_size=64, question_tokens=128, mix=0.25, backbone_lr=2e-5, bridge_lr=1e-4, expert_lr=1e-4, warmup=500,
+                ema=0.999, save_every=1000)  # fmt: skip
+PRESETS |= {
+    "base256": dict(model_module.PRESETS["base256"], **FINETUNE, accumulate=4),
+    "base": dict(model_module.PRESETS["base"], **FINETUNE, accumulate=8, checkpointing=True),
+    "paper": dict(model_module.PRESETS["paper"], **FINETUNE, accumulate=16, freeze_vision=True, checkpointing=True),
 }
 
 
@@ -161,15 +182,32 @@ def orthogonalise(g, steps=5):
 
 
 def make_optimizers(policy, cfg):
-    """Muon on the matrices inside blocks, the connector and the adapter; AdamW on the rest, without decay on vectors."""
+    """Muon on the matrices inside blocks, the connector and the adapter; AdamW on the rest, without decay on vectors.
+
+    With rates for backbone, bridge and expert: AdamW alone, as the pretrained weights are used to.
+    """
+    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    if cfg.backbone_lr:
+        groups = [{"params": [], "weight_decay": cfg.weight_decay * (i % 2 == 0)} for i in range(6)]  # matrices, vectors of each part
+        for name, p in trained:
+            part = 1 if name.startswith(("vlm.queries", "adapter")) else 2 if name.startswith("expert") else 0
+            groups[2 * part + (p.ndim < 2)]["params"].append(p)
+        return [torch.optim.AdamW(groups, lr=cfg.backbone_lr, betas=(0.9, 0.95), fused=True)]
     muon, matrices, vectors = [], [], []
-    for name, p in policy.named_parameters():
+    for name, p in trained:
         if p.ndim == 2 and any(part in name for part in ("blocks", "connector", "adapter")) and "modulate" not in name:
             muon.append(p)
         else:
             (vectors if p.ndim < 2 or "gain" in name else matrices).append(p)
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [Muon(muon, cfg.muon_lr, cfg.weight_decay), torch.optim.AdamW(groups, lr=cfg.adam_lr, betas=(0.9, 0.95), fused=True)]
+
+
+def peak_rates(cfg):
+    """Peak learning rate of every group of every optimizer that make_optimizers returns."""
+    if cfg.backbone_lr:
+        return [[rate for rate in (cfg.backbone_lr, cfg.bridge_lr, cfg.expert_lr) for _ in range(2)]]
+    return [[cfg.muon_lr], [cfg.adam_lr, cfg.adam_lr]]
 
 
 def learning_rate(step, cfg):
@@ -192,7 +230,7 @@ def choose_device(name):
         device = torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device={name} is not available here ({str(e).splitlines()[0]}); try --device=cpu") from None
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+    if has_bf16(device):
         return device, lambda: torch.autocast("cuda", torch.bfloat16), "bf16 (the GPU has it), fp32 masters"
     return device, contextlib.nullcontext, "fp32"
 
@@ -215,28 +253,38 @@ def save_policy(folder, policy, config, state=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not all(torch.isfinite(v).all() for v in (state or policy.state_dict()).values()):
-        raise FloatingPointError(f"non-finite weights; the last checkpoint in {folder} is untouched. Lower --adam_lr and --muon_lr, then --resume")
+        raise FloatingPointError(f"non-finite weights; the last checkpoint in {folder} is untouched. Lower the learning rates, then --resume")
+    if policy.cfg.wrapped:
+        policy.vlm.config.save_pretrained(folder / "backbone")
+        policy.vlm.processor.save_pretrained(folder / "backbone")
     write_atomically(folder / "tokenizer.json", lambda path: path.write_text(policy.tokenizer.dumps()))
     write_atomically(folder / "model.safetensors", lambda path: policy.save_weights(path, state))
     write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config | {"torch": torch.__version__}, indent=1)))
 
 
 def save_checkpoint(folder, policy, ema, optimizers, step, cfg):
-    """The policy (EMA weights) and train_state.pt (raw weights, EMA, optimizers, step: all that a resume needs)."""
+    """The policy (EMA weights) and train_state.pt (raw weights but frozen ones, EMA, optimizers, step: all that a resume needs)."""
     save_policy(folder, policy, asdict(cfg), policy.state_dict() | ema)
-    state = {"step": step, "model": policy.state_dict(), "ema": ema, "optimizers": [o.state_dict() for o in optimizers]}
+    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
+    state = {"step": step, "model": {k: v for k, v in policy.state_dict().items() if k not in frozen}, "ema": ema, "optimizers": [o.state_dict() for o in optimizers]}
     write_atomically(Path(folder) / "train_state.pt", lambda path: torch.save(state, path))
 
 
 @contextlib.contextmanager
 def averaged_weights(policy, ema):
     """Inside, the policy carries its EMA weights."""
-    raw = {k: v.clone() for k, v in policy.state_dict().items()}
-    policy.load_state_dict(raw | ema)
+    raw = {k: v.clone() for k, v in policy.state_dict().items() if k in ema}
+    policy.load_state_dict(ema, strict=False)
     try:
         yield policy
     finally:
-        policy.load_state_dict(raw)
+        policy.load_state_dict(raw, strict=False)
+
+
+def computing(policy):
+    """bf16 arithmetic where frozen weights were rounded to it; else none, so that evaluation is in fp32."""
+    rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
+    return torch.autocast(policy.vlm.queries.device.type, torch.bfloat16) if rounded else contextlib.nullcontext()
 
 
 class Stopwatch:
@@ -254,18 +302,143 @@ class Stopwatch:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Memory and work, foretold
+
+
+def memory(cfg, policy, world, bf16):
+    """Predicted peak bytes on one device by kind. policy: parameters and their requires_grad matter, values do not (meta device will do).
+
+    Activations: what autograd keeps of one micro-batch, counted from the blocks' definitions; tests hold it against autograd's own count.
+    """
+    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    n = sum(p.numel() for _, p in trained)
+    frozen = [p for p in policy.parameters() if not p.requires_grad]
+    still = sum((2 if bf16 and p.ndim > 1 else 4) * p.numel() for p in frozen) + 2 * bf16 * sum(p.numel() for p in frozen if p.shape == (cfg.vocab_size, cfg.width))
+    states = sum(4 * p.numel() if isinstance(o, Muon) else 8 * p.numel() for o in make_optimizers(policy, cfg) for g in o.param_groups for p in g["params"])
+    e = 2 if bf16 else 4  # bytes of a number in arithmetic; the residual stream has 4
+    rows = math.ceil(cfg.batch_size / (world * cfg.accumulate))
+    text = max(cfg.question_tokens, 32 + cfg.max_thought)  # tokens of instruction, thought and answers, at most
+    tokens = cfg.views * (cfg.tokens_per_view + 4) + text + cfg.queries
+    patches = cfg.views * ((cfg.vision_size or cfg.image_size) // cfg.patch_size) ** 2
+    D, F, W = cfg.width, cfg.mlp_width, cfg.vision_width
+    kv = D // cfg.heads * cfg.kv_heads
+    # a block's norms keep their fp32 input and its matrices theirs; attention q, k, v, its output and (general masks) its weights
+    block = tokens * (4 * 2 * D + e * (2 * D + D + 2 * kv + 2 * D + 4 * F) + e * cfg.heads * tokens)
+    hidden = cfg.vision_mlp or 4 * W
+    eye = patches * (4 * 2 * W + e * (2 * W + 5 * W + 2 * hidden))
+    sees = any(p.requires_grad for p in policy.vlm.parts()["vision"][:1])  # a frozen tower keeps nothing
+    if cfg.checkpointing:
+        language, vision = tokens * 4 * D * cfg.depth + block, patches * 4 * W * cfg.vision_depth * sees + eye
+    else:
+        language, vision = block * cfg.depth, eye * max(1, cfg.vision_depth * sees)
+    De, chunk = cfg.expert_width, cfg.noise_samples * (1 + cfg.chunk)
+    expert = chunk * cfg.expert_depth * De * (4 * 9 + e * 22)
+    logits = text * cfg.vocab_size * (e + 4 + 4 + 4) // 2  # logits, log-softmax, their gradients; half of the text are targets
+    return {"weights": 4 * n + still, "bf16 copies": 2 * n if bf16 else 0, "gradients": 4 * n, "optimizer": states, "EMA": 4 * n,
+            "activations": rows * (language + vision + expert + logits)}  # fmt: skip
+
+
+def work(cfg, policy):
+    """Floating point operations of one training sample: 2 per weight and token forward, as many again for inputs' and for weights' gradients."""
+    tokens = {"vision": cfg.views * ((cfg.vision_size or cfg.image_size) // cfg.patch_size) ** 2, "expert": cfg.noise_samples * (1 + cfg.chunk), "adapter": cfg.queries}
+    tokens["language"] = cfg.views * (cfg.tokens_per_view + 4) + max(cfg.question_tokens, 32 + cfg.max_thought) + cfg.queries
+    widths = {"vision": (cfg.vision_width, cfg.vision_depth), "language": (cfg.width, cfg.depth)}
+    total, parts = 0, policy.vlm.parts() | {"adapter": list(policy.adapter.parameters()), "expert": list(policy.expert.parameters())}
+    for name, n in tokens.items():
+        embedding = cfg.vocab_size * cfg.width * (name == "language") * (1 if cfg.tied else 2)  # looked up, and few tokens reach the output
+        width, depth = widths.get(name, (0, 0))
+        per_view = n // cfg.views if name == "vision" else n
+        forward = 2 * n * (sum(p.numel() for p in parts[name] if p.ndim > 1) - embedding) + 4 * n * per_view * width * depth  # and q.k, weights.v
+        learns, through = any(p.requires_grad for p in parts[name]), any(p.requires_grad for p in parts["vision"][:1]) or name != "vision"
+        most = sum(p.numel() for p in parts[name] if p.requires_grad) > sum(p.numel() for p in parts[name]) / 2
+        again = cfg.checkpointing and name in widths and through
+        total += forward * (1 + again + (through and learns) + (through and most))
+        if name == "expert" and cfg.decouple != "off":
+            total += 2 * forward * cfg.decouple_samples // cfg.noise_samples  # the first pass: forward, and back to the query states
+    return total
+
+
+def room(device):
+    """Bytes of memory that the device has for this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def foretell(cfg, device, world, say):
+    """Print parameters by part, predicted peak memory and work; ValueError with what would help where the device has less."""
+    bf16 = has_bf16(device) or (cfg.plan and bool(cfg.backbone))  # a plan is made for the GPU that is yet to come
+    size = lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+    def predict(**changes):
+        changed = type(cfg)(**asdict(cfg) | changes)
+        with torch.device("meta"):
+            folder = None if not cfg.wrapped else Path(cfg.out if cfg.resume else cfg.init_from, "backbone") if cfg.resume or cfg.init_from else fetch_backbone(cfg.backbone, weights=False)
+            policy = SyVLA(changed, NoTokenizer(), folder)
+        freeze(policy, changed)
+        return policy, memory(changed, policy, world, bf16)
+
+    policy, bytes = predict()
+    parts, trained = policy.parameter_table(), sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    need, there = sum(bytes.values()), room(device)
+    say(f"{sum(parts.values()):,} parameters, {trained:,} of them trained: " + ", ".join(f"{k} {v:,}" for k, v in parts.items()))
+    say(f"predicted peak memory {size(need)}: " + ", ".join(f"{k} {size(v)}" for k, v in bytes.items() if v) + f"; {work(cfg, policy) / 1e12:.3g} TFLOP a sample")
+    if need <= there or cfg.plan:
+        return
+    ways, rows = [], cfg.batch_size // (world * cfg.accumulate)
+    for flags in ({"accumulate": cfg.accumulate * rows}, {"checkpointing": True}, {"accumulate": cfg.accumulate * rows, "checkpointing": True}, {"lora": 16, "freeze_vision": True, "checkpointing": True},
+                  {"lora": 16, "freeze_vision": True, "checkpointing": True, "accumulate": cfg.accumulate * rows}):  # fmt: skip
+        if any(getattr(cfg, k) != v for k, v in flags.items()) and (cfg.backbone or "lora" not in flags):
+            try:
+                ways.append((sum(predict(**flags)[1].values()), " ".join(f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items())))
+            except ValueError:  # LoRA without peft
+                continue
+    fitting = [f"{flags} ({size(n)})" for n, flags in ways if n <= there]
+    raise ValueError(f"training takes about {size(need)}, {device} has {size(there)} free; " + (f"add {fitting[0]}" if fitting else "a smaller preset is needed"))
+
+
+class NoTokenizer:
+    """In place of a tokenizer where only shapes count."""
+
+    start = image_open = image_close = ()
+
+    def __len__(self):
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def make_data(cfg):
     """Run prepare.py if the data set is missing (it resumes what a kill left unfinished)."""
     if not (Path(cfg.data) / "meta.json").is_file():
-        if cfg.data != f"data/{cfg.config}":
-            raise FileNotFoundError(f"no data set in {cfg.data}; run: python prepare.py --config {cfg.config} --out={cfg.data}")
-        print(f"no data set in {cfg.data} yet: running prepare.py --config {cfg.config}")
-        command = [sys.executable, Path(__file__).with_name("prepare.py"), "--config", cfg.config]
+        preset = "small" if cfg.backbone else cfg.config
+        if cfg.data != f"data/{preset}":
+            raise FileNotFoundError(f"no data set in {cfg.data}; run: python prepare.py --config {preset} --out={cfg.data}")
+        print(f"no data set in {cfg.data} yet: running prepare.py --config {preset}")
+        command = [sys.executable, Path(__file__).with_name("prepare.py"), "--config", preset]
         if subprocess.run(command).returncode:
-            raise RuntimeError(f"prepare.py failed; run: python prepare.py --config {cfg.config}")
+            raise RuntimeError(f"prepare.py failed; run: python prepare.py --config {preset}")
+
+
+def settle_backbone(cfg):
+    """Fill in what a pretrained backbone fixes, from its config.json or the checkpoint's, and the camera pixels of the data set."""
+    if not cfg.backbone:
+        return
+    source = cfg.out if cfg.resume else cfg.init_from
+    names = ("wrapped", "width", "depth", "heads", "kv_heads", "mlp_width", "vocab_size", "tied", "qk_norm", "conv_stem", "rope_theta", "norm_eps", "vision_width", "vision_depth",
+             "vision_heads", "vision_mlp", "vision_act", "vision_eps", "vision_size", "vision_enlarge", "patch_size", "pixel_shuffle")  # fmt: skip
+    known = source or not cfg.plan or Path(cfg.backbone).is_dir() or cfg.wrapped  # the plan of a SmolVLM preset needs no network
+    saved = read_checkpoint_config(source) if source else backbone_fields(fetch_backbone(cfg.backbone, weights=False)) if known else {}
+    for name in names:
+        setattr(cfg, name, saved.get(name, getattr(cfg, name)))
+    camera = Path(cfg.data) / f"{cfg.cameras.split(',')[0]}.npy"
+    if camera.is_file():
+        cfg.image_size = np.load(camera, mmap_mode="r").shape[1]
+    cfg.__post_init__()
 
 
 # What may differ from the checkpoint that a run starts from: behaviour, not weights.
@@ -289,6 +462,33 @@ def check_resume(cfg, saved, harmless, adjustable, say):
             raise ValueError(f"{cfg.out} was begun with {name} {begun}, not {value}; add --{name}={begun}")
 
 
+def freeze(policy, cfg):
+    """--freeze_vision and --checkpointing. (--lora has frozen the language model already: it changes the weights' names.)"""
+    if cfg.freeze_vision:
+        for parameter in policy.vlm.parts()["vision"]:
+            parameter.requires_grad_(False)
+        if not cfg.wrapped:
+            policy.vlm.vision.connector.requires_grad_(True)
+    if cfg.checkpointing and cfg.wrapped:
+        policy.vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif cfg.checkpointing:
+        policy.vlm.vision.checkpointing = policy.vlm.lm.checkpointing = True
+
+
+def has_bf16(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def shrink(policy, device):
+    """Frozen matrices go to bf16 where the arithmetic does: nothing is lost, autocast would round them anyway. fp32 masters stay fp32."""
+    for module in policy.modules() if has_bf16(device) else ():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+    return policy
+
+
 def build(cfg, device):
     """-> policy, episodes, questions (training), questions (held out)."""
     families = cfg.families.split(",")
@@ -302,12 +502,19 @@ def build(cfg, device):
         for name in (f.name for f in fields(Config) if f.name not in (FREE | EXPERT if cfg.new_expert else FREE)):
             if getattr(saved, name) != getattr(cfg, name):
                 raise ValueError(f"{cfg.init_from} has {name} {getattr(saved, name)}, this run {getattr(cfg, name)}; add --{name}={getattr(saved, name)}")
+    folder = None  # where the backbone lies
     if cfg.resume or cfg.init_from:
         tokenizer = Tokenizer.load(cfg.out if cfg.resume else cfg.init_from)
+        folder = Path(cfg.out if cfg.resume else cfg.init_from, "backbone")
+    elif cfg.backbone:
+        folder = fetch_backbone(cfg.backbone)
+        tokenizer = Tokenizer.load(folder)
     else:
         tokenizer = Tokenizer.train(episodes.texts() + (questions.texts() if questions else []), cfg.vocab_size)
     torch.manual_seed(cfg.seed)
-    policy = SyVLA(cfg, tokenizer).to(device)
+    policy = SyVLA(cfg, tokenizer, folder, pretrained=bool(cfg.backbone) and not (cfg.resume or cfg.init_from))
+    freeze(policy, cfg)
+    policy = shrink(policy, device).to(device)
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
         statistics = {k: v.clone() for k, v in policy.state_dict().items() if k.endswith(("_low", "_high"))}
@@ -343,11 +550,12 @@ def batches(step, cfg, policy, episodes, questions, rank, world, device):
 
 def average_gradients(policy, world):
     """One all-reduce over all gradients; parameters without one (the expert, in grounding) take part as zeros."""
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters()]
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
     flat /= world
-    for p, g in zip(policy.parameters(), flat.split([g.numel() for g in grads])):
+    for p, g in zip(trained, flat.split([g.numel() for g in grads])):
         if p.grad is not None:
             p.grad.copy_(g.view_as(p))
 
@@ -371,10 +579,10 @@ def train_step(step, cfg, policy, run, optimizers, micro, world, autocast):
     parameters = [p for p in policy.parameters() if p.grad is not None]
     logs["gnorm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip).item()
     if not all(math.isfinite(v) for v in logs.values()):
-        raise FloatingPointError(f"non-finite number at step {step}: {dict(logs)}; the last checkpoint is untouched. Lower --adam_lr and --muon_lr, then --resume")
+        raise FloatingPointError(f"non-finite number at step {step}: {dict(logs)}; the last checkpoint is untouched. Lower the learning rates, then --resume")
     factor = learning_rate(step, cfg)
-    for optimizer, lr in zip(optimizers, (cfg.muon_lr, cfg.adam_lr)):
-        for group in optimizer.param_groups:
+    for optimizer, rates in zip(optimizers, peak_rates(cfg)):
+        for group, lr in zip(optimizer.param_groups, rates):
             group["lr"] = lr * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -427,8 +635,12 @@ def train(cfg):
         raise ValueError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if cfg.resume and not (out / "train_state.pt").is_file():
         raise FileNotFoundError(f"nothing to resume in {out}; leave --resume out")
+    settle_backbone(cfg)
     if cfg.resume:
         check_resume(cfg, read_checkpoint_config(out), HARMLESS, ADJUSTABLE, say)
+    foretell(cfg, device, world, say)
+    if cfg.plan:
+        return
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
@@ -438,18 +650,18 @@ def train(cfg):
     began = time.time()
     policy, episodes, questions, held_out = build(cfg, device)
     optimizers = make_optimizers(policy, cfg)
-    step, trainable = 0, dict(policy.named_parameters())
+    step, trainable = 0, {k: p for k, p in policy.named_parameters() if p.requires_grad}
     ema = {k: p.detach().clone() for k, p in trainable.items()}
     if cfg.resume:
         saved = torch.load(out / "train_state.pt", map_location=device, weights_only=True)
-        policy.load_state_dict(saved["model"])
+        if len(trainable) < len(list(policy.parameters())):
+            policy.load_weights(out / "model.safetensors")  # what is frozen stands there alone
+        policy.load_state_dict(saved["model"], strict=len(trainable) == len(list(policy.parameters())))
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         step, ema = saved["step"], saved["ema"]
-    parts = policy.parameter_table()
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     say(f"torch {torch.__version__}, {device}, {why}, {torch.get_num_threads()} threads, {world} process(es)")
-    say(f"{sum(parts.values()):,} parameters: " + ", ".join(f"{k} {v:,}" for k, v in parts.items()))
     say(f"{len(episodes.episodes)} episodes, {len(episodes)} frames" + (f", {len(questions.questions)} pictures with questions" if questions else ""))
     run = torch.compile(policy) if cfg.compile else policy
     if cfg.bench:
@@ -507,7 +719,7 @@ def report_questions(policy, ema, held_out, when, out, say):
     history = json.loads(path.read_text()) if path.is_file() else {}
     if when in history:  # a resumed run measured it already
         return
-    with averaged_weights(policy, ema):
+    with averaged_weights(policy, ema), computing(policy):
         result = held_out.accuracy(policy.answer)
     say(f"held-out questions {when}: " + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in result.items()) + f" (n={result['all']['n']})", flush=True)
     write_atomically(path, lambda p: p.write_text(json.dumps(history | {when: result}, indent=1)))
@@ -522,7 +734,7 @@ def evaluate(policy, ema, cfg, out, say):
     if not families:
         say(f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(there)})")
         return
-    with averaged_weights(policy, ema):
+    with averaged_weights(policy, ema), computing(policy):
         results = sim_env.evaluate(policy, families, cfg.eval, env=cfg.env)
     write_atomically(out / "eval.json", lambda p: p.write_text(json.dumps(results, indent=1)))
     say(sim_env.table(results))

@@ -463,7 +463,9 @@ def check_resume(cfg, saved, harmless, adjustable, say):
 
 
 def freeze(policy, cfg):
-    """--freeze_vision and --checkpointing. (--lora has frozen the language model already: it changes the weights' names.)"""
+    """--freeze_vision, --new_expert and --checkpointing. (--lora has frozen the language model already: it changes the weights' names.)"""
+    if cfg.new_expert:
+        policy.vlm.requires_grad_(False)
     if cfg.freeze_vision:
         for parameter in policy.vlm.parts()["vision"]:
             parameter.requires_grad_(False)
@@ -523,7 +525,6 @@ def build(cfg, device):
             raise ValueError(f"{cfg.init_from} has no normalisation statistics; choose a checkpoint that train.py wrote")
         if cfg.stage == "pretrain":
             policy.load_state_dict(policy.state_dict() | statistics)  # fine-tuning keeps the scale its expert learnt
-    policy.vlm.requires_grad_(not cfg.new_expert)
     return policy, episodes, questions, held_out
 
 

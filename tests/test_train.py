@@ -196,7 +196,7 @@ def test_saved_policy_is_the_moving_average(go, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", spy)
     flags = ["--mix=0.5", "--save_every=1", "--ema=0.2", "--adam_lr=0.01"]
     out = go("ema", *flags)
-    policy = train.build(train.parse_config(train.TrainConfig, train.PRESETS, ["--config", "debug", f"--data={json.loads((out / 'config.json').read_text())['data']}"]), "cpu")[0]
+    policy = train.build(train.parse_config(train.TrainConfig, train.PRESETS, ["--config", "debug", f"--data={json.loads((out / 'config.json').read_text())['data']}"]), torch.device("cpu"))[0]
     ema = dict(policy.named_parameters())  # the same seed: what the run began with
     for step, now in enumerate(raw):
         decay = min(0.2, (1 + step) / (10 + step))  # an early average forgets faster

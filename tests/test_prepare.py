@@ -81,7 +81,7 @@ def test_data_do_not_depend_on_processes_or_on_a_kill(tmp_path):
     assert make(tmp_path / "whole").returncode == 0
     # a run that was killed leaves some shards and no meta.json: build that state, then let the command go on
     cfg = prepare.PrepareConfig(**prepare.PRESETS["debug"] | dict(config="debug", demos=3, starts=2, start_steps=3, scenes=5, held_out_scenes=2, out=str(tmp_path / "killed")))
-    half = "import prepare, sys, json; cfg = prepare.PrepareConfig(**json.loads(sys.argv[1])); [prepare.make_shard((cfg, s)) for s in prepare.shards(cfg)[:2]]"
+    half = "import prepare, sys, json; cfg = prepare.PrepareConfig(**json.loads(sys.argv[1])); [prepare.make_shard((cfg, s, None)) for s in prepare.shards(cfg)[:2]]"
     (tmp_path / "killed" / "parts").mkdir(parents=True)
     from dataclasses import asdict
 

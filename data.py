@@ -9,7 +9,8 @@ A data set is a folder that numpy alone can read:
     data/<name>/state.npy     (frames, S) float32, LeRobot units (degrees, gripper 0..100)
     data/<name>/action.npy    (frames, A) float32, target positions in the same units
 
-A question set has the camera files and `questions.json`: per image a list of [kind, question, answer]. rl.py leaves its
+A question set has the camera files and `questions.json`: per image a list of [kind, question, answer]. Where a question comes
+with a single picture, meta.json lists the other views as "grey": they have no file and are seen as plain grey. rl.py leaves its
 similarity index with the data that it was made from, `similarity_<what it depends on>.safetensors`.
 
 Batches are a pure function of (seed, step): resuming needs no sampler state, and every process of a torchrun job draws the
@@ -266,7 +267,11 @@ def read_images(folder, meta, cfg):
     wanted = cfg.cameras.split(",")
     if missing := [c for c in wanted if c not in meta["cameras"]]:
         raise ValueError(f"{folder} has cameras {meta['cameras']}, the model wants {wanted} ({missing} missing); set --cameras or choose another --data")
-    images = [np.load(Path(folder) / f"{camera}.npy", mmap_mode="r") for camera in wanted]
+    grey = meta.get("grey", [])
+    stored = {camera: np.load(Path(folder) / f"{camera}.npy", mmap_mode="r") for camera in wanted if camera not in grey}
+    if not stored:
+        raise ValueError(f"{folder} has pictures for {[c for c in meta['cameras'] if c not in grey]} alone, the model wants {wanted}; set --cameras or --mix=0")
+    images = [stored[c] if c in stored else np.broadcast_to(np.uint8(128), next(iter(stored.values())).shape) for c in wanted]
     if images[0].shape[1] != cfg.image_size:
         raise ValueError(f"{folder} has images of {images[0].shape[1]} px, the model takes {cfg.image_size}; set --image_size={images[0].shape[1]}")
     return images

@@ -339,10 +339,10 @@ def open_lerobot(cfg):
         raise ValueError(f"{cfg.lerobot} has {fps} frames per second, {cfg.fps} does not divide them; choose --fps from {', '.join(str(fps // k) for k in range(1, fps + 1) if fps % k == 0)}")
     extra = root / "meta" / "nanosyvla.json"  # what export() could not say in LeRobot's words
     ours = json.loads(extra.read_text())["episodes"] if extra.is_file() else None
-    if ours and [e["length"] for e in ours] != [e["length"] for e in episodes]:
+    if ours is not None and [e["length"] for e in ours] != [e["length"] for e in episodes]:
         raise ValueError(f"{extra} describes other episodes than the data set has: it was edited since; delete that file to read it like any other")
-    return {"root": root, "fps": fps, "every": every, "cameras": cameras, "motors": motors, "columns": columns, "convention": convention, "tasks": texts,
-            "reason": features.get("reason", {}).get("dtype") == "string", "episodes": [e | {"ours": ours and ours[i]} for i, e in enumerate(episodes)]}  # fmt: skip
+    return {"root": root, "fps": fps, "every": every, "cameras": cameras, "motors": motors, "columns": columns, "convention": "as recorded" if ours else convention,
+            "tasks": texts, "reason": features.get("reason", {}).get("dtype") == "string", "episodes": [e | {"ours": ours and ours[i]} for i, e in enumerate(episodes)]}  # fmt: skip
 
 
 def match_cameras(cfg, features):
@@ -507,10 +507,8 @@ def open_texts(cfg):
     """
     pq, files = package("pyarrow.parquet"), []
     for name in cfg.questions_from.split(","):
-        repository, part = name, ""
-        if not Path(name).is_dir() and name.count("/") > 1:
-            *repository, part = name.split("/", 2)
-            repository = "/".join(repository)
+        on_hub = not Path(name).is_dir() and re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/(.+)", name)
+        repository, part = on_hub.groups() if on_hub else (name, "")
         root = fetch(repository, [f"{part}/*.parquet" if part else "*.parquet"])
         found = sorted((root / part).rglob("*.parquet"))
         if not found:
@@ -787,7 +785,7 @@ def merge(cfg, plan, common):
         kinds = Counter(f"{e['family']} {e['kind']}" for e in episodes)
         print(f"{out}: {at} frames; " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + f"; {len({e['task'] for e in episodes})} tasks; failed demonstrations: {dict(failures) or 'none'}")
         low, high = (np.array(meta["statistics"]["state"][name][:5]) for name in ("min", "max"))
-        if cfg.lerobot and cfg.convention == "auto" and common["motors"] == list(MOTORS) and max(-low.min(), high.max()) <= 100:
+        if cfg.convention == "auto" and common.get("convention") == "new" and max(-low.min(), high.max()) <= 100:
             print("note: no joint leaves -100 .. 100, so these may be no degrees but per cent (LeRobot's use_degrees=False); then add --convention=percent --calibration=FILE")
     shutil.rmtree(out / "parts")
 
@@ -802,7 +800,7 @@ def make_plan(cfg):
     common = {"cameras": list(CAMERAS), "motors": list(MOTORS), "fps": FPS}
     if cfg.lerobot:
         source = open_lerobot(cfg)
-        common = {"cameras": list(source["cameras"]), "motors": source["motors"], "fps": source["fps"] // source["every"]}
+        common = {"cameras": list(source["cameras"]), "motors": source["motors"], "fps": source["fps"] // source["every"], "convention": source["convention"]}
         bounds = groups([e["length"] for e in source["episodes"]], cfg.image_size**2 * 3 * len(source["cameras"]))
         jobs = [(cfg, ("lerobot", "episodes", first, n), source | {"episodes": source["episodes"][first : first + n]}) for first, n in bounds]
         pictures = sum(-(-e["length"] // source["every"]) for e in source["episodes"]) * len(source["cameras"])

@@ -1,0 +1,397 @@
+"""prepare.py with what others recorded: LeRobot data sets in and out, image-text sets in. Needs pyarrow; films need av, the last tests lerobot."""
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import prepare
+import train
+from data import Questions, Tokenizer
+from model import PRESETS, Config
+from sim_env import MOTORS
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask the network
+pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+PX, FPS = 32, 30
+
+
+def scene(episode, step, view=0):
+    """A picture that tells which frame it is: the colour is the episode's, the square's place the step's."""
+    image = np.full((PX, PX, 3), 60 + 30 * view, np.uint8)
+    image[..., episode % 3] = 160
+    image[8:24, 2 * step : 2 * step + 6] = 250
+    return image
+
+
+def joints(rng, n):
+    return (rng.uniform(-90, 90, (n, 6)) * [1, 1, 1, 1, 1, 0.5] + [0, 0, 0, 0, 0, 50]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """A small data set in our layout with everything that an episode's entry can say."""
+    folder, rng = tmp_path_factory.mktemp("ours") / "set", np.random.default_rng(0)
+    folder.mkdir()
+    lengths = [7, 9, 4, 12]
+    episodes = [{"length": n, "task": f"put the cube on pad {i % 3} → ü", "reason": [[0, "red at t1"], [2, "done"]] if i != 2 else [], "success": i != 2, "seed": 40 + i,
+                 "family": ("place", "sequence")[i % 2], "kind": "start" if i == 2 else "demo", "disturbed": [[1, 3]] if i == 1 else []} for i, n in enumerate(lengths)]  # fmt: skip
+    for i, e in enumerate(episodes):
+        e["start"] = sum(lengths[:i])
+    for view, camera in enumerate(("front", "wrist")):
+        np.save(folder / f"{camera}.npy", np.concatenate([[scene(i, step, view) for step in range(n)] for i, n in enumerate(lengths)]))
+    arrays = {name: joints(rng, sum(lengths)) for name in ("state", "action")}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    stats = {name: prepare.statistics(array) for name, array in arrays.items()}
+    meta = {"cameras": ["front", "wrist"], "motors": list(MOTORS), "fps": 10, "image_size": PX, "statistics": stats, "episodes": episodes}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def write_set(root, version="v2.1", names=None, lengths=(8, 10), cameras=("top", "wrist"), tasks=("lift", "push"), values=None, fps=FPS):
+    """A LeRobot data set with PNG pictures as older versions of that project wrote it."""
+    names = names or [f"{motor}.pos" for motor in MOTORS]
+    features = {name: {"dtype": "float32", "shape": [len(names)], "names": names} for name in ("observation.state", "action")}
+    features |= {f"observation.images.{camera}": {"dtype": "image", "shape": [PX, PX, 3], "names": ["height", "width", "channels"]} for camera in cameras}
+    (root / "meta").mkdir(parents=True)
+    (root / "data" / "chunk-000").mkdir(parents=True)
+    info = {"codebase_version": version, "robot_type": "so100", "total_episodes": len(lengths), "total_frames": sum(lengths), "chunks_size": 1000, "fps": fps, "features": features,
+            "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet", "video_path": None}  # fmt: skip
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    (root / "meta" / "tasks.jsonl").write_text("\n".join(json.dumps({"task_index": i, "task": task}) for i, task in enumerate(tasks)))
+    (root / "meta" / "episodes.jsonl").write_text("\n".join(json.dumps({"episode_index": i, "tasks": [tasks[i % len(tasks)]], "length": n}) for i, n in enumerate(lengths)))
+    rng = np.random.default_rng(1)
+    for i, n in enumerate(lengths):
+        state, action = (joints(rng, n)[:, : len(names)] if values is None else np.tile(np.float32(values), (n, 1)) for _ in range(2))
+        columns = {"observation.state": list(state), "action": list(action), "timestamp": np.float32(np.arange(n) / FPS), "frame_index": np.arange(n),
+                   "episode_index": np.full(n, i), "task_index": np.full(n, i % len(tasks))}  # fmt: skip
+        columns |= {f"observation.images.{c}": [{"bytes": prepare.png(scene(i, k, v)), "path": f"{k}.png"} for k in range(n)] for v, c in enumerate(cameras)}
+        pq.write_table(pa.table(columns), root / "data" / "chunk-000" / f"episode_{i:06d}.parquet")
+    return root
+
+
+def read(folder):
+    return json.loads((Path(folder) / "meta.json").read_text()), {path.stem: np.load(path) for path in Path(folder).glob("*.npy")}
+
+
+def bring(root, out, *more):
+    prepare.main([f"--lerobot={root}", f"--out={out}", f"--image_size={PX}", "--workers=2", *more])
+    return read(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Out and back
+
+
+def test_pictures_come_back_bit_for_bit(ours, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 12 * PX * PX * 3 * 2)  # several files
+    prepare.main([f"--export={ours}", f"--out={tmp_path / 'out'}", "--workers=2"])
+    assert len(list((tmp_path / "out" / "data").rglob("*.parquet"))) > 1
+    (before, arrays), (meta, back) = read(ours), bring(tmp_path / "out", tmp_path / "back")
+    for name in arrays:
+        assert arrays[name].dtype == back[name].dtype and np.array_equal(arrays[name], back[name]), name
+    for name in ("cameras", "motors", "fps", "image_size", "statistics", "episodes"):
+        assert before[name] == meta[name], name
+    # without our own file the set is read like anybody's: the thoughts are in a column, family and kind are lost
+    (tmp_path / "out" / "meta" / "nanosyvla.json").unlink()
+    meta, back = bring(tmp_path / "out", tmp_path / "plain")
+    assert [(e["reason"], e["task"], e["length"]) for e in meta["episodes"]] == [(e["reason"], e["task"], e["length"]) for e in before["episodes"]]
+    assert np.array_equal(arrays["front"], back["front"]) and {e["family"] for e in meta["episodes"]} == {"plain"}
+
+
+def test_training_on_what_came_back_gives_the_same_bits(data, trained, tmp_path):
+    prepare.main([f"--export={data}", f"--out={tmp_path / 'out'}", "--workers=1"])
+    bring(tmp_path / "out", tmp_path / "back")
+    for name in ("questions", "questions_val"):
+        shutil.copytree(data / name, tmp_path / "back" / name)
+    train.main(["--config", "debug", f"--data={tmp_path / 'back'}", f"--out={tmp_path / 'run'}", "--device=cpu", "--threads=1"])
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+def test_film_comes_back_frame_by_frame(ours, tmp_path, codec):
+    pytest.importorskip("av")
+    prepare.main([f"--export={ours}", f"--out={tmp_path / 'out'}", f"--video={codec}", "--workers=1"])
+    (_, arrays), (meta, back) = read(ours), bring(tmp_path / "out", tmp_path / "back")
+    assert np.array_equal(arrays["state"], back["state"]) and np.array_equal(arrays["action"], back["action"]) and meta["episodes"] == read(ours)[0]["episodes"]
+    for camera in meta["cameras"]:
+        a, b = (x.reshape(len(x), -1).astype(float) for x in (arrays[camera], back[camera]))
+        distance = ((a[:, None] - b[None]) ** 2).mean(-1)  # (frames, frames)
+        same = np.array([[np.array_equal(x, y) for y in a] for x in a])
+        assert (np.where(same, distance, np.inf).min(0) < np.where(same, np.inf, distance).min(0)).all()  # the right frame at the right time
+        assert 10 * np.log10(255**2 / np.diag(distance).mean()) > 27, camera
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In: cameras, rates, joints
+
+
+def test_old_sets_cameras_rates_and_joints(tmp_path):
+    root = write_set(tmp_path / "old", names=[f"main_{motor}" for motor in MOTORS], lengths=(8, 10))
+    raw = [pq.read_table(path) for path in sorted(root.rglob("*.parquet"))]
+    # joints recorded around the old zero: make them reachable there
+    for path, table in zip(sorted(root.rglob("*.parquet")), raw):
+        shifted = {name: [list(np.float32(row) * 0.4 + np.float32([0, 90, 90, 0, 0, 0])) for row in table[name].to_pylist()] for name in ("observation.state", "action")}
+        pq.write_table(pa.table({name: shifted.get(name, table[name]) for name in table.column_names}), path)
+    meta, arrays = bring(root, tmp_path / "new", "--cameras=front=top,wrist=observation.images.wrist", "--fps=10")
+    assert meta["cameras"] == ["front", "wrist"] and meta["motors"] == list(MOTORS) and meta["fps"] == 10 and meta["convention"] == "old"
+    assert [(e["length"], e["task"], e["seed"]) for e in meta["episodes"]] == [(3, "lift", 0), (4, "push", 1)]
+    tables = [pq.read_table(path) for path in sorted(root.rglob("*.parquet"))]
+    values = {name: [np.array(t[f]) for t in tables] for name, f in (("state", "observation.state"), ("action", "action"))}
+    kept = {"state": [[0, 3, 6], [0, 3, 6, 9]], "action": [[2, 5, 7], [2, 5, 8, 9]]}  # the last command before the next picture
+    for name in values:
+        for i, start in enumerate((0, 3)):
+            expected = np.stack([np.float32(list(v)) for v in values[name][i]])[kept[name][i]]
+            expected = np.stack([expected[:, 0], 90 - expected[:, 1], expected[:, 2] - 90, *expected[:, 3:].T], axis=1)
+            assert np.allclose(arrays[name][start : start + len(expected)], expected, atol=1e-5), name
+    assert np.array_equal(arrays["front"], [scene(i, k, 0) for i, k in ((0, 0), (0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (1, 9))])
+    assert np.array_equal(arrays["wrist"][1], scene(0, 3, 1))
+    assert np.allclose(meta["statistics"]["state"]["mean"], arrays["state"].mean(0), atol=1e-4)
+
+
+def test_joint_conventions_are_recognised_or_refused(tmp_path, fails):
+    rest_new, rest_old = [0, -100, 95, 75, 0, 3], [0, 190, 185, 75, 0, 3]
+    bring(write_set(tmp_path / "a", values=rest_new), tmp_path / "a_out")
+    _, arrays = bring(write_set(tmp_path / "b", names=[f"main_{m}" for m in MOTORS], values=rest_old), tmp_path / "b_out")
+    assert np.allclose(arrays["state"], rest_new) and np.allclose(arrays["action"], rest_new)
+    flags = [f"--image_size={PX}", "--workers=1"]
+    cases = [("c", [f"{m}.pos" for m in MOTORS], rest_old, "--convention=old"), ("d", [f"main_{m}" for m in MOTORS], rest_new, "--convention=new"),
+             ("e", list(MOTORS), rest_new, "does not tell their zero"), ("f", None, [2048] * 6, "servo positions")]  # fmt: skip
+    for name, names, values, words in cases:
+        root = write_set(tmp_path / name, names=names, values=values)
+        assert words in fails(prepare.main, [f"--lerobot={root}", f"--out={tmp_path / name}_out", *flags])
+        assert not (tmp_path / f"{name}_out" / "meta.json").exists()
+    # another order is put right; another robot keeps its own names and units
+    shuffled = [5, 3, 1, 0, 2, 4]
+    meta, arrays = bring(write_set(tmp_path / "g", names=[f"{MOTORS[i]}.pos" for i in shuffled], values=np.array(rest_new)[shuffled]), tmp_path / "g_out")
+    assert meta["motors"] == list(MOTORS) and np.allclose(arrays["state"], rest_new)
+    meta, arrays = bring(write_set(tmp_path / "h", names=["x", "y"], values=[900, -1]), tmp_path / "h_out")
+    assert meta["motors"] == ["x", "y"] and np.allclose(arrays["state"], [900, -1]) and meta["convention"] == "as recorded"
+    # per cent of each joint's calibrated range: half of 2000 servo steps is 1000 * 360 / 4095 degrees
+    (tmp_path / "arm.json").write_text(json.dumps({m: {"range_min": 1000, "range_max": 3000} for m in MOTORS}))
+    _, arrays = bring(write_set(tmp_path / "i", values=[100, -50, 0, 10, 1, 42]), tmp_path / "i_out", "--convention=percent", f"--calibration={tmp_path / 'arm.json'}")
+    assert np.allclose(arrays["state"][0], [87.912, -43.956, 0, 8.7912, 0.87912, 42], atol=1e-3)
+
+
+def test_pictures_become_square(tmp_path):
+    wide = Image.fromarray(np.repeat(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], 50, axis=0).repeat(3, axis=2))  # 100 x 50, brighter to the right
+    stretched, cropped = prepare.square(wide, 20, "stretch"), prepare.square(wide, 20, "crop")
+    assert stretched.shape == cropped.shape == (20, 20, 3)
+    assert stretched[0, 0, 0] < 10 and stretched[0, -1, 0] > 185  # all of it
+    assert 45 < cropped[0, 0, 0] < 60 and 140 < cropped[0, -1, 0] < 155  # the middle half
+
+
+def test_an_episode_that_changes_its_task_becomes_several(tmp_path):
+    root = write_set(tmp_path / "set", lengths=(8,))
+    path = next(root.rglob("*.parquet"))
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index("task_index"), "task_index", [[0] * 5 + [1] * 3]), path)
+    meta, _ = bring(root, tmp_path / "out")
+    assert [(e["start"], e["length"], e["task"]) for e in meta["episodes"]] == [(0, 5, "lift"), (5, 3, "push")]
+
+
+def test_a_conversion_goes_on_after_a_full_disk(tmp_path, fails, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 1)
+    root, out = write_set(tmp_path / "set"), tmp_path / "out"
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    out.mkdir()
+    (out / "wrist.npy").symlink_to("/dev/full")
+    argv = [f"--lerobot={root}", f"--out={out}", f"--image_size={PX}", "--workers=1"]
+    assert "disk is full" in fails(prepare.main, argv)
+    assert not (out / "meta.json").exists()
+    (out / "wrist.npy").unlink()
+    first = sorted((out / "parts").glob("*.npz"))[0]
+    first.unlink()  # as if it had been the disk of the shards
+    prepare.main(argv)
+    assert "going on: 1 of 2" in capsys.readouterr().out
+    assert read(out)[0]["episodes"] == bring(root, tmp_path / "again" / "out")[0]["episodes"]
+    assert np.array_equal(read(out)[1]["wrist"], read(tmp_path / "again" / "out")[1]["wrist"]) and not (out / "parts").exists()
+
+
+def test_bad_data_sets_are_one_line(tmp_path, fails, monkeypatch, ours):
+    root, flags = write_set(tmp_path / "set"), [f"--image_size={PX}", "--workers=1"]
+    go = lambda root, *more: fails(prepare.main, [f"--lerobot={root}", f"--out={tmp_path / 'out'}", *flags, *more])
+    assert "observation.images.top (image, 32x32x3)" in go(root, "--cameras=front=side,wrist=wrist")
+    assert "choose --fps from 30, 15, 10" in go(root, "--fps=20")
+    assert "SO-100" in go(write_set(tmp_path / "xy", names=["x", "y"]), "--convention=old")
+    assert "no folder" in go(tmp_path / "nowhere") and "hub cannot be reached" in go("someone/not_there_at_all")
+    assert "no LeRobot data set" in go(tmp_path) and "no data set" in fails(prepare.main, [f"--export={tmp_path}", f"--out={tmp_path / 'x'}"])
+    assert "v1.6" in go(write_set(tmp_path / "v1", version="v1.6")) and "is empty" in go(write_set(tmp_path / "none", lengths=()))
+    assert "--out=" in fails(prepare.main, [f"--lerobot={root}"]) and "already holds a data set" in fails(prepare.main, [f"--lerobot={root}", f"--out={ours}"])
+    info = json.loads((root / "meta" / "info.json").read_text())
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"fps": 15}))
+    assert "was not recorded at 15 frames" in go(root)
+    shutil.rmtree(tmp_path / "out")
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"total_frames": 99}))
+    assert "says it has" in go(root)
+    (root / "meta" / "info.json").write_text(json.dumps(info)[:200])
+    assert "damaged metadata" in go(root)
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    path = next(root.rglob("*.parquet"))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert "damaged" in go(root)
+    table = pq.read_table(io.BytesIO(content))
+    pq.write_table(table.slice(0, 5), path)
+    assert "holds 5 of the" in go(root)
+    path.unlink()
+    assert "missing or damaged" in go(root)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    assert "pip install pyarrow" in go(root)
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_a_film_that_ends_early_is_one_line(ours, tmp_path, fails, monkeypatch):
+    pytest.importorskip("av")
+    prepare.main([f"--export={ours}", f"--out={tmp_path / 'set'}", "--video=h264", "--workers=1"])
+    film = next((tmp_path / "set" / "videos" / "observation.images.wrist").rglob("*.mp4"))
+    content, argv = film.read_bytes(), [f"--lerobot={tmp_path / 'set'}", f"--out={tmp_path / 'back'}", f"--image_size={PX}", "--workers=1"]
+    prepare.write_video(film, np.load(ours / "wrist.npy")[:-3], 10, "h264")
+    assert "ends early" in fails(prepare.main, argv)
+    film.write_bytes(content[: len(content) // 2])
+    assert "download it again" in fails(prepare.main, argv)
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    assert "pip install av" in fails(prepare.main, argv)
+    assert not (tmp_path / "back" / "meta.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Questions that others asked
+
+
+def write_texts(path, n=30, size=(PX, PX), group=7):
+    """An image-text set as the common ones on the hub; the last picture repeats the first."""
+    rng, rows = np.random.default_rng(2), []
+    for i in range(n):
+        pixels = np.random.default_rng(0 if i in (0, n - 1) else i + 1).integers(0, 256, (*size, 3), dtype=np.uint8)
+        texts = [{"user": f"what is in picture {i} ?", "assistant": f"thing {i}", "source": "AI2D"}, {"user": "x" * 400, "assistant": "no", "source": "AI2D"}]
+        rows.append({"images": [{"bytes": prepare.png(pixels), "path": None}] * (2 if i == 5 else 1), "texts": texts})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+    return path.parent
+
+
+def test_questions_of_others(ours, tmp_path, fails, capsys):
+    folder, out = write_texts(tmp_path / "texts" / "train.parquet"), tmp_path / "set"
+    shutil.copytree(ours, out)
+    argv = [f"--questions_from={folder}", f"--out={out}", "--held_out_scenes=6", "--workers=2"]
+    prepare.main(argv)
+    said = capsys.readouterr().out
+    assert "6 pictures" in said and "without exactly one picture" in said
+    sets = {}
+    for name in ("questions", "questions_val"):
+        meta, pictures = json.loads((out / name / "meta.json").read_text()), np.load(out / name / "front.npy")
+        texts = json.loads((out / name / "questions.json").read_text())
+        assert meta["cameras"] == ["front", "wrist"] and meta["grey"] == ["wrist"] and not (out / name / "wrist.npy").exists() and len(texts) == len(pictures)
+        sets[name] = {}
+        for picture, ((kind, question, answer),) in zip(pictures, texts):
+            i = int(question.split()[-2])
+            assert kind == "AI2D" and answer == f"thing {i}"
+            assert np.array_equal(picture, np.random.default_rng(0 if i in (0, 29) else i + 1).integers(0, 256, (PX, PX, 3), dtype=np.uint8))
+            sets[name][i] = picture.tobytes()
+    assert not set(sets["questions"].values()) & set(sets["questions_val"].values())  # nothing held out is trained on, a repeated picture neither
+    assert 5 not in sets["questions"] and len(sets["questions"]) + len(sets["questions_val"]) in (28, 29)
+    cfg = Config(**PRESETS["debug"])
+    batch = Questions(out / "questions", cfg).batch(Tokenizer([]), np.random.default_rng(0), 4, 200)
+    assert batch["images"].shape == (4, 2, PX, PX, 3) and (batch["images"][:, 1] == 128).all() and batch["images"][:, 0].float().std() > 50
+    assert Questions(out / "questions_val", cfg).accuracy(lambda images, questions: [f"thing {q.split()[-2]}" for q in questions])["AI2D"] == {"accuracy": 1.0, "n": 6}
+    assert "already holds questions" in fails(prepare.main, argv)
+    with pytest.raises(ValueError, match="alone"):
+        Questions(out / "questions", Config(**PRESETS["debug"] | {"cameras": "wrist"}))
+
+
+def test_bad_image_text_sets_are_one_line(tmp_path, fails):
+    go = lambda name, *more: fails(prepare.main, [f"--questions_from={name}", f"--out={tmp_path / 'out'}", f"--image_size={PX}", "--workers=1", *more])
+    folder = write_texts(tmp_path / "texts" / "train.parquet")
+    assert "lower --held_out_scenes" in go(folder)
+    assert "raise --longest" in go(folder, "--held_out_scenes=6", "--longest=3")
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    assert "no parquet file" in go(tmp_path / "empty") and "no folder" in go(tmp_path / "nowhere") and "hub cannot be reached" in go("HuggingFaceM4/the_cauldron/not_there")
+    pq.write_table(pa.table({"image": [1]}), tmp_path / "empty" / "a.parquet")
+    assert "no image-text set" in go(tmp_path / "empty")
+    (tmp_path / "empty" / "a.parquet").write_bytes((folder / "train.parquet").read_bytes()[:1000])
+    assert "damaged" in go(tmp_path / "empty")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The real lerobot
+
+
+@pytest.mark.parametrize("codec", ["image", "h264", "libsvtav1"])
+def test_every_frame_of_a_real_lerobot_set(tmp_path, codec):
+    pytest.importorskip("lerobot")
+    pytest.importorskip("av")
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    kind = "image" if codec == "image" else "video"
+    features = {name: {"dtype": "float32", "shape": (6,), "names": [f"{m}.pos" for m in MOTORS]} for name in ("observation.state", "action")}
+    features |= {f"observation.images.{c}": {"dtype": kind, "shape": (PX, PX, 3), "names": ["height", "width", "channels"]} for c in ("front", "wrist")}
+    options = {} if codec == "image" else {"vcodec": codec}
+    dataset = LeRobotDataset.create("someone/set", FPS, features, root=tmp_path / "set", robot_type="so100_follower", use_videos=kind == "video", **options)
+    rng, lengths = np.random.default_rng(3), (8, 9, 12)
+    state, action = joints(rng, sum(lengths)), joints(rng, sum(lengths))
+    at = 0
+    for i, n in enumerate(lengths):
+        for k in range(n):
+            pictures = {f"observation.images.{c}": scene(i, k, v) for v, c in enumerate(("front", "wrist"))}
+            dataset.add_frame({"observation.state": state[at], "action": action[at], "task": ("lift", "push")[i % 2], **pictures})
+            at += 1
+        dataset.save_episode()
+    dataset.finalize()
+    meta, arrays = bring(tmp_path / "set", tmp_path / "back")
+    assert np.array_equal(arrays["state"], state) and np.array_equal(arrays["action"], action)
+    assert [(e["length"], e["task"]) for e in meta["episodes"]] == [(8, "lift"), (9, "push"), (12, "lift")]
+    truth = {c: np.array([scene(i, k, v) for i, n in enumerate(lengths) for k in range(n)]) for v, c in enumerate(("front", "wrist"))}
+    for camera, pictures in truth.items():
+        if codec == "image":
+            assert np.array_equal(arrays[camera], pictures)
+        else:  # 4:2:0 and quantisation blur edges; a neighbouring frame would be off by far more
+            distance = np.abs(arrays[camera].astype(float)[:, None] - pictures[None]).mean((2, 3, 4))  # (frames, frames)
+            assert (distance.argmin(1) == np.arange(len(pictures))).all() and np.diag(distance).max() < 8
+
+
+@pytest.mark.parametrize("codec", ["", "h264", "av1"])
+def test_the_real_lerobot_opens_iterates_and_trains_act_on_ours(ours, tmp_path, codec):
+    pytest.importorskip("lerobot")
+    import torch
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.factory import make_policy, make_pre_post_processors
+
+    prepare.main([f"--export={ours}", f"--out={tmp_path / 'out'}", f"--video={codec}", "--workers=1"])
+    meta, arrays = read(ours)
+    dataset = LeRobotDataset("someone/set", root=tmp_path / "out", delta_timestamps={"action": [i / 10 for i in range(4)]}, video_backend="pyav")
+    assert dataset.num_episodes == len(meta["episodes"]) and dataset.num_frames == len(dataset) == len(arrays["state"]) and dataset.fps == 10
+    for e in meta["episodes"]:
+        for k in range(e["length"]):
+            try:
+                frame = dataset[e["start"] + k]
+            except AttributeError as error:  # torchvision dropped its film reader; the pictures are then read by lerobot's other one, or not at all
+                pytest.skip(f"this torchvision cannot decode films: {error}")
+            assert np.array_equal(frame["observation.state"], arrays["state"][e["start"] + k]) and np.array_equal(frame["action"][0], arrays["action"][e["start"] + k])
+            assert frame["task"] == e["task"] and frame["reason"] == ([text for step, text in e["reason"] if step <= k] or [""])[-1]
+            error = np.abs(frame["observation.images.front"].permute(1, 2, 0).numpy() * 255 - arrays["front"][e["start"] + k])
+            assert error.max() < 1e-3 if not codec else error.mean() < 6
+    assert np.allclose(dataset.meta.stats["action"]["mean"], arrays["action"].mean(0), atol=1e-4) and dataset.meta.stats["observation.images.wrist"]["mean"].shape == (3, 1, 1)
+    torch.manual_seed(0)
+    cfg = ACTConfig(dim_model=32, n_heads=2, dim_feedforward=32, n_encoder_layers=1, n_vae_encoder_layers=1, latent_dim=4, chunk_size=4, n_action_steps=4,
+                    pretrained_backbone_weights=None, push_to_hub=False, device="cpu")  # fmt: skip
+    policy = make_policy(cfg, ds_meta=dataset.meta)
+    preprocess, _ = make_pre_post_processors(cfg, dataset_stats=dataset.meta.stats)
+    optimizer, losses = torch.optim.AdamW(policy.parameters(), 1e-3), []
+    batch = preprocess(next(iter(torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True))))
+    for _ in range(5):
+        loss, _ = policy.forward(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]

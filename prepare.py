@@ -336,7 +336,8 @@ def open_lerobot(cfg):
         raise ValueError(f"{cfg.lerobot} says it has {info['total_episodes']} episodes, its list {len(episodes)} with other frames; download it again")
     every = fps // (cfg.fps or fps)
     if every * (cfg.fps or fps) != fps:
-        raise ValueError(f"{cfg.lerobot} has {fps} frames per second, {cfg.fps} does not divide them; choose --fps from {', '.join(str(fps // k) for k in range(1, fps + 1) if fps % k == 0)}")
+        rates = ", ".join(str(fps // k) for k in range(1, fps + 1) if fps % k == 0)
+        raise ValueError(f"{cfg.lerobot} has {fps} frames per second, {cfg.fps} does not divide them; choose --fps from {rates}")
     extra = root / "meta" / "nanosyvla.json"  # what export() could not say in LeRobot's words
     ours = json.loads(extra.read_text())["episodes"] if extra.is_file() else None
     if ours is not None and [e["length"] for e in ours] != [e["length"] for e in episodes]:
@@ -454,7 +455,8 @@ def read_episodes(cfg, source):
         cuts = [0, *(np.flatnonzero(np.diff(task)) + 1).tolist(), len(keep)]  # an episode that changes its task becomes several
         for a, b in zip(cuts, cuts[1:]):
             said = [[j - a, reason[j]] for j in range(a, b) if (reason[j] != reason[j - 1] if j > a else reason[j])]
-            entry = {"length": b - a, "task": source["tasks"][int(task[a])], "reason": said, "success": True, "seed": i, "family": Path(cfg.out).name, "kind": "demo", "disturbed": []}
+            entry = {"length": b - a, "task": source["tasks"][int(task[a])], "reason": said, "success": True, "seed": i, "family": Path(cfg.out).name,
+                     "kind": "demo", "disturbed": []}  # fmt: skip
             entries.append(entry | (rescale(episode["ours"], every, len(keep)) if episode["ours"] else {}))
     return {name: np.concatenate(parts) for name, parts in frames.items()} | {"info": json.dumps(entries)}
 
@@ -492,7 +494,8 @@ def read_video(path, start, fps, keep, cfg):
     except (av.error.FFmpegError, IndexError) as e:
         raise ValueError(f"{path} cannot be decoded ({str(e)[:150]}); download it again") from None
     if missing:
-        raise ValueError(f"{path} ends early or has another frame rate than {fps}: {len(missing)} of {len(keep)} frames are not there, the first at {start + min(missing) / fps:.2f} s")
+        first = start + min(missing) / fps
+        raise ValueError(f"{path} ends early or has another frame rate than {fps}: {len(missing)} of {len(keep)} frames are not there, the first at {first:.2f} s")
     return out
 
 
@@ -537,7 +540,7 @@ def open_texts(cfg):
 
 
 def read_texts(cfg, source, first, n):
-    """Rows [first, first + n) of a row group -> the pictures  with their questions, and what was left out."""
+    """Rows [first, first + n) of a row group -> the pictures with their questions, and what was left out."""
     path, group, camera = source
     try:
         table = package("pyarrow.parquet").ParquetFile(path).read_row_group(group, columns=["images", "texts"])
@@ -582,7 +585,8 @@ def open_export(cfg):
     features = {name: {"dtype": "float32", "shape": [len(motors)], "names": motors} for name in ("action", "observation.state")}
     picture = {"dtype": "video" if cfg.video else "image", "shape": list(shape[1:]), "names": ["height", "width", "channels"]}
     features |= {f"observation.images.{camera}": picture | ({"info": info} if cfg.video else {}) for camera in meta["cameras"]}
-    features |= {name: {"dtype": "float32" if name == "timestamp" else "int64", "shape": [1], "names": None} for name in ("timestamp", "frame_index", "episode_index", "index", "task_index")}
+    features["timestamp"] = {"dtype": "float32", "shape": [1], "names": None}
+    features |= {name: {"dtype": "int64", "shape": [1], "names": None} for name in ("frame_index", "episode_index", "index", "task_index")}
     features["reason"] = {"dtype": "string", "shape": [1], "names": None}
     source = {"meta": meta, "features": features, "tasks": list(dict.fromkeys(e["task"] for e in meta["episodes"]))}
     bounds = groups([e["length"] for e in meta["episodes"]], int(np.prod(shape[1:])) * len(meta["cameras"]))
@@ -662,8 +666,8 @@ def write_video(path, images, fps, codec):
                 stream.height, stream.width = image.shape[:2] if i == 0 else (stream.height, stream.width)
                 film.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             film.mux(stream.encode())
-    except av.error.FFmpegError as e:
-        if e.errno == errno.ENOSPC:
+    except (av.error.FFmpegError, ValueError) as e:  # ValueError: this build of av has no such encoder
+        if getattr(e, "errno", None) == errno.ENOSPC:
             raise OSError(errno.ENOSPC, "No space left on device") from None
         raise ValueError(f"{path} cannot be encoded with {encoder} ({str(e)[:150]}); leave --video out or choose the other codec") from None
 
@@ -759,7 +763,8 @@ def merge_questions(cfg, name, paths, common, held):
     (folder / "meta.json").write_text(json.dumps(common, indent=1))
     shutil.rmtree(Path(cfg.out, name), ignore_errors=True)
     os.replace(folder, Path(cfg.out, name))
-    print(f"{cfg.out}/{name}: {len(texts)} pictures, {sum(map(len, texts))} questions; left out: {dict(sum((Counter(f) for f in load_info(paths, 'failures')), Counter())) or 'none'}")
+    left_out = sum((Counter(f) for f in load_info(paths, "failures")), Counter())
+    print(f"{cfg.out}/{name}: {len(texts)} pictures, {sum(map(len, texts))} questions; left out: {dict(left_out) or 'none'}")
     return {h for found in hashes.values() for h in found}
 
 
@@ -783,7 +788,8 @@ def merge(cfg, plan, common):
         with whole(out / "meta.json") as temporary:
             temporary.write_text(json.dumps(meta, indent=1))
         kinds = Counter(f"{e['family']} {e['kind']}" for e in episodes)
-        print(f"{out}: {at} frames; " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + f"; {len({e['task'] for e in episodes})} tasks; failed demonstrations: {dict(failures) or 'none'}")
+        print(f"{out}: {at} frames, {len({e['task'] for e in episodes})} tasks; " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+        print(f"failed demonstrations: {dict(failures) or 'none'}")
         low, high = (np.array(meta["statistics"]["state"][name][:5]) for name in ("min", "max"))
         if cfg.convention == "auto" and common.get("convention") == "new" and max(-low.min(), high.max()) <= 100:
             print("note: no joint leaves -100 .. 100, so these may be no degrees but per cent (LeRobot's use_degrees=False); then add --convention=percent --calibration=FILE")

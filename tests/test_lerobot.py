@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import prepare
@@ -327,10 +328,8 @@ def test_bad_image_text_sets_are_one_line(tmp_path, fails):
 
 @pytest.mark.parametrize("codec", ["image", "h264", "libsvtav1"])
 def test_every_frame_of_a_real_lerobot_set(tmp_path, codec):
-    pytest.importorskip("lerobot")
+    LeRobotDataset = pytest.importorskip("lerobot.datasets.lerobot_dataset").LeRobotDataset
     pytest.importorskip("av")
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
     kind = "image" if codec == "image" else "video"
     features = {name: {"dtype": "float32", "shape": (6,), "names": [f"{m}.pos" for m in MOTORS]} for name in ("observation.state", "action")}
     features |= {f"observation.images.{c}": {"dtype": kind, "shape": (PX, PX, 3), "names": ["height", "width", "channels"]} for c in ("front", "wrist")}
@@ -360,12 +359,10 @@ def test_every_frame_of_a_real_lerobot_set(tmp_path, codec):
 
 @pytest.mark.parametrize("codec", ["", "h264", "av1"])
 def test_the_real_lerobot_opens_iterates_and_trains_act_on_ours(ours, tmp_path, codec):
-    pytest.importorskip("lerobot")
-    import torch
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-    from lerobot.policies.act.configuration_act import ACTConfig
-    from lerobot.policies.factory import make_policy, make_pre_post_processors
-
+    LeRobotDataset = pytest.importorskip("lerobot.datasets.lerobot_dataset").LeRobotDataset
+    act, factory = pytest.importorskip("lerobot.policies.act.configuration_act"), pytest.importorskip("lerobot.policies.factory")
+    if codec:
+        pytest.importorskip("av")
     prepare.main([f"--export={ours}", f"--out={tmp_path / 'out'}", f"--video={codec}", "--workers=1"])
     meta, arrays = read(ours)
     dataset = LeRobotDataset("someone/set", root=tmp_path / "out", delta_timestamps={"action": [i / 10 for i in range(4)]}, video_backend="pyav")
@@ -382,10 +379,10 @@ def test_the_real_lerobot_opens_iterates_and_trains_act_on_ours(ours, tmp_path, 
             assert error.max() < 1e-3 if not codec else error.mean() < 6
     assert np.allclose(dataset.meta.stats["action"]["mean"], arrays["action"].mean(0), atol=1e-4) and dataset.meta.stats["observation.images.wrist"]["mean"].shape == (3, 1, 1)
     torch.manual_seed(0)
-    cfg = ACTConfig(dim_model=32, n_heads=2, dim_feedforward=32, n_encoder_layers=1, n_vae_encoder_layers=1, latent_dim=4, chunk_size=4, n_action_steps=4,
-                    pretrained_backbone_weights=None, push_to_hub=False, device="cpu")  # fmt: skip
-    policy = make_policy(cfg, ds_meta=dataset.meta)
-    preprocess, _ = make_pre_post_processors(cfg, dataset_stats=dataset.meta.stats)
+    cfg = act.ACTConfig(dim_model=32, n_heads=2, dim_feedforward=32, n_encoder_layers=1, n_vae_encoder_layers=1, latent_dim=4, chunk_size=4, n_action_steps=4,
+                        pretrained_backbone_weights=None, push_to_hub=False, device="cpu")  # fmt: skip
+    policy = factory.make_policy(cfg, ds_meta=dataset.meta)
+    preprocess, _ = factory.make_pre_post_processors(cfg, dataset_stats=dataset.meta.stats)
     optimizer, losses = torch.optim.AdamW(policy.parameters(), 1e-3), []
     batch = preprocess(next(iter(torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True))))
     for _ in range(5):

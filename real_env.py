@@ -18,11 +18,10 @@ import threading
 import time
 from pathlib import Path
 
-import mujoco
 import numpy as np
 from PIL import Image
 
-from sim_env import CAMERAS, FPS, HIGH, LOW, MJCF, MOTORS, OPEN, PAN_AXIS, inverse, to_qpos
+from sim_env import CAMERAS, FPS, HIGH, LOW, MJCF, MOTORS, OPEN, PAN_AXIS, inverse, mujoco, to_qpos
 
 HOME = inverse(0, .15, .11, -90, OPEN)  # where episodes begin, in simulation too
 REST = np.array([0, -100, 88, 67, -90, 5.])  # folded onto itself: it stays so without torque
@@ -285,9 +284,10 @@ class RealEnv:
         before, self.measured, self.steps, self.clipped, self.success, self.late = len(self.faults), None, 0, [], False, 0.
         try:
             self._calmly(self.home)
+            self.clock.sleep(.5)  # it settles, and the cameras see it
+            self._read()
         except BusError as error:
             self._give_up(error)
-        self.clock.sleep(.5)  # it settles, and the cameras see it
         self.tick = self.clock.monotonic()
         return self._obs(), self._info(0, before)
 

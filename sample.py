@@ -5,6 +5,7 @@
     python sample.py --config small --ask "which pad is blue"             # a question about a scene
     python sample.py --config base --ask "what is on the table" --image x.png    # or about a picture of yours
     python sample.py --config small --replay                              # open-loop error per joint on recorded episodes
+    python sample.py --config small --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 --dry_run "put the red cube on the blue pad"
 
 A checkpoint folder is all that a policy needs; only --replay reads the data set, because it compares with recorded actions.
 """
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import real_env
 import sim_env
 from data import Episodes, Tokenizer
 from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
@@ -29,7 +31,7 @@ from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
 class SampleConfig:
     config: str = opt("small", "preset whose run is used")
     run: str = opt("", "checkpoint folder (default out/<config>)")
-    env: str = opt("", "sim, or an environment package.module:Class (default: the one the policy was trained for)")
+    env: str = opt("", "sim; real: an SO-100 or SO-101 (with a task; --eval=N to judge N episodes yourself); or package.module:Class (default: as trained for)")
     task: str = opt("", "instruction; without one the environment draws it")
     family: str = opt("", "task family when the environment draws the instruction (default: the first that the policy was trained on)")
     split: str = opt("id", "id, ood_position or ood_instruction, when the environment draws the instruction")
@@ -45,6 +47,11 @@ class SampleConfig:
     out: str = opt("", "folder for pictures (default out/<config>/sample)")
     arms: int = opt(24, "arms simulated at once in --eval")
     threads: int = opt(0, "CPU threads; 0 lets torch choose")
+    port: str = opt("", "serial port of the real arm (lerobot-find-port)")
+    id: str = opt("", "LeRobot's robot id, whose calibration is used; not needed if there is only one")
+    front: str = opt("", "front camera of the real arm: number or path (lerobot-find-cameras opencv)")
+    wrist: str = opt("", "wrist camera of the real arm")
+    dry_run: bool = opt(False, "real arm: look and think, but only print what would be sent")
 
     def __post_init__(self):
         self.run = self.run or f"out/{self.config}"
@@ -72,6 +79,16 @@ def look(obs, policy):
     if missing := [v for v in views if v not in obs["images"]]:
         raise ValueError(f"the policy looks through {views}, the environment has {list(obs['images'])}: {missing} missing")
     return np.stack([obs["images"][v] for v in views])[None], obs["state"][None], [obs["task"]]
+
+
+def real_arm(policy, cfg):
+    """The real arm with the cameras that the policy looks through."""
+    views = policy.cfg.cameras.split(",")
+    if missing := [f"--{view}=" for view in views if not getattr(cfg, view, "")]:
+        raise ValueError(f"the policy looks through {views}: type {' and '.join(missing)} with the number that lerobot-find-cameras opencv says")
+    if not cfg.task.strip():
+        raise ValueError('the real arm needs an instruction: type it in quotes, like "put the red cube on the blue pad"')
+    return real_env.RealEnv(cfg.port, {view: getattr(cfg, view) for view in views}, cfg.id, policy.cfg.image_size, cfg.dry_run)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -118,14 +135,15 @@ def draw_frame(env, cameras, task, reasoning, weights, note="", px=256):
 
 def film(policy, cfg):
     """One episode -> GIF and contact sheet in cfg.out, and the reasoning on the screen."""
-    env, cameras = sim_env.make_env(cfg.env, policy.cfg.image_size), sim_env.environment(cfg.env).cameras
-    options = {"family": cfg.family, "split": cfg.split}
     if cfg.task:
-        policy.tokenizer.prompt(cfg.task)  # complain about the words before anything is simulated
-    if cfg.task and cfg.env == "sim":
+        policy.tokenizer.prompt(cfg.task)  # complain about the words before anything moves
+    env, cameras = real_arm(policy, cfg) if cfg.env == "real" else sim_env.make_env(cfg.env, policy.cfg.image_size), policy.cfg.cameras.split(",")
+    if cfg.env == "real":
+        obs, info = env.reset(options={"task": cfg.task})
+    elif cfg.env == "sim" and cfg.task:
         obs, info = env.reset_for(cfg.task, cfg.seed, "tiny" if cfg.family == "tiny" else "sequence")
     else:
-        obs, info = env.reset(seed=cfg.seed, options=options | ({"task": cfg.task} if cfg.task else {}))
+        obs, info = env.reset(seed=cfg.seed, options={"family": cfg.family, "split": cfg.split} | ({"task": cfg.task} if cfg.task else {}))
     print(f"instruction: {obs['task']}")
     frames, terminated, truncated, said = [], False, False, None
     while not terminated and not truncated:
@@ -140,14 +158,14 @@ def film(policy, cfg):
             if terminated or truncated:
                 break
     frames += [draw_frame(env, cameras, obs["task"], reasoning, weights, "success" if terminated else "out of time")] * sim_env.FPS
-    env.close()
+    env.close()  # the real arm does so at any exit
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     name = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in obs["task"]).split())[:60] or "task"
     palette = [f.quantize(128, dither=Image.Dither.NONE) for f in frames]
     palette[0].save(out / f"{name}.gif", save_all=True, append_images=palette[1:], duration=1000 // sim_env.FPS, loop=0)
     contact_sheet(frames).save(out / f"{name}.png")
-    print(f"{'success' if terminated else 'no success'} after {info['steps']} steps; wrote {out / name}.gif and .png")
+    print(f"{'success' if terminated else 'stopped' if cfg.env == 'real' else 'no success'} after {info['steps']} steps; wrote {out / name}.gif and .png")
     return terminated
 
 
@@ -176,6 +194,38 @@ def evaluate(policy, cfg):
     os.replace(temporary, path)
     print(sim_env.table(results))
     print(f"{time.time() - began:.0f} s; wrote {path}")
+
+
+def evaluate_real(policy, cfg):
+    """Episodes on the real arm, each judged by a person; eval_real.json in the run folder."""
+    policy.tokenizer.prompt(cfg.task)
+    successes, steps = [], []
+    with real_arm(policy, cfg) as env:
+        while len(successes) < cfg.eval:
+            input(f"episode {len(successes) + 1} of {cfg.eval}: lay out the scene, keep clear of the arm, press Enter. Ctrl-C ends the episode ")
+            obs, info = env.reset(options={"task": cfg.task})
+            truncated = False
+            try:
+                while not truncated:
+                    chunk, _ = policy.act(*look(obs, policy), seed=cfg.seed + info["steps"])
+                    for action in chunk[0, : policy.cfg.execute]:
+                        obs, _, _, truncated, info = env.step(action)
+                        if truncated:
+                            break
+            except KeyboardInterrupt:
+                print()
+            while (answer := input("success? y or n: ").strip().lower()) not in ("y", "n"):
+                pass
+            successes.append(answer == "y")
+            steps += [info["steps"]] * successes[-1]
+    low, high = sim_env.wilson(sum(successes), cfg.eval)
+    results = {"real": {"id": {"success": sum(successes) / cfg.eval, "n": cfg.eval, "low": low, "high": high, "target_at_0": None, "reasoning": None,
+                               "steps": float(np.mean(steps)) if steps else None, "task": cfg.task}}}  # fmt: skip
+    path = Path(cfg.run, "eval_real.json")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1))
+    os.replace(temporary, path)
+    print(f"{100 * sum(successes) / cfg.eval:.1f} % of {cfg.eval} (95 % interval {100 * low:.1f} - {100 * high:.1f}); wrote {path}")
 
 
 def replay(policy, cfg):
@@ -268,13 +318,15 @@ def main(argv=None):
         policy, trained = load_policy(cfg.run), read_checkpoint_config(cfg.run)
         cfg.env = cfg.env or trained.get("env", "sim")
         cfg.family = cfg.family or trained.get("families", "place").split(",")[0]
-        if not (cfg.image or cfg.replay):  # complain before anything is simulated
+        if cfg.env != "real" and not (cfg.image or cfg.replay):  # complain before anything is simulated
             sim_env.views_of(policy, cfg.env)
             sim_env.check_families([cfg.family], cfg.env)
-        (evaluate if cfg.eval else replay if cfg.replay else ask if cfg.ask else film)(policy, cfg)
+        (evaluate_real if cfg.eval and cfg.env == "real" else evaluate if cfg.eval else replay if cfg.replay else ask if cfg.ask else film)(policy, cfg)
     except (ValueError, FileNotFoundError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

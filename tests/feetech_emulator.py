@@ -21,9 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mujoco
-
-from sim_env import CAMERAS, LIMIT, MOTORS, SEEDS, SO100Env, to_qpos, wilson
+from sim_env import LIMIT, MOTORS, SEEDS, SO100Env, mujoco, to_qpos, wilson
 
 PING, READ, WRITE, SYNC_READ, SYNC_WRITE = 1, 2, 3, 0x82, 0x83
 MODEL, ID, MIN, MAX, HOMING, TORQUE, GOAL, SPEED, PRESENT, VOLTAGE, TEMPERATURE = 3, 5, 9, 11, 31, 40, 42, 46, 56, 62, 63  # registers
@@ -67,8 +65,6 @@ class Emulator:
         self.changed = threading.Condition()
         self.plug()
         self.settle()
-        import scservo_sdk.port_handler  # a busy machine is no bad cable: its time-outs count this process's own time
-        scservo_sdk.port_handler.time = SimpleNamespace(time=time.process_time)
 
     # -- time ---------------------------------------------------------------------------------------------------
 
@@ -288,3 +284,71 @@ class Emulator:
     def close(self):
         self.unplug()
         self.sim.close()
+
+
+def install(emulator, folder, monkeypatch=None):
+    """Put the cameras in cv2's place and write the calibration where LeRobot keeps it: RealEnv then finds an arm at emulator.port."""
+    import cv2
+    import scservo_sdk.port_handler
+    from lerobot.utils import constants
+    put = monkeypatch.setattr if monkeypatch else setattr
+    put(cv2, "VideoCapture", emulator.capture_class())
+    put(scservo_sdk.port_handler, "time", SimpleNamespace(time=time.process_time))  # a busy machine is no bad cable: time-outs count own time
+    put(constants, "HF_LEROBOT_CALIBRATION", Path(folder))
+    path = Path(folder, constants.ROBOTS, "so_follower", "emulated.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(emulator.calibration))
+    return path
+
+
+def play(env, policy, obs):
+    """One episode as sample.py plays it -> last info, and the reasons for which actions were clipped."""
+    from sample import look
+    clipped = []
+    while True:
+        chunk, _ = policy.act(*look(obs, policy))
+        for action in chunk[0, :policy.cfg.execute]:
+            obs, _, terminated, truncated, info = env.step(action)
+            clipped += info.get("clipped", [])
+            if terminated or truncated:
+                return info, clipped
+
+
+def main(run, n=100, family="place"):
+    """The same seeds in sim_env, and through RealEnv, LeRobot's driver and the emulator."""
+    from tqdm import tqdm
+
+    from model import fast_cpu
+    from real_env import RealEnv
+    from sample import load_policy
+    fast_cpu(1)
+    policy = load_policy(run)
+    sim, world = (SO100Env(family, px=policy.cfg.image_size) for _ in range(2))
+    world.reset(seed=SEEDS["report"][0])
+    emulator = Emulator(world)
+    install(emulator, tempfile.mkdtemp())
+    results, reasons = [], []
+    with RealEnv(emulator.port, {"front": 0, "wrist": 2}, px=policy.cfg.image_size, limit=LIMIT[family], judge=world._judge, clock=emulator) as env:
+        for seed in tqdm(SEEDS["report"][:int(n)], disable=not sys.stderr.isatty()):
+            obs, _ = sim.reset(seed=seed)
+            simulated, _ = play(sim, policy, obs)
+            world.reset(seed=seed)
+            emulator.settle()
+            env.home = world.position()  # the scene's own first pose, so that both begin alike
+            obs, _ = env.reset(options={"task": world.task})
+            real, clipped = play(env, policy, obs)
+            results.append((simulated["success"], real["success"]))
+            reasons += clipped
+            print(f"{seed}  sim_env {'yes' if results[-1][0] else 'no ':3s} {simulated['steps']:3d} steps   real_env {'yes' if results[-1][1] else 'no ':3s} "
+                  f"{real['steps']:3d} steps  clipped: {', '.join(f'{clipped.count(r)} {r}' for r in sorted(set(clipped))) or '-'}", flush=True)
+    emulator.close()
+    for name, wins in zip(("sim_env", "real_env"), zip(*results)):
+        low, high = wilson(sum(wins), len(wins))
+        print(f"{name:9s} {100 * np.mean(wins):.1f} % of {len(wins)} ({100 * low:.1f} - {100 * high:.1f})")
+    only = [sum(a and not b for a, b in results), sum(b and not a for a, b in results)]
+    print(f"only in sim_env {only[0]}, only in real_env {only[1]}; clipped steps: {', '.join(f'{reasons.count(r)} {r}' for r in sorted(set(reasons))) or 'none'}; "
+          f"bus faults: {len(env.faults)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

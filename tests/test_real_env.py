@@ -1,0 +1,418 @@
+"""Tests of real_env.py on an emulated arm, through LeRobot's own driver: pip install 'lerobot[feetech]' to run them."""
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lerobot")
+pytest.importorskip("scservo_sdk")
+pytest.importorskip("cv2")
+
+import real_env
+import sample
+import sim_env
+from feetech_emulator import CALIBRATION, HOMING, MIN, PING, READ, SPEED, SYNC_READ, SYNC_WRITE, WRITE, Emulator, install, unsigned
+from real_env import FLOOR, HOME, MAX_STEP, REST, BusError, RealEnv
+from sim_env import FPS, HIGH, LOW, MOTORS
+
+TASK = {"task": "put the red cube on the blue pad"}
+
+
+@pytest.fixture
+def arm(tmp_path, monkeypatch):
+    """An emulated arm in a scene, with its calibration file, before anything is connected."""
+    sim = sim_env.SO100Env(px=48)
+    sim.reset(seed=2_000_000)
+    emulator = Emulator(sim)
+    emulator.file = install(emulator, tmp_path / "calibration", monkeypatch)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield emulator
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    emulator.close()
+
+
+def connect(arm, **more):
+    return RealEnv(arm.port, {"front": 0}, px=48, clock=arm, **more)
+
+
+def targets(arm):
+    """Every group of six targets that reached the servos, (n, 6), and where the arm was then."""
+    assert [motor for motor, *_ in arm.goals] == list(MOTORS) * (len(arm.goals) // 6)
+    return np.array([goal for *_, goal in arm.goals]).reshape(-1, 6), np.array([now for _, now, _ in arm.goals]).reshape(-1, 6)
+
+
+def within_limits(arm):
+    """Nothing that was sent, and nowhere the arm has been, is outside the limits."""
+    for motor, now, goal in arm.goals:
+        j = MOTORS.index(motor)
+        assert LOW[j] - .1 <= goal <= HIGH[j] + .1 and abs(goal - now) <= MAX_STEP[j] + 4, (motor, now, goal)  # the arm moves on while one sends
+    trace = np.array(arm.trace)
+    assert (trace > LOW - 1.5).all() and (trace < HIGH + 1.5).all()
+
+
+def test_observation_and_motion_are_those_of_the_simulation(arm):
+    with RealEnv(arm.port, {"front": 0, "wrist": 2}, px=48, clock=arm) as env:
+        assert arm.torque() == list(MOTORS)
+        env.home = arm.sim.position()
+        obs, info = env.reset(options=TASK)
+        twin = sim_env.SO100Env(px=48)
+        twin.reset(seed=2_000_000)
+        twin.data.qpos[:], twin.data.qvel[:], twin.data.ctrl[:] = arm.sim.data.qpos, arm.sim.data.qvel, arm.sim.data.ctrl
+        start = obs["state"].astype(float)
+        for k in range(25):
+            action = start + [15 * np.sin(k / 3), 8 * np.sin(k / 4), -6 * np.sin(k / 2), 0, k, k]
+            expected, *_ = twin.step(action)
+            obs, reward, terminated, truncated, info = env.step(action)
+            assert np.abs(obs["state"] - expected["state"]).max() < 1.5, k  # encoder ticks, and the servo's own speed limit
+            truth = arm.sim._obs()
+            assert np.abs(obs["state"] - truth["state"]).max() < .1 and obs["state"].dtype == np.float32
+            for camera in sim_env.CAMERAS:  # RGB, centred, not late by a frame
+                assert np.array_equal(obs["images"][camera], truth["images"][camera])
+        assert obs["task"] == TASK["task"] and (reward, terminated, truncated) == (0, False, False) and info["steps"] == 25 and not env.faults
+        assert env.render(32, "wrist").shape == (32, 32, 3)
+        assert set(twin._info()) - {"split", "family", "seed"} <= set(info)
+    twin.close()
+
+
+def test_frames_are_cut_square_from_the_middle():
+    frame = np.zeros((48, 64, 3), np.uint8)
+    frame[:, 8:56] = 200
+    frame[:24, 8:32] = 100
+    picture = real_env.square(frame, 24)
+    assert picture.shape == (24, 24, 3) and (picture[:12, :12] == 100).all() and (picture[12:] == 200).all() and picture.min() == 100
+
+
+def test_wild_actions_stay_within_limits(arm):
+    rng = np.random.default_rng(0)
+    with connect(arm, limit=1000) as env:
+        env.reset(options=TASK)
+        reasons, first = set(), len(arm.goals)
+        for k in range(80):
+            *_, info = env.step(rng.uniform(LOW - 60, HIGH + 60) if k % 2 else np.where(rng.random(6) < .5, LOW - 90, HIGH + 90))
+            reasons |= set(info["clipped"])
+        assert reasons == {"joint", "step", "workspace"}
+        arm.goals = arm.goals[first:]
+        within_limits(arm)
+        goals, now = targets(arm)
+        assert (np.abs(goals - now) <= MAX_STEP + .3).all() and len(goals) == 80
+        assert all(env.inside(goal) or np.abs(goal - before).max() < .3 for goal, before in zip(goals, now))
+
+
+def test_forward_kinematics_of_the_workspace(arm):
+    with connect(arm, dry_run=True) as env:
+        assert env.inside(HOME) and env.inside(REST)
+        for z, good in ((0, True), (-.009, True), (-.02, False), (-.05, False)):  # the tip below the table
+            assert env.inside(sim_env.inverse(20, .2, max(z, -.03)) + ([0, 12, 0, 0, 0, 0] if z < -.03 else 0)) == good, z
+        assert not env.inside([0, 90, -90, 0, 0, 10])  # stretched out
+        env.measured = sim_env.inverse(20, .2, .02)
+        near, why = env.limited(sim_env.inverse(20, .2, -.03))
+        assert why == ["workspace"] and env.inside(near)
+        env.data.qpos[:6] = sim_env.to_qpos(near)
+        sim_env.mujoco.mj_kinematics(env.model, env.data)
+        assert FLOOR <= min(env.data.site("gripper").xpos[2], env.data.site("jaw_tip").xpos[2]) < .01  # as low as it may, not back
+
+
+def test_rests_at_both_ends_and_is_limp_afterwards(arm):
+    env = connect(arm)
+    obs, _ = env.reset(options=TASK)
+    assert np.abs(obs["state"] - HOME).max() < 4
+    speed = np.abs(np.diff(np.array(arm.trace), axis=0)).max()
+    env.step(HOME + [15, -10, 5, 0, 0, 0])
+    env.close()
+    env.close()
+    assert arm.torque() == [] and np.abs(arm.sim.position() - REST).max() < 4 and speed < 2
+    assert all(arm.get(motor, SPEED) == 0 for motor in MOTORS)
+    arm.advance(2)
+    assert np.abs(arm.sim.position() - REST).max() < 4  # does not fall
+    with pytest.raises(ValueError, match="new RealEnv"):
+        env.reset(options=TASK)
+
+
+def test_torque_comes_on_where_the_arm_is(arm):
+    for motor in MOTORS:
+        arm.put(motor, 42, arm.ticks(motor, 40))  # yesterday's target
+    before = arm.sim.position()
+    env = connect(arm)
+    arm.advance(1)
+    assert np.abs(arm.sim.position() - before).max() < 3  # gravity
+    env.close()
+
+
+def test_dry_run_writes_nothing(arm, capsys):
+    memory = {motor: bytes(arm.memory[motor][:56]) for motor in MOTORS}
+    with connect(arm, dry_run=True) as env:
+        env.reset(options=TASK)
+        env.step(HOME + 90)
+    assert WRITE not in arm.counts and SYNC_WRITE not in arm.counts and memory == {motor: bytes(arm.memory[motor][:56]) for motor in MOTORS}
+    said = capsys.readouterr().out
+    assert "would move to shoulder_pan" in said and "would send shoulder_pan" in said and "clipped: joint, step" in said
+
+
+# -- errors of a person, in one line ----------------------------------------------------------------------------
+
+
+def says(arm, *words, cameras=None, port=None, **more):
+    with pytest.raises((ValueError, FileNotFoundError, RuntimeError)) as caught:
+        RealEnv(port or arm.port, {"front": 0} if cameras is None else cameras, clock=arm, **more).close()
+    text = str(caught.value)
+    assert "\n" not in text and all(word in text for word in words), text
+    assert arm.torque() == []
+
+
+def test_port_and_servos(arm, monkeypatch):
+    says(arm, "/dev/nothing", "lerobot-find-port", port="/dev/nothing")
+    says(arm, "lerobot-find-port", port="")
+    arm.dead = {"wrist_flex"}
+    says(arm, "wrist_flex", "id 4", "powered", "lerobot-setup-motors")
+    monkeypatch.setitem(sys.modules, "lerobot.motors", None)
+    says(arm, "pip install 'lerobot[feetech]'")
+
+
+def test_cameras(arm):
+    says(arm, "camera wrist (7)", "lerobot-find-cameras opencv", "--wrist=", cameras={"front": 0, "wrist": "7"})
+    says(arm, "--front=", cameras={})
+
+
+def test_calibrations(arm):
+    other = arm.file.with_name("other.json")
+    other.write_text(arm.file.read_text())
+    says(arm, "--id=", "emulated, other")
+    connect(arm, name="emulated", dry_run=True).close()
+    says(arm, "no calibration of missing", "lerobot-calibrate --robot.type=so100_follower", name="missing")
+    other.unlink()
+    narrow = json.loads(arm.file.read_text())
+    narrow["elbow_flex"]["range_max"] = narrow["elbow_flex"]["range_min"] + 800
+    arm.file.write_text(json.dumps(narrow))
+    says(arm, "elbow_flex turns by 70 degrees", "190", "lerobot-calibrate", "--robot.id=emulated")
+    arm.file.write_text("{}")
+    says(arm, "no calibration of an SO-100", "lerobot-calibrate")
+    arm.file.unlink()
+    says(arm, "no calibration", "lerobot-calibrate")
+
+
+def test_a_factory_fresh_servo_is_calibrated_from_the_file(arm):
+    arm.put("shoulder_lift", HOMING, unsigned(-1000, 11))
+    says(arm, "another calibration", "lerobot-calibrate", "press ENTER")
+    from lerobot.motors import Motor, MotorCalibration, MotorNormMode
+    from lerobot.motors.feetech import FeetechMotorsBus
+    bus = FeetechMotorsBus(arm.port, {motor: Motor(i, "sts3215", MotorNormMode.DEGREES) for i, motor in enumerate(MOTORS, 1)})
+    bus.connect()
+    bus.write_calibration({motor: MotorCalibration(**values) for motor, values in CALIBRATION.items()})  # what lerobot-calibrate and ENTER do
+    bus.disconnect()
+    with connect(arm) as env:
+        assert np.abs(env.measured - arm.sim.position()).max() < .2
+
+
+def test_a_calibration_that_is_another_arms(arm):
+    shifted = json.loads(arm.file.read_text())
+    for key in ("range_min", "range_max"):
+        shifted["shoulder_lift"][key] -= 1500
+        arm.put("shoulder_lift", MIN if key == "range_min" else MIN + 2, unsigned(shifted["shoulder_lift"][key], 15))
+    arm.file.write_text(json.dumps(shifted))
+    says(arm, "shoulder_lift reads", "calibrate anew")
+
+
+@pytest.mark.parametrize("action", [np.zeros(5), np.full(6, np.nan)])
+def test_actions_that_are_none(arm, action):
+    with connect(arm, dry_run=True) as env:
+        with pytest.raises(ValueError, match="reset"):
+            env.step(np.zeros(6))
+        with pytest.raises(ValueError, match="instruction"):
+            env.reset()
+        env.reset(options=TASK)
+        with pytest.raises(ValueError, match="6 numbers|finite"):
+            env.step(action)
+
+
+# -- faults -----------------------------------------------------------------------------------------------------
+
+
+def noise(share, seed=0, most=10**9):
+    """A fault in that share of the packets, never two in a row: each then costs exactly one call of the driver."""
+    rng, state = random.Random(seed), {"clean": True, "n": 0}
+
+    def fault(instruction):
+        state["clean"] = not (state["clean"] and state["n"] < most and rng.random() < share)
+        if state["clean"]:
+            return None
+        state["n"] += 1
+        kinds = {SYNC_WRITE: ["lost", "corrupt"], SYNC_READ: ["lost", "silent", "corrupt", "corrupt", "absurd"]}
+        return rng.choice(kinds.get(instruction, ["lost", "silent", "corrupt"]))
+
+    return fault
+
+
+def test_connects_over_a_noisy_bus(arm):
+    arm.fault = noise(.03)
+    with connect(arm) as env:
+        env.reset(options=TASK)
+    assert arm.torque() == [] and len(env.faults) == len(arm.injected) > 3
+
+
+def test_a_thousand_bus_faults(arm, capfd):
+    """No crash, no motion outside the limits, torque off at the end, every one reported."""
+    rng, steps = np.random.default_rng(0), 0
+    with connect(arm, limit=10**9) as env:
+        env.reset(options=TASK)
+        arm.fault = noise(.25, most=1000)
+        while len(arm.injected) < 1000:
+            chunk = np.clip(env.measured + rng.normal(0, 25, (8, 6)).cumsum(0), LOW - 20, HIGH + 20)
+            *_, info = env.step_chunk(chunk)
+            steps += info["executed"]
+    within_limits(arm)
+    assert arm.torque() == [] and len(env.faults) == len(arm.injected) == 1000
+    assert capfd.readouterr().err.count("arm: ") == 1000
+    with capfd.disabled():
+        kinds = ", ".join(f"{arm.injected.count(kind)} {kind}" for kind in sorted(set(arm.injected)))
+        print(f"\n{len(arm.injected)} bus faults ({kinds}) in {steps} control steps: {len(env.faults)} reported, torque on at the end: {arm.torque() or 'none'}")
+
+
+def test_a_servo_that_stops_answering(arm):
+    with connect(arm) as env:
+        env.reset(options=TASK)
+        env.step(HOME + [15, 0, 0, 0, 0, 0])
+        arm.dead = {"elbow_flex"}
+        with pytest.raises(BusError, match="stopped") as caught:
+            env.step(HOME + [30, 10, 0, 0, 0, 0])
+        assert "\n" not in str(caught.value)
+        where = arm.sim.position()
+        arm.advance(1)
+        assert np.abs(arm.sim.position() - where).max() < 8  # in place
+    assert arm.torque() == ["elbow_flex"] and "elbow_flex may still hold: switch off the arm's power" in env.faults[-1]
+    within_limits(arm)
+
+
+def test_the_cable_is_pulled_in_mid_motion(arm):
+    with connect(arm) as env:
+        env.reset(options=TASK)
+        calls = iter(range(10**6))
+        arm.fault = lambda _: arm.unplug() if next(calls) == 7 else None
+        with pytest.raises(BusError, match="stopped.*check power and cables"):
+            for k in range(9):
+                env.step(HOME + [10 * k, 0, 0, 0, 0, 0])
+        assert not os.path.exists(arm.port)
+        arm.advance(2)
+    within_limits(arm)
+    assert "may still hold: switch off the arm's power" in env.faults[-1]
+
+
+def test_the_cable_comes_back(arm):
+    with connect(arm) as env:
+        env.reset(options=TASK)
+        arm.unplug()
+        sleep, arm.sleep = arm.sleep, lambda seconds: (arm.pulled.is_set() and arm.plug(), sleep(seconds))
+        env.step(HOME + [10, 0, 0, 0, 0, 0])
+        assert env.faults and not arm.pulled.is_set()
+    assert arm.torque() == []
+
+
+@pytest.mark.parametrize("fault, said", [("silent", "delivers no new pictures"), ("frozen", "shows the same picture")])
+def test_a_stale_camera(arm, fault, said):
+    with connect(arm) as env:
+        env.reset(options=TASK)
+        env.step(HOME)
+        arm.camera_fault = {"front": fault}
+        with pytest.raises(RuntimeError, match=f"camera front {said}.*stopped"):
+            for k in range(12):
+                env.step(HOME + [3 * k, 0, 0, 0, 0, 0])
+        assert k < 9
+    assert arm.torque() == [] and np.abs(arm.sim.position() - REST).max() < 4  # the bus is well: it folds up
+
+
+def test_something_in_the_way(arm):
+    with connect(arm) as env:
+        env.reset(options=TASK)
+        arm.sim.model.actuator_gainprm[1] = arm.sim.model.actuator_biasprm[1] = 0
+    assert arm.torque() == [] and any("shoulder_lift does not follow" in fault for fault in env.faults)
+
+
+def test_a_slow_policy_takes_from_its_own_time(arm):
+    with connect(arm) as env:
+        env.reset(options=TASK)
+        began = arm.now
+        for thinking in (.03, 0, 0, .3, 0):
+            arm.advance(thinking)
+            *_, info = env.step(HOME)
+            assert info["late"] == pytest.approx(.25 if thinking == .3 else 0, abs=.005)
+        assert arm.now - began == pytest.approx(5 / FPS + .25, abs=.02)
+
+
+# -- exits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, kind", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_signals_in_mid_packet(arm, number, kind):
+    env, calls = connect(arm), iter(range(10**6))
+    env.reset(options=TASK)
+    arm.fault = lambda _: os.kill(os.getpid(), number) if next(calls) == 4 else None
+    with pytest.raises(kind), env:
+        for _ in range(9):
+            env.step(HOME + [10, 0, 0, 0, 0, 0])
+    assert arm.torque() == [] and np.abs(arm.sim.position() - REST).max() < 4
+
+
+def test_an_impatient_second_ctrl_c_lets_go_at_once(arm):
+    env = connect(arm)
+    env.reset(options=TASK)
+    calls = iter(range(10**6))
+    arm.fault = lambda _: os.kill(os.getpid(), signal.SIGINT) if next(calls) == 30 else None
+    env.close()
+    assert arm.torque() == [] and np.abs(arm.sim.position() - REST).max() > 10 and "not folded up" in env.faults[0]
+
+
+def test_a_program_that_dies_without_closing(tmp_path, root):
+    """Not even a try: the interpreter's exit folds up and switches off."""
+    script = """
+import atexit, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import feetech_emulator, real_env, sim_env
+sim = sim_env.SO100Env(px=48)
+sim.reset(seed=2_000_000)
+arm = feetech_emulator.Emulator(sim)
+feetech_emulator.install(arm, sys.argv[2])
+atexit.register(lambda: print("torque", arm.torque(), "rest", abs(sim.position() - real_env.REST).max() < 4))
+env = real_env.RealEnv(arm.port, {"front": 0}, px=48, clock=arm)
+env.reset(options={"task": "put the red cube on the blue pad"})
+env.step(real_env.HOME)
+raise ZeroDivisionError
+"""
+    done = subprocess.run([sys.executable, "-c", script, root, tmp_path / "calibration"], capture_output=True, text=True)
+    assert "ZeroDivisionError" in done.stderr and "torque [] rest True" in done.stdout, done.stderr
+
+
+# -- sample.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(arm, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(real_env, "RealEnv", functools.partial(RealEnv, clock=arm, limit=6))
+    return ["--config", "debug", f"--run={trained}", f"--out={tmp_path}", "--threads=1", "--env=real", f"--port={arm.port}", "--front=0", "--wrist=2"]
+
+
+def test_film(arm, command, tmp_path, capsys):
+    sample.main([*command, TASK["task"]])
+    assert "after 6 steps" in capsys.readouterr().out and list(tmp_path.glob("*.gif")) and arm.torque() == []
+
+
+def test_eval_asks_a_person(arm, command, trained, capsys, monkeypatch):
+    answers = iter(["", "y", "", "what", "n", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    sample.main([*command, "--eval=2", TASK["task"]])
+    cell = json.loads((trained / "eval_real.json").read_text())["real"]["id"]
+    assert (cell["success"], cell["n"]) == (.5, 2) and "50.0" in capsys.readouterr().out and arm.torque() == []
+
+
+def test_bad_input(arm, command, fails):
+    assert "instruction" in fails(sample.main, command)
+    assert "lerobot-find-port" in fails(sample.main, [*command, "--port=/dev/nothing", TASK["task"]])
+    assert "does not open" in fails(sample.main, [*command, "--wrist=9", TASK["task"]])
+    assert "--wrist=" in fails(sample.main, [*command, "--wrist=", TASK["task"]])
+    assert "sim or real" in fails(sample.main, [*command, "--env=reel", TASK["task"]])

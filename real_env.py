@@ -48,11 +48,12 @@ class RealEnv:
     port: of the servo bus. cameras: {"front": index or path, ...}. name: LeRobot's robot id, whose calibration file is used (not
     needed if there is only one). px: side of the images, cut square from the middle of the frame. dry_run: write nothing to the
     arm, print what would be sent. limit: control steps before truncation. judge: function that says whether the task is done
-    (nobody does by default). clock: module or object with monotonic() and sleep().
+    (nobody does by default). clock: module or object with monotonic() and sleep(). size: width and height that the cameras deliver,
+    best those of the recordings: other shapes show another part of the world.
     Raises ValueError, FileNotFoundError or RuntimeError, one line that says what to do.
     """
 
-    def __init__(self, port, cameras, name="", px=96, dry_run=False, limit=200, judge=None, clock=time):
+    def __init__(self, port, cameras, name="", px=96, dry_run=False, limit=200, judge=None, clock=time, size=(640, 480)):
         self.port, self.px, self.dry_run, self.limit, self.judge, self.clock = port, px, dry_run, limit, judge, clock
         self.home, self.task, self.steps, self.measured = HOME, None, 0, None
         self.faults, self.clipped, self.shown, self.frames = [], [], {}, {}  # shown: camera -> last new frame, position and time then
@@ -65,7 +66,7 @@ class RealEnv:
                 signal.signal(number, lambda *_: sys.exit(143))  # an exit like others: atexit runs
         try:
             self._open_bus(name)
-            self._open_cameras(cameras)
+            self._open_cameras(cameras, *size)
             self._prepare_servos()
         except BaseException:
             self.close()
@@ -113,7 +114,7 @@ class RealEnv:
             j = int(bad.argmax())
             raise ValueError(f"{MOTORS[j]} reads {position[j]:.0f}, the arm can reach {LOW[j]:.0f} .. {HIGH[j]:.0f}: calibrate anew, {self.again}")
 
-    def _open_cameras(self, cameras):
+    def _open_cameras(self, cameras, width, height):
         if not cameras:
             raise ValueError(f"no camera: type lerobot-find-cameras opencv, then {' '.join(f'--{view}=...' for view in CAMERAS)}")
         try:
@@ -122,7 +123,7 @@ class RealEnv:
             raise RuntimeError(f"the cameras are read by LeRobot ({error}); type: pip install 'lerobot[feetech]'") from None
         for view, source in cameras.items():
             source = int(source) if str(source).isdigit() else Path(source)
-            camera = OpenCVCamera(OpenCVCameraConfig(source))
+            camera = OpenCVCamera(OpenCVCameraConfig(source, fps=30, width=width, height=height))
             try:
                 camera.connect()
             except Exception as error:
@@ -176,14 +177,18 @@ class RealEnv:
                 pass  # the next call fails and says so
 
     def _read(self):
-        """Measured position (6,). A reading that no arm can have moved to is an error of the bus, too."""
+        """Measured position (6,). A reading that no arm can have moved to is an error of the bus, too; the first one is read twice."""
+
+        def once():
+            values = self.bus.sync_read("Present_Position")
+            return np.array([values[motor] for motor in MOTORS], float)
 
         def read():
-            values = self.bus.sync_read("Present_Position")
-            position = np.array([values[motor] for motor in MOTORS], float)
-            if self.measured is not None and (far := np.abs(position - self.measured) > JUMP).any():
+            known = once() if self.measured is None else self.measured
+            position = once()
+            if (far := np.abs(position - known) > JUMP).any():
                 j = int(far.argmax())
-                raise ConnectionError(f"{MOTORS[j]} reads {position[j]:.0f} right after {self.measured[j]:.0f}")
+                raise ConnectionError(f"{MOTORS[j]} reads {position[j]:.0f} right after {known[j]:.0f}")
             return position
 
         self.measured = self._try("reading the positions", read)

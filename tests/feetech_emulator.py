@@ -51,7 +51,7 @@ class Emulator:
     def __init__(self, sim, calibration=CALIBRATION, seed=0):
         self.sim, self.calibration, self.rng = sim, calibration, np.random.default_rng(seed)
         self.fault, self.injected, self.dead, self.camera_fault, self.counts = lambda instruction: None, [], set(), {}, {}
-        self.goals, self.trace = [], []  # every target that reached a servo, as (position then, target), and where the arm has been
+        self.goals, self.trace = [], []  # every target that reached a servo, as (position then, target), and where the arm was at every TICK
         self.lock, self.now, self.owed = threading.RLock(), 0., 0.
         self.gain, self.bias = sim.model.actuator_gainprm.copy(), sim.model.actuator_biasprm.copy()
         self.memory = {}
@@ -89,8 +89,8 @@ class Emulator:
                 goal, now = to_qpos(np.clip([self.position_of(motor, GOAL) for motor in MOTORS], *self.range)), self.sim.data.ctrl
                 now[:] = np.where(speed > 0, now + np.clip(goal - now, -speed, speed), goal)
                 mujoco.mj_step(self.sim.model, self.sim.data)
+                self.trace.append(self.sim.position())
             mujoco.mj_forward(self.sim.model, self.sim.data)
-            self.trace.append(self.sim.position())
 
     def settle(self):
         """After the simulation was reset: torque as it is, targets where the arm stands."""
@@ -328,7 +328,8 @@ def main(run, n=100, family="place"):
     emulator = Emulator(world)
     install(emulator, tempfile.mkdtemp())
     results, reasons = [], []
-    with RealEnv(emulator.port, {"front": 0, "wrist": 2}, px=policy.cfg.image_size, limit=LIMIT[family], judge=world._judge, clock=emulator) as env:
+    px = policy.cfg.image_size
+    with RealEnv(emulator.port, {"front": 0, "wrist": 2}, px=px, limit=LIMIT[family], judge=world._judge, clock=emulator, size=(px // 6 * 2 + px, px)) as env:
         for seed in tqdm(SEEDS["report"][:int(n)], disable=not sys.stderr.isatty()):
             obs, _ = sim.reset(seed=seed)
             simulated, _ = play(sim, policy, obs)

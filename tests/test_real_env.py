@@ -18,7 +18,7 @@ pytest.importorskip("cv2")
 import real_env
 import sample
 import sim_env
-from feetech_emulator import CALIBRATION, HOMING, MIN, PING, READ, SPEED, SYNC_READ, SYNC_WRITE, WRITE, Emulator, install, unsigned
+from feetech_emulator import CALIBRATION, HOMING, MIN, SPEED, SYNC_READ, SYNC_WRITE, TICK, WRITE, Emulator, install, unsigned
 from real_env import FLOOR, HOME, MAX_STEP, REST, BusError, RealEnv
 from sim_env import FPS, HIGH, LOW, MOTORS
 
@@ -40,7 +40,7 @@ def arm(tmp_path, monkeypatch):
 
 
 def connect(arm, **more):
-    return RealEnv(arm.port, {"front": 0}, px=48, clock=arm, **more)
+    return RealEnv(arm.port, more.pop("cameras", {"front": 0}), px=48, clock=arm, size=(64, 48), **more)
 
 
 def targets(arm):
@@ -55,11 +55,11 @@ def within_limits(arm):
         j = MOTORS.index(motor)
         assert LOW[j] - .1 <= goal <= HIGH[j] + .1 and abs(goal - now) <= MAX_STEP[j] + 4, (motor, now, goal)  # the arm moves on while one sends
     trace = np.array(arm.trace)
-    assert (trace > LOW - 1.5).all() and (trace < HIGH + 1.5).all()
+    assert (trace > LOW - 3).all() and (trace < HIGH + 3).all()  # MuJoCo's own stops are soft
 
 
 def test_observation_and_motion_are_those_of_the_simulation(arm):
-    with RealEnv(arm.port, {"front": 0, "wrist": 2}, px=48, clock=arm) as env:
+    with connect(arm, cameras={"front": 0, "wrist": 2}) as env:
         assert arm.torque() == list(MOTORS)
         env.home = arm.sim.position()
         obs, info = env.reset(options=TASK)
@@ -90,7 +90,7 @@ def test_frames_are_cut_square_from_the_middle():
     assert picture.shape == (24, 24, 3) and (picture[:12, :12] == 100).all() and (picture[12:] == 200).all() and picture.min() == 100
 
 
-def test_wild_actions_stay_within_limits(arm):
+def test_wild_actions_stay_within_limits(arm, monkeypatch):
     rng = np.random.default_rng(0)
     with connect(arm, limit=1000) as env:
         env.reset(options=TASK)
@@ -103,6 +103,8 @@ def test_wild_actions_stay_within_limits(arm):
         within_limits(arm)
         goals, now = targets(arm)
         assert (np.abs(goals - now) <= MAX_STEP + .3).all() and len(goals) == 80
+        for name, slack in (("FLOOR", -.002), ("REACH", .002), ("BASE", [.002, -.002])):  # targets are whole encoder ticks
+            monkeypatch.setattr(real_env, name, getattr(real_env, name) + np.array(slack))
         assert all(env.inside(goal) or np.abs(goal - before).max() < .3 for goal, before in zip(goals, now))
 
 
@@ -124,11 +126,11 @@ def test_rests_at_both_ends_and_is_limp_afterwards(arm):
     env = connect(arm)
     obs, _ = env.reset(options=TASK)
     assert np.abs(obs["state"] - HOME).max() < 4
-    speed = np.abs(np.diff(np.array(arm.trace), axis=0)).max()
+    speed = np.abs(np.diff(np.array(arm.trace), axis=0)).max() / TICK
     env.step(HOME + [15, -10, 5, 0, 0, 0])
     env.close()
     env.close()
-    assert arm.torque() == [] and np.abs(arm.sim.position() - REST).max() < 4 and speed < 2
+    assert arm.torque() == [] and np.abs(arm.sim.position() - REST).max() < 4 and speed < 2 * real_env.CALM_SPEED
     assert all(arm.get(motor, SPEED) == 0 for motor in MOTORS)
     arm.advance(2)
     assert np.abs(arm.sim.position() - REST).max() < 4  # does not fall
@@ -161,7 +163,7 @@ def test_dry_run_writes_nothing(arm, capsys):
 
 def says(arm, *words, cameras=None, port=None, **more):
     with pytest.raises((ValueError, FileNotFoundError, RuntimeError)) as caught:
-        RealEnv(port or arm.port, {"front": 0} if cameras is None else cameras, clock=arm, **more).close()
+        RealEnv(arm.port if port is None else port, {"front": 0} if cameras is None else cameras, clock=arm, **{"size": (64, 48), **more}).close()
     text = str(caught.value)
     assert "\n" not in text and all(word in text for word in words), text
     assert arm.torque() == []
@@ -179,6 +181,7 @@ def test_port_and_servos(arm, monkeypatch):
 def test_cameras(arm):
     says(arm, "camera wrist (7)", "lerobot-find-cameras opencv", "--wrist=", cameras={"front": 0, "wrist": "7"})
     says(arm, "--front=", cameras={})
+    says(arm, "camera front (0)", "capture_width=640", size=(640, 480))
 
 
 def test_calibrations(arm):
@@ -214,8 +217,8 @@ def test_a_factory_fresh_servo_is_calibrated_from_the_file(arm):
 def test_a_calibration_that_is_another_arms(arm):
     shifted = json.loads(arm.file.read_text())
     for key in ("range_min", "range_max"):
-        shifted["shoulder_lift"][key] -= 1500
-        arm.put("shoulder_lift", MIN if key == "range_min" else MIN + 2, unsigned(shifted["shoulder_lift"][key], 15))
+        shifted["shoulder_lift"][key] += 1300
+        arm.put("shoulder_lift", MIN if key == "range_min" else MIN + 2, shifted["shoulder_lift"][key])
     arm.file.write_text(json.dumps(shifted))
     says(arm, "shoulder_lift reads", "calibrate anew")
 
@@ -379,7 +382,7 @@ sim.reset(seed=2_000_000)
 arm = feetech_emulator.Emulator(sim)
 feetech_emulator.install(arm, sys.argv[2])
 atexit.register(lambda: print("torque", arm.torque(), "rest", abs(sim.position() - real_env.REST).max() < 4))
-env = real_env.RealEnv(arm.port, {"front": 0}, px=48, clock=arm)
+env = real_env.RealEnv(arm.port, {"front": 0}, px=48, clock=arm, size=(64, 48))
 env.reset(options={"task": "put the red cube on the blue pad"})
 env.step(real_env.HOME)
 raise ZeroDivisionError
@@ -393,7 +396,7 @@ raise ZeroDivisionError
 
 @pytest.fixture
 def command(arm, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(real_env, "RealEnv", functools.partial(RealEnv, clock=arm, limit=6))
+    monkeypatch.setattr(real_env, "RealEnv", functools.partial(RealEnv, clock=arm, limit=6, size=(64, 48)))
     return ["--config", "debug", f"--run={trained}", f"--out={tmp_path}", "--threads=1", "--env=real", f"--port={arm.port}", "--front=0", "--wrist=2"]
 
 

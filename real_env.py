@@ -381,9 +381,10 @@ class RealEnv:
         except BaseException as error:  # also a second, impatient Ctrl-C: let go at once
             self._report(f"not folded up: {one_line(error) or type(error).__name__}")
         finally:
-            if self.bus is not None and self.bus.is_connected:
-                self._release()
-                self.bus.disconnect(disable_torque=False)
+            if self.bus is not None:
+                self._release()  # a cable that is back is enough
+                if self.bus.is_connected:
+                    self.bus.disconnect(disable_torque=False)
             for camera in self.cameras.values():
                 camera.disconnect()
 

@@ -9,6 +9,7 @@ clear of the base. Every target is read back, every failed call of the driver re
 stops where it is. At any exit but kill -9 it folds up slowly, if the bus still works, and is switched off.
 """
 import atexit
+import contextlib
 import json
 import math
 import os
@@ -171,10 +172,8 @@ class RealEnv:
             port.ser.reset_input_buffer()
         except Exception:  # the cable was pulled; it may come back under the same name
             self.clock.sleep(.2)
-            try:
+            with contextlib.suppress(Exception):  # the next call fails and says so
                 port.openPort()
-            except Exception:
-                pass  # the next call fails and says so
 
     def _read(self):
         """Measured position (6,). A reading that no arm can have moved to is an error of the bus, too; the first one is read twice."""
@@ -381,12 +380,15 @@ class RealEnv:
         except BaseException as error:  # also a second, impatient Ctrl-C: let go at once
             self._report(f"not folded up: {one_line(error) or type(error).__name__}")
         finally:
+            numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+            handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # nothing may come between the arm and its release
             if self.bus is not None:
-                self._release()  # a cable that is back is enough
-                if self.bus.is_connected:
-                    self.bus.disconnect(disable_torque=False)
-            for camera in self.cameras.values():
-                camera.disconnect()
+                self._release()  # also when the port is gone: it may have come back
+            for device in (self.bus, *self.cameras.values()):
+                with contextlib.suppress(Exception):  # what was never opened, or has gone
+                    device.disconnect(*[False] * (device is self.bus))  # torque is off already, as far as it could be
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 def square(frame, px):

@@ -32,7 +32,8 @@ def arm(tmp_path, monkeypatch):
     sim.reset(seed=2_000_000)
     emulator = Emulator(sim)
     emulator.file = install(emulator, tmp_path / "calibration", monkeypatch)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are started without
     yield emulator
     for number, handler in handlers.items():
         signal.signal(number, handler)

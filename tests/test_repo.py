@@ -23,7 +23,7 @@ ROOMS = {  # file: which of our files it may import
     "rl": {"train", "sim_env", "data", "model"},
     "sample": {"sim_env", "real_env", "data", "model"},
 }  # fmt: skip
-OPTIONAL = {"matplotlib", "lerobot", "cv2", "scservo_sdk"}  # imported where it is used; without it the program says what to install
+OPTIONAL = {"matplotlib", "lerobot", "cv2", "scservo_sdk", "tokenizers", "transformers", "peft", "pyarrow", "av"}  # imported where it is used; without it the program says what to install
 DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}  # where the import's name is not the package's
 
 
@@ -73,7 +73,7 @@ def commands(text):
 def check(name, words):
     cls, presets = {"prepare": (prepare.PrepareConfig, prepare.PRESETS), "train": (train.TrainConfig, train.PRESETS),
                     "rl": (rl.RLConfig, rl.PRESETS),
-                    "sample": (sample.SampleConfig, dict.fromkeys(("debug", "tiny", "small"), {}))}[name]  # fmt: skip
+                    "sample": (sample.SampleConfig, dict.fromkeys(("debug", "tiny", "small", "base256", "base", "paper"), {}))}[name]  # fmt: skip
     if not {"--help", "-h"} & set(words):
         parse_config(cls, presets, words, "task" if name == "sample" else None)
 

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -39,8 +40,8 @@ SETTINGS = {"Return_Delay_Time": 0, "Maximum_Acceleration": 254, "Acceleration":
 GRIPPER_SETTINGS = {"Max_Torque_Limit": 500, "Protection_Current": 250, "Overload_Torque": 25}
 
 
-class BusError(RuntimeError):
-    """The servo bus failed for good; the arm was told to stop where it is."""
+class ArmError(RuntimeError):
+    """The servo bus or a camera failed for good; the arm was told to stop where it is."""
 
 
 class RealEnv:
@@ -105,7 +106,7 @@ class RealEnv:
         for number, motor in enumerate(MOTORS, 1):
             try:
                 self._try(f"asking {motor}", self.bus.ping, motor, raise_on_error=True)
-            except BusError as error:
+            except ArmError as error:
                 raise RuntimeError(f"{error}; is the arm powered, and {motor} (id {number}) plugged in? A new servo gets its id from "
                                    f"lerobot-setup-motors --robot.type=so100_follower --robot.port={self.port}") from None
         if not self._try("reading the servos' calibration", lambda: self.bus.is_calibrated):
@@ -161,7 +162,7 @@ class RealEnv:
                 why = error
                 self._recover()
         self.broken = True
-        raise BusError(f"{what} failed {TRIES} times: {one_line(why)}")
+        raise ArmError(f"{what} failed {TRIES} times: {one_line(why)}")
 
     def _recover(self):
         """After an error: no packet is under way, no late answer waits to be taken for another's, and the port is open."""
@@ -222,7 +223,7 @@ class RealEnv:
             try:
                 self._try(f"switching off {motor}", self.bus.disable_torque, motor)
                 self._try(f"freeing the speed of {motor}", self.bus.write, "Goal_Velocity", motor, 0)  # for LeRobot's own programs
-            except BusError:
+            except ArmError:
                 left.append(motor)
         self.powered = bool(left)
         if left:
@@ -290,7 +291,7 @@ class RealEnv:
             self._calmly(self.home)
             self.clock.sleep(.5)  # it settles, and the cameras see it
             self._read()
-        except BusError as error:
+        except ArmError as error:
             self._give_up(error)
         self.tick = self.clock.monotonic()
         return self._obs(), self._info(0, before)
@@ -300,7 +301,7 @@ class RealEnv:
         return self.step_chunk(np.asarray(action)[None])
 
     def step_chunk(self, actions):
-        """Up to n control steps, actions (n, 6); pictures are taken once, at the end. Raises BusError when the arm had to be stopped."""
+        """Up to n control steps, actions (n, 6); pictures are taken once, at the end. Raises ArmError when the arm had to be stopped."""
         if self.task is None or self.closed:
             raise ValueError("the episode has not begun: call reset() first")
         actions = np.asarray(actions, np.float64)
@@ -328,7 +329,7 @@ class RealEnv:
             self.late = self.tick - due
             self.clock.sleep(self.tick - now)
             self._read()
-        except BusError as error:
+        except ArmError as error:
             self._give_up(error)
         self.steps += 1
         terminated = self.success = bool(self.judge and self.judge())
@@ -336,7 +337,7 @@ class RealEnv:
 
     def _give_up(self, error):
         self._stop()
-        raise BusError(f"the arm was stopped: {error}; check power and cables, then start again") from None
+        raise ArmError(f"the arm was stopped: {error}; check power and cables, then start again") from None
 
     def _obs(self):
         images = {}
@@ -345,13 +346,13 @@ class RealEnv:
                 frame = camera.async_read(timeout_ms=STALE * 1000)  # (height, width, 3) RGB
             except Exception as error:
                 self._stop()
-                raise RuntimeError(f"camera {view} delivers no new pictures ({one_line(error)}); the arm was stopped: check the cable, then start again") from None
+                raise ArmError(f"camera {view} delivers no new pictures ({one_line(error)}); the arm was stopped: check the cable, then start again") from None
             now, known = self.clock.monotonic(), self.shown.get(view)
             if known is None or not np.array_equal(frame, known[0]):
                 self.shown[view] = frame, self.measured, now
             elif now - known[2] > STALE and np.abs(self.measured - known[1])[:5].max() > 5:
                 self._stop()
-                raise RuntimeError(f"camera {view} shows the same picture since {now - known[2]:.1f} s although the arm moved; the arm was stopped: "
+                raise ArmError(f"camera {view} shows the same picture since {now - known[2]:.1f} s although the arm moved; the arm was stopped: "
                                    "unplug the camera and plug it in again")
             self.frames[view] = frame
             images[view] = square(frame, self.px)
@@ -389,6 +390,83 @@ class RealEnv:
                     device.disconnect(*[False] * (device is self.bus))  # torque is off already, as far as it could be
             for number, handler in zip(numbers, handlers):
                 signal.signal(number, handler or signal.SIG_DFL)
+
+
+class Keys:
+    """Key presses of the person beside the arm: without Enter on a terminal, else (a pipe) the next character."""
+
+    def __init__(self):
+        self.fd, self.before = sys.stdin.fileno(), None
+        if sys.stdin.isatty():
+            import termios
+            import tty
+            self.before = termios.tcgetattr(self.fd)
+            tty.setcbreak(self.fd)
+            atexit.register(self.close)
+
+    def pressed(self, patience=0.):
+        """The next key if there is one within `patience` seconds (None: however long that takes), else an empty string."""
+        if not select.select([self.fd], [], [], patience)[0]:
+            return ""
+        key = os.read(self.fd, 1).decode(errors="replace")
+        if not key:
+            raise ArmError("nobody is at the keyboard to begin and judge the episodes")
+        return key
+
+    def wait(self, keys):
+        while self.pressed(None) not in keys:
+            pass
+
+    def close(self):
+        if self.before:
+            import termios
+            termios.tcsetattr(self.fd, termios.TCSADRAIN, self.before)
+            self.before = None
+
+
+class PracticeEnv(RealEnv):
+    """A real arm whose episodes a person begins and judges, as rl.py practises on it: Enter begins, y is success, n failure.
+
+    instruction: what every episode asks for. An episode that nobody judges fails at the time limit.
+    """
+
+    def __init__(self, port, cameras, name="", instruction="", limit=200, **more):
+        self.instruction, self.longest, self.keys = instruction, limit, Keys()
+        super().__init__(port, cameras, name, limit=limit, judge=self.verdict, **more)
+
+    def reset(self, *, seed=None, options=None):
+        """Let the person lay out the scene, then begin -> obs, info. Seed and options are the simulation's, and ignored."""
+        self.rest()
+        print(f"\nlay out the scene for: {self.instruction}\nkeep clear of the arm and press Enter; then y: done, n: failed", flush=True)
+        self.keys.wait("\r\n")
+        self.limit = self.longest
+        return super().reset(options={"task": self.instruction})
+
+    def rest(self):
+        """Fold up, out of the way: no load on the motors while people lay out scenes and gradients are computed."""
+        try:
+            self._calmly(REST)
+        except ArmError as error:
+            self._give_up(error)
+
+    def verdict(self):
+        key = self.keys.pressed()
+        if key == "n":
+            self.limit = self.steps  # no more time
+        return key == "y"
+
+    def close(self):
+        super().close()
+        self.keys.close()
+
+
+def by_flags(cls, cfg, views, **more):
+    """An arm by a program's flags --port, --id, --front, --wrist and --task. views: the cameras that the policy looks through."""
+    if missing := [f"--{view}=" for view in views if not getattr(cfg, view, "")]:
+        raise ValueError(f"the policy looks through {views}: type {' and '.join(missing)} with the number that lerobot-find-cameras opencv says")
+    if not cfg.task.strip():
+        raise ValueError('the real arm needs an instruction, like "put the red cube on the blue pad"')
+    return cls(cfg.port, {view: getattr(cfg, view) for view in views}, cfg.id, **more)
 
 
 def square(frame, px):

@@ -3,6 +3,7 @@
     python rl.py --config small --init_from=out/small                     # roll out, retrieve, update; table before and after
     python rl.py --config small --init_from=out/small --resume            # go on after a kill
     python rl.py --config small --init_from=out/small --experts=none --out=out/no_experts      # plain PPO
+    python rl.py --config small --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 --task="put the red cube on the blue pad" --eval=0 --eval_episodes=0
 
 Every iteration: many simulated arms play whole episodes with a noisy denoising chain, whose Gaussian steps have a likelihood
 (`step`). Every decision looks up one of the expert frames most like what it saw. PPO moves the adapter and the expert;
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import real_env
 import sim_env
 from data import Episodes, Neighbours, Tokenizer, flow_times
 from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
@@ -44,7 +46,12 @@ class RLConfig:
     data: str = opt("", "data set that expert samples come from (default: the one the policy was trained on)")
     out: str = opt("", "run folder (default out/<config>_rl)")
     resume: bool = opt(False, "go on with the run in --out")
-    env: str = opt("", "sim, or an environment package.module:Class (default: the one the policy was trained for)")
+    env: str = opt("", "sim; real: an SO-100 or SO-101 and a person who judges; or package.module:Class (default: as trained for)")
+    port: str = opt("", "real: serial port of the arm (lerobot-find-port)")
+    id: str = opt("", "real: LeRobot's robot id, whose calibration is used; not needed if there is only one")
+    front: str = opt("", "real: front camera, number or path (lerobot-find-cameras opencv)")
+    wrist: str = opt("", "real: wrist camera")
+    task: str = opt("", "real: the instruction of every episode")
     families: str = opt("", "task families to practise, with commas (default: those the policy was trained on)")
     iterations: int = opt(50, "rounds of rollouts and update")
     episodes: int = opt(192, "episodes per iteration, over all families and processes")
@@ -79,7 +86,7 @@ class RLConfig:
     anchor: float = opt(0.0, "weight of the KL divergence from the starting policy, a baseline in place of experts")
     ema: float = opt(0.9, "decay per iteration of the weight average that is evaluated and saved")
     eval_every: int = opt(10, "iterations between evaluations without noise on validation seeds; the best is kept")
-    eval_episodes: int = opt(150, "validation episodes per family in each of them")
+    eval_episodes: int = opt(150, "validation episodes per family in each of them; 0 for none, the last policy is kept")
     eval: int = opt(100, "report episodes per family and split for the tables before and after; 0 for none")
     seed: int = opt(0, "seed of scenes and noise")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
@@ -92,7 +99,7 @@ class RLConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("iterations", "episodes", "arms", "epochs", "critic_epochs", "minibatch", "noise_samples", "neighbours", "index_frames", "eval_every", "eval_episodes"):
+        for name in ("iterations", "episodes", "arms", "epochs", "critic_epochs", "minibatch", "noise_samples", "neighbours", "index_frames", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         for name in ("sigma", "sde_level", "lr", "critic_lr", "clip", "target_kl", "grad_clip"):
@@ -104,6 +111,10 @@ class RLConfig:
             [float(w) for w in self.view_weights.split(",") if self.view_weights]
         except ValueError:
             raise ValueError(f"view_weights must be numbers with commas between them, not {self.view_weights!r}") from None
+        if min(self.eval, self.eval_episodes) < 0:
+            raise ValueError("eval and eval_episodes count episodes: 0 or more")
+        if self.env == "real" and (self.eval or self.eval_episodes):
+            raise ValueError("practice on the real arm is judged episode by episode: add --eval=0 --eval_episodes=0, and try the policy with sample.py")
         if not self.ppo and self.experts == "none":
             raise ValueError("--ppo=false needs expert samples to imitate; leave out --experts=none")
 
@@ -113,7 +124,7 @@ PRESETS = {
     "tiny": dict(),
     "small": dict(),
 }
-HARMLESS = {"config", "out", "resume", "init_from", "data", "device", "threads", "arms", "eval", "eval_every"}
+HARMLESS = {"config", "out", "resume", "init_from", "data", "device", "threads", "arms", "eval", "eval_every", "port", "id", "front", "wrist"}
 FIRST_SEED = 600_000  # of the training range: no scene of the data set is practised on
 
 
@@ -249,14 +260,14 @@ def observe(policy, obs, views):
     return states, policy.normalise(state, "state"), visual.view(len(visual), policy.cfg.views, -1)
 
 
-def play(policy, jobs, vec, cfg, clock):
-    """Whole episodes with the noisy chain, one per job (seed, family); arms that finish take the next job.
+def play(policy, jobs, vec, cfg, clock, keep=lambda episode: None):
+    """Whole episodes with the noisy chain, one per job (seed, family); arms that finish take the next job. keep: told each as it ends.
 
     -> list of episodes by seed: {"seed", "family", "success", "steps", "final": (states, state) or None, "reward": [T numbers], and
     stacked over its T chunks "states", "state", "views", "chain", "noisy", "executed"}. Noise depends on the episode's seed and time alone.
     """
     K, H, A, execute = policy.cfg.denoise_steps, policy.cfg.chunk, policy.cfg.action_dim, policy.cfg.execute
-    device, cameras = policy.vlm.queries.device, sim_env.views_of(policy, cfg.env)
+    device, cameras = policy.vlm.queries.device, sim_env.views_of(policy, twin(cfg))
     episodes, waiting, running = [], list(jobs), {}  # running: arm -> its episode
     bar = tqdm(total=len(jobs), desc="rollouts", unit="episode", leave=False, disable=not sys.stderr.isatty())
     while waiting or running:
@@ -296,6 +307,7 @@ def play(policy, jobs, vec, cfg, clock):
             episode = running.pop(arm)
             episode["success"], episode["steps"] = bool(terminated[arm]), infos[arm]["steps"]
             episode |= {name: torch.stack(x) for name, x in episode.items() if name in CHUNKS}
+            keep(episode)
             bar.update()
     bar.close()
     return sorted(episodes, key=lambda e: e["seed"])
@@ -515,16 +527,47 @@ def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, worl
 # The run
 
 
+def twin(cfg):
+    """The environment whose cameras and motors are those of --env: the real arm has the simulated one's."""
+    return "sim" if cfg.env == "real" else cfg.env
+
+
+def connect(policy, cfg):
+    """The real arm in VecEnv's place; a ValueError of one line where it does not answer."""
+    try:
+        arm = real_env.by_flags(real_env.PracticeEnv, cfg, policy.cfg.cameras.split(","), instruction=cfg.task, px=policy.cfg.image_size)
+    except RuntimeError as e:
+        raise ValueError(str(e)) from None
+    return sim_env.Alone(arm, policy.cfg.image_size)
+
+
+def play_real(policy, jobs, vec, cfg, clock):
+    """play() on the real arm. Every episode is on disk as soon as it ends, so that a person's time is not lost when the program dies."""
+    folder = Path(cfg.out, "episodes")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = lambda seed: folder / f"{seed}.pt"
+    keep = lambda episode: write_atomically(path(episode["seed"]), lambda file: torch.save(episode, file))
+    done = [torch.load(path(seed), weights_only=True) for seed, _ in jobs if path(seed).is_file()]
+    try:
+        episodes = play(policy, [job for job in jobs if not path(job[0]).is_file()], vec, cfg, clock, keep)
+        vec.env.rest()
+    except real_env.ArmError as e:
+        raise ValueError(f"{e}; the episodes so far are kept: go on with --resume") from None
+    return sorted(done + episodes, key=lambda e: e["seed"])
+
+
 def jobs_of(cfg, families, iteration):
     """Scenes of one iteration [(seed, family), ...], none practised twice, the longest episodes first so that no arm waits for them."""
     first = FIRST_SEED + (cfg.seed * cfg.iterations + iteration) * cfg.episodes
     jobs = [(first + i, families[i % len(families)]) for i in range(cfg.episodes)]
-    limit = sim_env.environment(cfg.env).families
-    return sorted(jobs, key=lambda job: -limit[job[1]])
+    limit = sim_env.environment(twin(cfg)).families
+    return sorted(jobs, key=lambda job: -limit.get(job[1], 0))
 
 
 def validate(policy, ema, families, cfg, rank=0, world=1):
-    """Success without noise on validation seeds, shared among the processes -> {family: rate}."""
+    """Success without noise on validation seeds, shared among the processes -> {family: rate}, empty if there are to be none."""
+    if not cfg.eval_episodes:
+        return {}
     seeds, workers = sim_env.SEEDS["val"][50_000 : 50_000 + cfg.eval_episodes], os.cpu_count() // world or 1
     with averaged_weights(policy, ema):
         runs = [sim_env.rollout(sim_env.driver(policy, cfg.env), seeds[rank::world], f, "id", cfg.arms, policy.cfg.image_size, workers, f"validation, {f}", cfg.env)
@@ -551,7 +594,8 @@ def practise(cfg):
     began_with = read_checkpoint_config(cfg.init_from)
     cfg.data, cfg.families = cfg.data or began_with.get("data", ""), cfg.families or began_with.get("families", "place")
     cfg.env, families = cfg.env or began_with.get("env", "sim"), cfg.families.split(",")
-    sim_env.check_families(families, cfg.env)
+    if cfg.env != "real":
+        sim_env.check_families(families, cfg.env)
     if cfg.resume:
         check_resume(cfg, read_checkpoint_config(out).get("rl", {}), HARMLESS, (), say)
     if world > 1 and not dist.is_initialized():
@@ -579,7 +623,7 @@ def practise(cfg):
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     say(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es); {sum(p.numel() for p in moving):,} parameters learn, {sum(p.numel() for p in learner['critic'].parameters()):,} judge")
     out.mkdir(parents=True, exist_ok=True)
-    settings = asdict(policy.cfg) | {"data": cfg.data, "env": cfg.env, "families": cfg.families, "rl": asdict(cfg)}
+    settings = asdict(policy.cfg) | {"data": cfg.data, "env": twin(cfg), "families": cfg.families, "rl": asdict(cfg)}
 
     def keep(iteration):
         state = {"iteration": iteration, "best": best, "learner": learner.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
@@ -592,20 +636,21 @@ def practise(cfg):
             say("before:")
             report(policy, families, cfg, out / "eval_before.json", say)
         save_policy(out, policy, settings)
-    if not cfg.resume:
-        before = validate(policy, ema, families, cfg, rank, world)
+        keep(0)
+    if not cfg.resume and (before := validate(policy, ema, families, cfg, rank, world)):
         best = float(np.mean(list(before.values())))
         say("validation before: " + " ".join(f"{family} {rate:.2f}" for family, rate in before.items()))
     arms = min(cfg.arms, math.ceil(cfg.episodes / world))
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, unit="iteration", disable=rank > 0 or not sys.stderr.isatty())
-    with sim_env.VecEnv(arms, os.cpu_count() // world or 1, cfg.env, policy.cfg.image_size) as vec:
+    with connect(policy, cfg) if cfg.env == "real" else sim_env.VecEnv(arms, os.cpu_count() // world or 1, cfg.env, policy.cfg.image_size) as vec:
         for iteration in bar:
             factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * iteration / cfg.iterations))
             rise = min(1, (iteration + 1 - cfg.critic_warmup) / 5)  # AdamW's first steps are of full size however small the gradient
             for group, lr in zip(optimizer.param_groups, (cfg.lr * max(0, rise), cfg.critic_lr)):
                 group["lr"] = lr * factor
             spent, clock, began = vec.spent(), Stopwatch(device), time.time()
-            episodes = play(policy, jobs_of(cfg, families, iteration)[rank::world], vec, cfg, clock)
+            jobs = jobs_of(cfg, families, iteration)[rank::world]
+            episodes = (play_real if cfg.env == "real" else play)(policy, jobs, vec, cfg, clock)
             rollout = sum(clock.seconds.values())
             for stage, seconds in vec.spent().items():
                 clock.seconds[stage] = seconds - spent[stage]
@@ -637,7 +682,9 @@ def practise(cfg):
             line |= {f"success {f}": float(np.mean([e["success"] for e in episodes if e["family"] == f])) for f in families}
             line |= {"return": b["return"].mean().item(), "chunks": len(b["return"]), "steps_per_s": steps / rollout,
                      "chunks_per_s": len(b["return"]) / rollout, "seconds": seconds, "time": dict(clock.seconds)}  # fmt: skip
-            if (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
+            if not cfg.eval_episodes and rank == 0:
+                save_policy(out, policy, settings, policy.state_dict() | ema)
+            elif (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
                 line["validation"] = validate(policy, ema, families, cfg, rank, world)
                 mean = float(np.mean(list(line["validation"].values())))
                 if mean > best:

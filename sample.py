@@ -66,7 +66,7 @@ class SampleConfig:
             raise ValueError(f"unknown split {', '.join(unknown)}; choose from {', '.join(sim_env.SPLITS)}")
 
 
-PRESETS = {"debug": {}, "tiny": dict(family="tiny"), "small": {}, "base256": {}, "base": {}, "paper": {}}
+PRESETS = {"debug": {}, "tiny": {}, "small": {}, "base256": {}, "base": {}, "paper": {}}
 
 
 def load_policy(run):
@@ -82,13 +82,7 @@ def look(obs, policy):
 
 
 def real_arm(policy, cfg):
-    """The real arm with the cameras that the policy looks through."""
-    views = policy.cfg.cameras.split(",")
-    if missing := [f"--{view}=" for view in views if not getattr(cfg, view, "")]:
-        raise ValueError(f"the policy looks through {views}: type {' and '.join(missing)} with the number that lerobot-find-cameras opencv says")
-    if not cfg.task.strip():
-        raise ValueError('the real arm needs an instruction: type it in quotes, like "put the red cube on the blue pad"')
-    return real_env.RealEnv(cfg.port, {view: getattr(cfg, view) for view in views}, cfg.id, policy.cfg.image_size, cfg.dry_run)
+    return real_env.by_flags(real_env.RealEnv, cfg, policy.cfg.cameras.split(","), px=policy.cfg.image_size, dry_run=cfg.dry_run)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -947,6 +947,8 @@ def environment(name):
     """
     if name == "sim":
         return SO100Env
+    if name == "real":
+        raise ValueError("the real arm is no simulation: sample.py and rl.py take --env=real, one arm at a time and with a person beside it")
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"--env={name} is neither sim nor package.module:Class")
@@ -1044,8 +1046,11 @@ class VecEnv:
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in self.groups]
         for worker, group in zip(self.workers, self.groups):
             self._send(worker, (len(group), env, options | {"px": px}))
-        self.obs = {"images": np.zeros((n, len(self.cameras), px, px, 3), np.uint8),
-                    "state": np.zeros((n, len(cls.motors)), np.float32), "task": [""] * n}
+        self._empty(len(cls.motors))
+
+    def _empty(self, joints):
+        n, px = self.n, self.px
+        self.obs = {"images": np.zeros((n, len(self.cameras), px, px, 3), np.uint8), "state": np.zeros((n, joints), np.float32), "task": [""] * n}
         self.infos = [{} for _ in range(n)]
         self.terminated, self.truncated = np.zeros(n, bool), np.ones(n, bool)  # nothing moves before its first reset
 
@@ -1078,7 +1083,8 @@ class VecEnv:
 
     def _store(self, arm, obs, info):
         for view, camera in enumerate(self.cameras):
-            self.obs["images"][arm, view] = obs["images"][camera]
+            if camera in obs["images"]:  # a real arm may have one alone
+                self.obs["images"][arm, view] = obs["images"][camera]
         self.obs["state"][arm], self.obs["task"][arm], self.infos[arm] = obs["state"], obs["task"], info
 
     def observations(self, arms=slice(None)):
@@ -1120,6 +1126,23 @@ class VecEnv:
                 worker.stdin.close()
             worker.wait()
             worker.stdout.close()
+
+
+class Alone(VecEnv):
+    """VecEnv's interface to one environment in this process: a real arm, whose person sits at this terminal."""
+
+    def __init__(self, env, px=96):
+        self.env, self.n, self.px, self.cameras = env, 1, px, list(CAMERAS)
+        self._empty(len(MOTORS))
+
+    def _call(self, method, calls):
+        return {arm: getattr(self.env, method)(**arguments) for arm, arguments in calls.items()}
+
+    def spent(self):
+        return {}
+
+    def close(self):
+        self.env.close()
 
 
 def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers=2, name="episodes", env="sim", **options):

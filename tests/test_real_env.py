@@ -10,16 +10,18 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("lerobot")
 pytest.importorskip("scservo_sdk")
 pytest.importorskip("cv2")
 
 import real_env
+import rl
 import sample
 import sim_env
 from feetech_emulator import CALIBRATION, HOMING, MIN, SPEED, SYNC_READ, SYNC_WRITE, TICK, WRITE, Emulator, install, unsigned
-from real_env import FLOOR, HOME, MAX_STEP, REST, BusError, RealEnv
+from real_env import FLOOR, HOME, MAX_STEP, REST, ArmError, RealEnv
 from sim_env import FPS, HIGH, LOW, MOTORS
 
 TASK = {"task": "put the red cube on the blue pad"}
@@ -284,7 +286,7 @@ def test_a_servo_that_stops_answering(arm):
         env.reset(options=TASK)
         env.step(HOME + [15, 0, 0, 0, 0, 0])
         arm.dead = {"elbow_flex"}
-        with pytest.raises(BusError, match="stopped") as caught:
+        with pytest.raises(ArmError, match="stopped") as caught:
             env.step(HOME + [30, 10, 0, 0, 0, 0])
         assert "\n" not in str(caught.value)
         where = arm.sim.position()
@@ -299,7 +301,7 @@ def test_the_cable_is_pulled_in_mid_motion(arm):
         env.reset(options=TASK)
         calls = iter(range(10**6))
         arm.fault = lambda _: arm.unplug() if next(calls) == 7 else None
-        with pytest.raises(BusError, match="stopped.*check power and cables"):
+        with pytest.raises(ArmError, match="stopped.*check power and cables"):
             for k in range(9):
                 env.step(HOME + [10 * k, 0, 0, 0, 0, 0])
         assert not os.path.exists(arm.port)
@@ -420,3 +422,44 @@ def test_bad_input(arm, command, fails):
     assert "does not open" in fails(sample.main, [*command, "--wrist=9", TASK["task"]])
     assert "--wrist=" in fails(sample.main, [*command, "--wrist=", TASK["task"]])
     assert "sim or real" in fails(sample.main, [*command, "--env=reel", TASK["task"]])
+
+
+class Person:
+    """Somebody at the keyboard: a pipe in the place of standard input."""
+
+    def __init__(self, monkeypatch):
+        read, self.write = os.pipe()
+        monkeypatch.setattr(sys, "stdin", os.fdopen(read))
+
+    def press(self, keys):
+        os.write(self.write, keys.encode())
+
+    def leave(self):
+        os.close(self.write)
+
+
+def test_practice_on_the_arm_with_a_person_who_judges(arm, trained, tmp_path, monkeypatch, capsys):
+    """Two iterations of two episodes; the person leaves in the second, and after --resume only what was missing is played."""
+    monkeypatch.setattr(real_env, "PracticeEnv", functools.partial(real_env.PracticeEnv, clock=arm, size=(64, 48), limit=8))
+    out = tmp_path / "practised"
+    flags = ["--config", "debug", f"--init_from={trained}", f"--out={out}", "--env=real", f"--port={arm.port}", "--front=0", "--wrist=2",
+             f"--task={TASK['task']}", "--episodes=2", "--eval=0", "--eval_episodes=0", "--device=cpu", "--threads=1"]  # fmt: skip
+    person = Person(monkeypatch)
+    person.press("\nxxxy" "\nxn" "\nxxxxxxxx")  # success in the fourth step, failure in the second, and nobody judges
+    person.leave()
+    with pytest.raises(SystemExit):
+        rl.main(flags)
+    said = capsys.readouterr()
+    assert "nobody is at the keyboard" in said.err and "--resume" in said.err and "lay out the scene for: put the red" in said.out
+    kept = sorted((out / "episodes").iterdir())
+    first, second, third = (torch.load(path, weights_only=True) for path in kept)
+    assert [e["success"] for e in (first, second, third)] == [True, False, False] and [e["steps"] for e in (first, second, third)] == [4, 2, 8]
+    assert third["final"] and not first["final"] and arm.torque() == []
+    before = [path.read_bytes() for path in kept]
+    Person(monkeypatch).press("\ny")
+    rl.main([*flags, "--resume"])
+    assert [path.read_bytes() for path in kept] == before and len(list((out / "episodes").iterdir())) == 4
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["success place"] for line in lines] == [0.5, 0.5] and arm.torque() == []
+    assert json.loads((out / "config.json").read_text())["env"] == "sim"
+    within_limits(arm)

@@ -20,7 +20,7 @@ ROOMS = {  # file: which of our files it may import
     "real_env": {"sim_env"},
     "prepare": {"sim_env", "data", "model"},
     "train": {"sim_env", "data", "model"},
-    "rl": {"train", "sim_env", "data", "model"},
+    "rl": {"train", "sim_env", "real_env", "data", "model"},
     "sample": {"sim_env", "real_env", "data", "model"},
 }  # fmt: skip
 OPTIONAL = {"matplotlib", "lerobot", "cv2", "scservo_sdk", "tokenizers", "transformers", "peft", "pyarrow", "av"}  # imported where it is used; without it the program says what to install

@@ -658,6 +658,7 @@ def png(image):
 def write_video(path, images, fps, codec):
     """(px, px, 3) uint8 pictures -> an mp4 that can be entered at every second frame, as LeRobot's own."""
     av, (encoder, options) = package("av"), CODECS[codec]
+    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder reports errors only
     try:
         with av.open(str(path), "w", format="mp4") as film:
             stream = film.add_stream(encoder, rate=fps, options=options)

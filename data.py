@@ -363,6 +363,23 @@ class Questions:
         self.meta = read_json(folder, "meta.json")
         self.images = read_images(folder, self.meta, cfg)
         self.questions = read_json(folder, "questions.json")
+        self.scenes = np.arange(len(self.questions))
+
+    def drop_long(self, tokenizer):
+        """Leave out questions of more tokens than the model is made for, as sets of others have them, and pictures that have no other."""
+
+        def fits(question):
+            if 2 * len(question.encode()) <= tokenizer.LONGEST:  # a byte, with a space before it, is two tokens at most
+                return True
+            try:
+                return bool(tokenizer.question(question))
+            except ValueError:
+                return False
+
+        self.questions = [[q for q in scene if fits(q[1])] for scene in self.questions]
+        self.scenes = np.array([i for i, scene in enumerate(self.questions) if scene])
+        if not len(self.scenes):
+            raise ValueError(f"no question of the set has at most {tokenizer.LONGEST} tokens; make it again with a smaller --longest")
 
     def texts(self):
         return [text.removeprefix("<task>") for scene in self.questions for _, question, answer in scene for text in (question, answer)]
@@ -372,7 +389,7 @@ class Questions:
 
         -> dict of tensors (SyVLA.forward's keys).
         """
-        picks = rng.integers(len(self.questions), size=n)[rows]
+        picks = self.scenes[rng.integers(len(self.scenes), size=n)[rows]]
         seeds = rng.integers(2**31, size=n)[rows]
         packed = []
         for scene, seed in zip(picks, seeds):

@@ -513,6 +513,8 @@ def build(cfg, device):
         tokenizer = Tokenizer.load(folder)
     else:
         tokenizer = Tokenizer.train(episodes.texts() + (questions.texts() if questions else []), cfg.vocab_size)
+    for asked in filter(None, (questions, held_out)):
+        asked.drop_long(tokenizer)
     torch.manual_seed(cfg.seed)
     policy = SyVLA(cfg, tokenizer, folder, pretrained=bool(cfg.backbone) and not (cfg.resume or cfg.init_from))
     freeze(policy, cfg)

@@ -307,3 +307,15 @@ def test_training_and_held_out_seeds_never_meet():
     spans = {kind: [s for shard in prepare.shards(prepare.PrepareConfig()) if shard[0] == kind for s in (shard[2], shard[2] + shard[3] - 1)] for kind in prepare.SHARD}
     assert all(s in sim_env.SEEDS["train"] for kind in ("demo", "start", "questions") for s in spans[kind])
     assert all(s in sim_env.SEEDS["val"] for s in spans["questions_val"])
+
+
+def test_questions_too_long_for_the_tokenizer_are_left_out(data, tokenizer):
+    asked = Questions(data / "questions", CFG)
+    asked.questions[1] = [["long", "word " * 200, "yes"]]
+    asked.questions[2] = [["long", "zqx!" * 60, "yes"], ["short", "how many cubes are there", "2"]]
+    asked.drop_long(tokenizer)
+    assert 1 not in asked.scenes and 2 in asked.scenes and [q[0] for q in asked.questions[2]] == ["short"]
+    asked.batch(tokenizer, np.random.default_rng(0), 200, 64)  # none of them is met
+    asked.questions = [[["long", "word " * 200, "yes"]]]
+    with pytest.raises(ValueError, match="--longest"):
+        asked.drop_long(tokenizer)

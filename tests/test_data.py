@@ -295,9 +295,10 @@ def test_shards_do_not_depend_on_how_work_is_spread(data, tmp_path):
     """prepare.py again, in this process, shard by shard and backwards: bit-identical arrays."""
     cfg = prepare.PrepareConfig(**prepare.PRESETS["debug"] | dict(config="debug", out=str(tmp_path / "again")))
     (tmp_path / "again" / "parts").mkdir(parents=True)
-    for shard in reversed(prepare.shards(cfg)):
-        prepare.make_shard((cfg, shard))
-    prepare.merge(cfg)
+    jobs, common, _ = prepare.make_plan(cfg)
+    for job in reversed(jobs):
+        prepare.make_shard(job)
+    prepare.merge(cfg, [shard for _, shard, _ in jobs], common)
     for name in ("state.npy", "action.npy", "front.npy", "wrist.npy", "questions/front.npy", "questions/questions.json", "questions_val/questions.json"):
         assert (data / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     shutil.rmtree(tmp_path / "again")

@@ -636,10 +636,12 @@ def practise(cfg):
             say("before:")
             report(policy, families, cfg, out / "eval_before.json", say)
         save_policy(out, policy, settings)
-        keep(0)
-    if not cfg.resume and (before := validate(policy, ema, families, cfg, rank, world)):
-        best = float(np.mean(list(before.values())))
-        say("validation before: " + " ".join(f"{family} {rate:.2f}" for family, rate in before.items()))
+    if not cfg.resume:
+        if before := validate(policy, ema, families, cfg, rank, world):
+            best = float(np.mean(list(before.values())))
+            say("validation before: " + " ".join(f"{family} {rate:.2f}" for family, rate in before.items()))
+        if rank == 0:
+            keep(0)
     arms = min(cfg.arms, math.ceil(cfg.episodes / world))
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, unit="iteration", disable=rank > 0 or not sys.stderr.isatty())
     with connect(policy, cfg) if cfg.env == "real" else sim_env.VecEnv(arms, os.cpu_count() // world or 1, cfg.env, policy.cfg.image_size) as vec:

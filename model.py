@@ -830,7 +830,9 @@ class SyVLA(nn.Module):
         self.mark = lambda stage: None  # called after every stage; --bench and the latency table put a stopwatch here
         self._init_weights()
         if pretrained and not cfg.wrapped:
-            print(f"{folder}: {load_smolvlm(self.vlm, folder)} tensors read, every key and shape as expected")
+            count = load_smolvlm(self.vlm, folder)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{folder}: {count} tensors read, every key and shape as expected")
         if pretrained:  # queries as loud as words
             self.vlm.queries.data *= self.vlm.lm.embed(torch.arange(cfg.vocab_size)).std() / self.vlm.queries.std()
         if cfg.lora:

@@ -281,10 +281,16 @@ def averaged_weights(policy, ema):
         policy.load_state_dict(raw, strict=False)
 
 
-def computing(policy):
-    """bf16 arithmetic where frozen weights were rounded to it; else none, so that evaluation is in fp32."""
+@contextlib.contextmanager
+def evaluating(policy):
+    """Evaluation mode (transformers refuses to cache in training mode with checkpointing), fp32 but where frozen weights were rounded to bf16."""
     rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
-    return torch.autocast(policy.vlm.queries.device.type, torch.bfloat16) if rounded else contextlib.nullcontext()
+    policy.eval()
+    try:
+        with torch.autocast(policy.vlm.queries.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
+            yield
+    finally:
+        policy.train()
 
 
 class Stopwatch:
@@ -448,7 +454,7 @@ FREE = {"execute", "denoise_steps", "temperature", "max_thought", "reasoning", "
 EXPERT = {"motors", "expert_width", "expert_depth", "expert_heads", "chunk"}
 
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
-HARMLESS = {"config", "data", "out", "env", "resume", "init_from", "device", "threads", "compile", "bench", "eval", "log_every", "save_every"}
+HARMLESS = {"config", "data", "out", "env", "resume", "init_from", "device", "threads", "compile", "plan", "bench", "eval", "log_every", "save_every"}
 ADJUSTABLE = {"ground_steps", "steps", "adam_lr", "muon_lr"}
 
 
@@ -473,6 +479,7 @@ def freeze(policy, cfg):
             policy.vlm.vision.connector.requires_grad_(True)
     if cfg.checkpointing and cfg.wrapped:
         policy.vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.vlm.model.train()  # from_pretrained left it in evaluation mode, in which nothing is checkpointed
     elif cfg.checkpointing:
         policy.vlm.vision.checkpointing = policy.vlm.lm.checkpointing = True
 
@@ -722,7 +729,7 @@ def report_questions(policy, ema, held_out, when, out, say):
     history = json.loads(path.read_text()) if path.is_file() else {}
     if when in history:  # a resumed run measured it already
         return
-    with averaged_weights(policy, ema), computing(policy):
+    with averaged_weights(policy, ema), evaluating(policy):
         result = held_out.accuracy(policy.answer)
     say(f"held-out questions {when}: " + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in result.items()) + f" (n={result['all']['n']})", flush=True)
     write_atomically(path, lambda p: p.write_text(json.dumps(history | {when: result}, indent=1)))
@@ -737,7 +744,7 @@ def evaluate(policy, ema, cfg, out, say):
     if not families:
         say(f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(there)})")
         return
-    with averaged_weights(policy, ema), computing(policy):
+    with averaged_weights(policy, ema), evaluating(policy):
         results = sim_env.evaluate(policy, families, cfg.eval, env=cfg.env)
     write_atomically(out / "eval.json", lambda p: p.write_text(json.dumps(results, indent=1)))
     say(sim_env.table(results))

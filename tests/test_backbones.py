@@ -242,13 +242,13 @@ def test_greedy_answers_equal_transformers_generate(family, smol, qwen, root, fp
             logits = theirs(**inputs).logits
         text = {k: torch.from_numpy(v) for k, v in pack([[(tokenizer.question(question), [])]]).items()}
         hidden, _ = policy.vlm(visual[row : row + 1], text["tokens"], text["segments"], text["positions"], False)
-        ours = F_linear(policy, hidden)
+        ours = raw_logits(policy, hidden)
         assert (ours - logits[:, -ours.shape[1] :]).abs().max() < 1e-9
         out = theirs.generate(**inputs, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
         assert got[row] == out.tolist()
 
 
-def F_linear(policy, hidden):
+def raw_logits(policy, hidden):
     """Logits in the model's own number format."""
     head = policy.vlm.lm.head.weight if policy.vlm.lm.head is not None else policy.vlm.lm.embed(torch.arange(policy.cfg.vocab_size))
     return hidden @ head.T
@@ -475,3 +475,19 @@ def test_wrong_use_is_answered_in_one_line(smol, data, tmp_path, fails):
     ask = lambda *words: fails(sample.main, ["--config", "debug", f"--run={tmp_path / 'run'}", *words])
     assert "goes with a question" in ask(f"--image={tmp_path / 'a.png'}")
     assert "no picture that can be read" in ask("--ask=what", f"--image={tmp_path / 'b.png'}") and "no picture that can be read" in ask("--ask=what", "--image=none.png")
+
+
+def test_a_wrapped_model_checkpoints_in_training_and_caches_in_evaluation(qwen, data):
+    pytest.importorskip("peft")
+    cfg = config(qwen, data, lora=2, freeze_vision=True, checkpointing=True)
+    policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
+    (pair,) = train.batches(0, cfg, policy, episodes, questions, 0, 1, "cpu")
+    layer, runs = policy.vlm.lm.text.layers[1], []
+    layer.mlp.register_forward_hook(lambda *_: runs.append(1))
+    losses = policy(pair[-1])
+    (losses["text"] + losses["action"]).backward()
+    assert len(runs) == 2  # once forward, once again on the way back
+    images = np.zeros((1, 2, 32, 32, 3), np.uint8)
+    with train.evaluating(policy):
+        inside = policy.answer(images, ["which pad is blue"])
+    assert policy.training and inside == policy.eval().answer(images, ["which pad is blue"])

@@ -411,10 +411,11 @@ class LanguageModel(nn.Module):
 class VLM(nn.Module):
     """Images, text and feature queries in one sequence: [P prefix | T text | Q queries].
 
-    The mask has one rule: a token sees itself, and earlier tokens of its own segment or of the shared prefix (segment 0, the
-    images, with what the chat format of a pretrained backbone writes around them). Questions packed behind one image are segments 1, 2, ...: each sees the picture and itself, never another question
-    or its answer. Without that isolation a model trained from nothing learns to answer from the neighbours' answers instead of
-    from the picture. Padding is segment -1. The queries belong to segment 1, the instruction with its thought.
+    The mask has one rule: a token sees itself, and earlier tokens of its own segment or of the shared prefix (segment 0: the
+    images, with what the chat format of a pretrained backbone writes around them). Questions packed behind one image are
+    segments 1, 2, ...: each sees the picture and itself, never another question or its answer. Without that isolation a model
+    trained from nothing learns to answer from the neighbours' answers instead of from the picture. Padding is segment -1. The
+    queries belong to segment 1, the instruction with its thought.
     """
 
     def __init__(self, cfg, tokenizer):

@@ -385,9 +385,9 @@ class RealEnv:
             handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # nothing may come between the arm and its release
             if self.bus is not None:
                 self._release()  # also when the port is gone: it may have come back
-            for device in (self.bus, *self.cameras.values()):
+            for disconnect in (lambda: self.bus.disconnect(disable_torque=False), *(camera.disconnect for camera in self.cameras.values())):
                 with contextlib.suppress(Exception):  # what was never opened, or has gone
-                    device.disconnect(*[False] * (device is self.bus))  # torque is off already, as far as it could be
+                    disconnect()
             for number, handler in zip(numbers, handlers):
                 signal.signal(number, handler or signal.SIG_DFL)
 

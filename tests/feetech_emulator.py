@@ -53,6 +53,7 @@ class Emulator:
         self.fault, self.injected, self.dead, self.camera_fault, self.counts = lambda instruction: None, [], set(), {}, {}
         self.goals, self.trace = [], []  # every target that reached a servo, as (position then, target), and where the arm was at every TICK
         self.lock, self.now, self.owed = threading.RLock(), 0., 0.
+        self.withheld, self.waited = False, 0.  # is the driver waiting in vain? seconds that it has
         self.gain, self.bias = sim.model.actuator_gainprm.copy(), sim.model.actuator_biasprm.copy()
         self.memory = {}
         for motor, c in calibration.items():
@@ -70,6 +71,10 @@ class Emulator:
 
     def monotonic(self):
         return self.now
+
+    def driver_time(self):
+        """The clock of the driver's time-outs: it leaps when an answer is missing, and a busy machine is no bad cable."""
+        return time.process_time() + self.waited
 
     def sleep(self, seconds):
         """The physics goes on for so long; then the cameras see it."""
@@ -181,7 +186,11 @@ class Emulator:
                 del buffer[:len(packet)]
                 if ~sum(packet[2:-1]) & 255 == packet[-1] and not pulled.is_set():
                     with self.lock:
+                        self.withheld = False
                         os.write(master, self.answer(packet[2], packet[4], packet[5:-1]))
+                    if self.withheld:
+                        time.sleep(.001)  # it looks at its clock when it has sent
+                        self.waited += .06
         os.unlink(self.port)
         os.close(master)
         os.close(slave)
@@ -192,6 +201,7 @@ class Emulator:
         kind = self.fault(instruction)
         if kind:
             self.injected.append(kind)
+        self.withheld = bool(kind or self.dead)
         if kind == "lost" or kind == "corrupt" and instruction == SYNC_WRITE:  # a servo drops a packet whose checksum is wrong
             self.advance(.05 if instruction != SYNC_WRITE else 0)  # the driver waits for the answer, the arm moves on
             return b""
@@ -293,7 +303,7 @@ def install(emulator, folder, monkeypatch=None):
     from lerobot.utils import constants
     put = monkeypatch.setattr if monkeypatch else setattr
     put(cv2, "VideoCapture", emulator.capture_class())
-    put(scservo_sdk.port_handler, "time", SimpleNamespace(time=time.process_time))  # a busy machine is no bad cable: time-outs count own time
+    put(scservo_sdk.port_handler, "time", SimpleNamespace(time=emulator.driver_time))
     put(constants, "HF_LEROBOT_CALIBRATION", Path(folder))
     path = Path(folder, constants.ROBOTS, "so_follower", "emulated.json")
     path.parent.mkdir(parents=True)

@@ -332,24 +332,34 @@ class Episodes:
         eps = rng.standard_normal((n, cfg.noise_samples, H, A), dtype=np.float32)[rows]
         t = flow_times(rng, (n, cfg.noise_samples))[rows]
         uniform = rng.random((n, cfg.queries), dtype=np.float32)[rows]
-        return self.samples(tokenizer, picks) | {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {"eps": eps, "t": t, "uniform": uniform}.items()}
+        older = rng.integers(cfg.stale + 1, size=n)[rows] if cfg.stale else None
+        if cfg.committed:  # some first actions are given: clean, at flow time 0
+            given = rng.integers(cfg.committed + 1, size=(n, cfg.noise_samples, 1))[rows]
+            t = t[..., None] * (np.arange(H) >= given)  # (B, M, H)
+        return self.samples(tokenizer, picks, older) | {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {"eps": eps, "t": t, "uniform": uniform}.items()}
 
-    def samples(self, tokenizer, picks):
-        """Frames by index -> images, text, state, actions, valid (False behind the episode's end) as tensors."""
-        H = self.cfg.chunk
+    def samples(self, tokenizer, picks, older=None):
+        """Frames by index -> images, text, state, actions, valid (False behind the episode's end) as tensors.
+
+        older (B,): images and text are of so many control steps before, or of the episode's start; "age" says how many.
+        """
+        H, seen = self.cfg.chunk, np.asarray(picks)  # seen: the frames whose pictures and text the VLM gets
+        if older is not None:
+            age = np.array([min(k, self.frames[i] - self.episodes[self.episode_of[i]]["start"]) for i, k in zip(picks, older)])
+            seen = seen - age
         frames = np.array([self.frames[i] for i in picks])
         steps = frames[:, None] + np.arange(H)  # (B, H)
         last = np.array([self.end[i] for i in picks])[:, None] - 1
         rows = []
-        for i in picks:
+        for i in seen:
             task, reason = self.reason_at(i)
             rows.append([(tokenizer.prompt(task, self.cfg.reasoning), tokenizer.thought(reason) if self.cfg.reasoning else [])])
         batch = pack(rows) | {
-            "images": np.stack([view[frames] for view in self.images], axis=1),  # (B, V, px, px, 3)
+            "images": np.stack([view[[self.frames[i] for i in seen]] for view in self.images], axis=1),  # (B, V, px, px, 3)
             "state": self.state[frames],
             "actions": self.action[np.minimum(steps, last)],  # (B, H, A)
             "valid": steps <= last,
-        }
+        } | ({} if older is None else {"age": age})
         return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
 
     def __len__(self):

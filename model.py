@@ -87,13 +87,15 @@ class Config:
     decouple_scope: str = opt("sample", "the percentile is taken per sample, or over the batch (of one process)")
     decouple_samples: int = opt(1, "of the M noise samples, how many the first pass averages its gradient over")
     noise_samples: int = opt(4, "M, noise samples (eps, t) per observation")
+    stale: int = opt(0, "the expert also learns from query states up to this many control steps old, and is told their age (asynchronous inference)")
+    committed: int = opt(0, "the expert also learns to continue chunks whose first actions, up to this many, are given (real-time chunking)")
 
     def __post_init__(self):
         choices = {"decouple": ("gradient", "random", "attention", "off"), "decouple_scope": ("sample", "batch"), "vision_act": ("relu2", "gelu_pytorch_tanh")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        may_be_zero = ("max_thought", "vision_depth", "vision_mlp", "vision_size", "vision_enlarge", "lora")
+        may_be_zero = ("max_thought", "vision_depth", "vision_mlp", "vision_size", "vision_enlarge", "lora", "stale", "committed")
         for f in dataclasses.fields(Config):
             if f.type in (int, "int") and getattr(self, f.name) < (f.name not in may_be_zero):
                 raise ValueError(f"{f.name} ({getattr(self, f.name)}) must be at least {int(f.name not in may_be_zero)}")
@@ -113,6 +115,8 @@ class Config:
             raise ValueError(f"execute ({self.execute}) must lie between 1 and chunk ({self.chunk})")
         if not 1 <= self.decouple_samples <= self.noise_samples:
             raise ValueError(f"decouple_samples ({self.decouple_samples}) must lie between 1 and noise_samples ({self.noise_samples})")
+        if self.stale < 0 or not 0 <= self.committed < self.chunk:
+            raise ValueError(f"stale ({self.stale}) must be 0 or more, committed ({self.committed}) must lie between 0 and chunk - 1 ({self.chunk - 1})")
         if self.temperature < 0:
             raise ValueError(f"temperature ({self.temperature}) must be 0 or more")
         if not 0 <= self.decouple_percentile < 100:
@@ -751,7 +755,7 @@ class ExpertBlock(nn.Module):
         return self.cross_kv(states).view(B, Q, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, modulation, keys_values, attention=None):
-        """x (B, M, L, De), modulation (B, M, 1, 9 De) -> (B, M, L, De). A list `attention` receives (B, nh, M*L, Q) weights."""
+        """x (B, M, L, De), modulation (B, M, 1 or L, 9 De) -> (B, M, L, De). A list `attention` receives (B, nh, M*L, Q) weights."""
         B, M, L, De = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.chunk(9, dim=-1)
         y = F.layer_norm(x, (De,)) * (1 + scale1) + shift1
@@ -780,6 +784,7 @@ class Expert(nn.Module):
         self.action_in, self.state_in = nn.Linear(A, De), nn.Linear(A, De)
         self.position = nn.Parameter(torch.randn(1 + cfg.chunk, De) * 0.5)
         self.time = nn.Sequential(nn.Linear(De, De), nn.SiLU(), nn.Linear(De, De))
+        self.age = nn.Embedding(cfg.stale + 1, De) if cfg.stale else None
         self.blocks = nn.ModuleList(ExpertBlock(De, cfg.expert_heads) for _ in range(cfg.expert_depth))
         self.modulate = nn.Linear(De, 2 * De)
         self.action_out = nn.Linear(De, A)
@@ -788,10 +793,16 @@ class Expert(nn.Module):
         """Adapted states (B, Q, De) -> keys and values of every block."""
         return [block.keys_values(states) for block in self.blocks]
 
-    def modulation(self, t):
-        """Flow times (B, M) -> adaLN numbers of every block and of the output, each (B, M, 1, 9 De or 2 De)."""
+    def modulation(self, t, age=None):
+        """Flow times (B, M), or (B, M, H) where each action has its own -> adaLN numbers of every block and of the output, each
+        (B, M, 1 or 1 + H, 9 De or 2 De). age: control steps since the pictures behind the query states, int64, any shape that
+        broadcasts with (B, M); None is 0."""
         De = self.time[0].in_features
-        c = F.silu(self.time(time_embedding(t, De).to(self.position.dtype)))[:, :, None]  # (B, M, 1, De)
+        t = t[..., None] if t.ndim == 2 else torch.cat((t[..., -1:], t), dim=-1)  # (B, M, 1 or 1 + H): the joint state shares the last action's
+        c = self.time(time_embedding(t, De).to(self.position.dtype))  # (B, M, 1 or 1 + H, De)
+        if self.age is not None:
+            c = c + self.age(torch.zeros(1, 1, dtype=torch.long, device=t.device) if age is None else age)[:, :, None]
+        c = F.silu(c)
         return [block.modulate(c) for block in self.blocks] + [self.modulate(c)]
 
     def forward(self, x, modulation, state, keys_values, attention=None):
@@ -801,7 +812,7 @@ class Expert(nn.Module):
         h = torch.cat((state, self.action_in(x)), dim=2) + self.position  # (B, M, 1 + H, De)
         for block, m, kv in zip(self.blocks, modulation, keys_values):
             h = block(h, m, kv, attention)
-        shift, scale = modulation[-1].chunk(2, dim=-1)
+        shift, scale = modulation[-1][:, :, -x.shape[2] :].chunk(2, dim=-1)  # 2 x (B, M, 1 or H, De)
         h = F.layer_norm(h[:, :, 1:], h.shape[-1:]) * (1 + scale) + shift  # (B, M, H, De)
         return self.action_out(h)
 
@@ -863,6 +874,8 @@ class SyVLA(nn.Module):
         for block in self.expert.blocks:
             nn.init.zeros_(block.modulate.weight)
         nn.init.zeros_(self.expert.modulate.weight)
+        if self.expert.age is not None:
+            nn.init.zeros_(self.expert.age.weight)  # an age that was never met counts as none
         nn.init.zeros_(self.expert.action_out.weight)
         if self.cfg.wrapped:
             return
@@ -896,28 +909,31 @@ class SyVLA(nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------
 
-    def flow_loss(self, states, state, actions, valid, eps, t, attention=None):
+    def flow_loss(self, states, state, actions, valid, eps, t, attention=None, age=None):
         """Conditional flow matching, one number per noise sample.
 
         states (B, Q, D) feature query states, state (B, S), actions (B, H, A) normalised, valid (B, H) bool (False: padded
-        tail of an episode), eps (B, M, H, A), t (B, M) -> (B, M), mean over valid steps and joints, fp32.
+        tail of an episode), eps (B, M, H, A), t (B, M) -> (B, M), mean over valid steps and joints, fp32. t may be (B, M, H),
+        with 0 for actions that are given and so not trained; age (B,) of the query states in control steps.
         """
-        a, time = actions[:, None], t[:, :, None, None]
+        a, time = actions[:, None], t[:, :, None, None] if t.ndim == 2 else t[..., None]
         x_t = time * eps + (1 - time) * a  # (B, M, H, A)
         keys_values = self.expert.condition(self.adapter(states))
-        v = self.expert(x_t, self.expert.modulation(t), state, keys_values, attention)
+        v = self.expert(x_t, self.expert.modulation(t, None if age is None else age[:, None]), state, keys_values, attention)
         error = (v.float() - (eps - a)).square().mean(-1)  # (B, M, H)
-        weight = valid[:, None].float()
+        weight = valid[:, None].float()  # (B, 1, H)
+        if t.ndim == 3:
+            weight = weight * (t > 0)  # (B, M, H)
         return (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
 
-    def gradient_norms(self, states, *flow_args):
+    def gradient_norms(self, states, *flow_args, **more):
         """|| d loss / d h_i || of every feature query state: the paper's measure of what a state contributes. -> (B, Q)."""
         leaf = states.detach().requires_grad_()
-        loss = self.flow_loss(leaf, *flow_args).mean(1).sum()  # a sum over the batch keeps per-sample gradients exact
+        loss = self.flow_loss(leaf, *flow_args, **more).mean(1).sum()  # a sum over the batch keeps per-sample gradients exact
         (gradient,) = torch.autograd.grad(loss, leaf)  # only the expert is walked through, and no weight gradient is made
         return gradient.float().norm(dim=-1)
 
-    def keep_mask(self, states, state, actions, valid, eps, t, uniform):
+    def keep_mask(self, states, state, actions, valid, eps, t, uniform, **more):
         """Intention decoupling, first pass: which feature query states the second pass may use. -> (B, Q) bool.
 
         States whose gradient norm lies under the percentile are dropped (paper: 5th). Per sample at least one is dropped, so
@@ -927,11 +943,11 @@ class SyVLA(nn.Module):
         m = self.cfg.decouple_samples
         first = (state, actions, valid, eps[:, :m], t[:, :m])  # the same noise and times that the second pass sees
         if self.cfg.decouple == "gradient":
-            score = self.gradient_norms(states, *first)
+            score = self.gradient_norms(states, *first, **more)
         elif self.cfg.decouple == "attention":
             attention = []
             with torch.no_grad():
-                self.flow_loss(states, *first, attention)
+                self.flow_loss(states, *first, attention, **more)
             score = torch.stack(attention).float().mean(dim=(0, 2, 3))  # (B, Q): mean over blocks, heads, action tokens
         else:
             score = uniform
@@ -945,7 +961,8 @@ class SyVLA(nn.Module):
         """Losses of one batch, each a mean over the batch: {"text", and for action samples "action", "kept"}.
 
         images (B, V, px, px, 3) uint8; tokens, segments, positions, labels (B, T) int64 (label -100: not trained). Action
-        samples also carry state (B, S), actions (B, H, A) in LeRobot units, valid (B, H), eps (B, M, H, A), t (B, M), uniform (B, Q).
+        samples also carry state (B, S), actions (B, H, A) in LeRobot units, valid (B, H), eps (B, M, H, A), t (B, M) or (B, M, H),
+        uniform (B, Q), and with --stale age (B,): images and text are those of so many control steps before.
         """
         with_actions = "actions" in batch
         visual = self.vlm.see(batch["images"])
@@ -961,28 +978,47 @@ class SyVLA(nn.Module):
         if with_actions:
             state, actions = self.normalise(batch["state"], "state"), self.normalise(batch["actions"], "action")
             flow = (state, actions, batch["valid"], batch["eps"], batch["t"])
+            more = {"age": batch["age"]} if "age" in batch else {}
             if self.cfg.decouple != "off":
-                keep = self.keep_mask(states, *flow, batch["uniform"])
+                keep = self.keep_mask(states, *flow, batch["uniform"], **more)
                 states = states * keep[..., None]  # h_masked = h_raw * 1(||g|| >= tau): no gradient reaches a masked state
                 losses["kept"] = keep.float().mean()
                 self.mark("decoupling")
-            losses["action"] = self.flow_loss(states, *flow).mean()
+            losses["action"] = self.flow_loss(states, *flow, **more).mean()
             self.mark("expert")
         return losses
 
     # -- acting -------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def sample_chunk(self, states, state, noise):
-        """Flow sampler: K Euler steps from noise (B, H, A) at t=1 to actions at t=0, normalised. states (B, Q, D), state (B, S)."""
+    def sample_chunk(self, states, state, noise, age=None, running=None, pull=None, given=None):
+        """Flow sampler: K Euler steps from noise (B, H, A) at t=1 to actions at t=0, normalised. states (B, Q, D), state (B, S).
+
+        age (B,): of the query states. running (B, H, A): what the arm's running plan does at these steps, where it still does.
+        The new chunk joins it by real-time chunking: pulled towards it by `pull` (B, H) in [0, 1] (Black et al. 2025,
+        arXiv 2506.07339; with the identity for the network's Jacobian, so no backward pass), or, with an expert that was
+        trained so (2512.05964), continuing the first given (B,) actions of it, clean and at flow time 0.
+        """
         K = self.cfg.denoise_steps
-        times = torch.linspace(1, 1 / K, K, device=noise.device)
-        modulation = self.expert.modulation(times[:, None])  # each (K, 1, 1, ...): the K times are known, so computed at once
+        times = torch.linspace(1, 1 / K, K, device=noise.device)[:, None]  # (K, 1)
+        if given is not None:
+            held = torch.arange(noise.shape[1], device=noise.device) < given[:, None]  # (B, H)
+            times = times[..., None] * ~held  # (K, B, H)
+        ages = () if age is None else (age[None],)  # (1, B)
+        modulation = self.expert.modulation(times, *ages)  # each (K, 1 or B, 1 or 1 + H, ...): the times are known, so computed at once
         keys_values = self.expert.condition(self.adapter(states))
         x = noise[:, None]  # (B, 1, H, A)
         for k in range(K):
-            x = x - self.expert(x, [m[k : k + 1] for m in modulation], state, keys_values) / K
-        return x[:, 0].clamp(-1.5, 1.5)
+            if given is not None:
+                x = torch.where(held[:, None, :, None], running[:, None], x)
+            v = self.expert(x, [m[k][:, None] for m in modulation], state, keys_values)
+            if pull is not None:
+                t = 1 - k / K
+                gain = min(K, (t * t + (1 - t) ** 2) / (t * (1 - t))) if k else K  # the paper's, at most the whole way in one step
+                v = v - gain * pull[:, None, :, None] * (running[:, None] - (x - t * v))  # x - t v: the chunk as it looks from here
+            x = x - v / K
+        x = x[:, 0] if given is None else torch.where(held[..., None], running, x[:, 0])  # (B, H, A)
+        return x.clamp(-1.5, 1.5)
 
     @torch.inference_mode()
     def think(self, images, tasks):
@@ -1004,11 +1040,26 @@ class SyVLA(nn.Module):
         """
         images, state = self.check_inputs(images, state, task)
         reasonings, states = self.think(images, task)
+        return self.plan(states, state, seed), reasonings
+
+    @torch.inference_mode()
+    def plan(self, states, state, seed=0, age=None, running=None, **joined):
+        """The expert alone: query states (B, Q, D) of `think`, joint state (B, S) now -> chunk (B, H, A) in LeRobot units, float32.
+
+        age, running (in LeRobot units) and joined (pull or given) as in sample_chunk; an expert that learnt from fresh states
+        only is not told their age. Arrays or tensors.
+        """
+        to = lambda x, kind: torch.as_tensor(x, dtype=kind, device=states.device)
         generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same noise on every device
-        noise = self.cfg.temperature * torch.randn(len(state), self.cfg.chunk, self.cfg.action_dim, generator=generator).to(state.device)
-        chunk = self.denormalise(self.sample_chunk(states, self.normalise(state, "state"), noise))
+        noise = self.cfg.temperature * torch.randn(len(state), self.cfg.chunk, self.cfg.action_dim, generator=generator).to(states.device)
+        if age is not None and self.cfg.stale:
+            joined["age"] = to(age, torch.long).clamp(0, self.cfg.stale)
+        if running is not None:
+            joined["running"] = self.normalise(to(running, torch.float32), "action")
+        joined |= {name: to(joined[name], kind) for name, kind in (("pull", torch.float32), ("given", torch.long)) if name in joined}
+        chunk = self.denormalise(self.sample_chunk(states, self.normalise(to(state, torch.float32), "state"), noise, **joined))
         self.mark("expert")
-        return chunk.float().cpu().numpy(), reasonings
+        return chunk.float().cpu().numpy()
 
     @torch.inference_mode()
     def answer(self, images, questions, limit=24):

@@ -451,7 +451,7 @@ def settle_backbone(cfg):
 FREE = {"execute", "denoise_steps", "temperature", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
 
 # What besides may differ with --new_expert.
-EXPERT = {"motors", "expert_width", "expert_depth", "expert_heads", "chunk"}
+EXPERT = {"motors", "expert_width", "expert_depth", "expert_heads", "chunk", "stale", "committed"}
 
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
 HARMLESS = {"config", "data", "out", "env", "resume", "init_from", "device", "threads", "compile", "plan", "bench", "eval", "log_every", "save_every"}

@@ -6,14 +6,23 @@
     python sample.py --config base --ask "what is on the table" --image x.png    # or about a picture of yours
     python sample.py --config small --replay                              # open-loop error per joint on recorded episodes
     python sample.py --config small --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 --dry_run "put the red cube on the blue pad"
+    python sample.py --config small --interactive                         # type instructions, also while the arm moves
+    python sample.py --config small --eval 300 --families=place --mode=wait,naive,async,rtc --delay=0,1,2,4,8    # success against the VLM's delay
 
 A checkpoint folder is all that a policy needs; only --replay reads the data set, because it compares with recorded actions.
 """
 
+import contextlib
+import dataclasses
 import json
+import math
 import os
+import queue
 import sys
+import threading
 import time
+from collections import Counter, defaultdict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +34,15 @@ import real_env
 import sim_env
 from data import Episodes, Tokenizer
 from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
+
+MODES = {  # how thinking and acting share time, when a thought takes a while
+    "wait": "the arm stands still while the VLM thinks",
+    "naive": "one chunk a thought, for the joint state of its picture; the arm joins it late",
+    "async": "the expert plans from the newest thought that is ready and the joint state of now",
+    "ensemble": "async, and the arm does the mean of all plans that still speak",
+    "rtc": "async, and a new plan is pulled towards the running one (real-time chunking)",
+    "prefix": "async, and a new plan continues the running one's first actions (an expert trained with --committed)",
+}
 
 
 @dataclass
@@ -40,6 +58,14 @@ class SampleConfig:
     families: str = opt("", "families for --eval, with commas (default: those the run was trained on)")
     seeds: str = opt("report", "scenes of --eval: report, for numbers to publish, or val, to choose between policies")
     splits: str = opt("", "splits for --eval, with commas (default: all three)")
+    mode: str = opt("", f"thinking while acting: {', '.join(MODES)}; several with commas make --eval a table of success against delay")
+    delay: str = opt("", "control steps from a picture to the thought about it, on a simulated clock; several with commas for --eval")
+    refresh: int = opt(0, "control steps between the pictures that the VLM thinks about, one at a time (default: the policy's execute)")
+    commit: int = opt(0, "control steps that the expert may take: so long a new plan leaves the arm to the running one")
+    execute: int = opt(0, "control steps between plans (default: the policy's)")
+    moved: int = opt(0, "the simulation moves the cube to be fetched at about this control step; 0 never. --eval then measures reaction time")
+    patience: float = opt(1.0, "step limit of the simulation, as a multiple of the family's")
+    interactive: bool = opt(False, "type instructions, also in mid motion")
     ask: str = opt("", "a question about the scene of --seed, or about --image")
     image: str = opt("", "picture files for --ask, with commas; models trained from nothing want one for every camera")
     replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot")
@@ -58,6 +84,14 @@ class SampleConfig:
         self.out = self.out or f"{self.run}/sample"
         if self.eval < 0 or self.arms < 1:
             raise ValueError("eval counts episodes (0 or more), arms at least 1")
+        if min(self.refresh, self.commit, self.execute, self.moved) < 0 or self.patience <= 0:
+            raise ValueError("refresh, commit, execute and moved count control steps (0 or more); patience is more than 0")
+        if unknown := [m for m in self.mode.split(",") if m not in ("", *MODES)]:
+            raise ValueError(f"unknown mode {', '.join(unknown)}; choose from {', '.join(MODES)}")
+        if not all(d.isdigit() for d in self.delay.split(",") if self.delay):
+            raise ValueError(f"delay counts control steps, as in --delay=4 or --delay=0,1,2,4,8, not {self.delay!r}")
+        if not self.eval and "," in self.mode + self.delay:
+            raise ValueError("several modes or delays make a table: add --eval=300")
         if self.seeds not in ("report", "val"):
             raise ValueError(f"seeds must be report or val, not {self.seeds!r}")
         if self.image and not self.ask:
@@ -73,6 +107,12 @@ def load_policy(run):
     return SyVLA.load(run, Tokenizer.load(run))
 
 
+def write_json(path, what):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(what, indent=1))
+    os.replace(temporary, path)
+
+
 def look(obs, policy):
     """One observation of the environment -> the policy's batch of one: images (1, V, px, px, 3), state (1, S), [task]."""
     views = policy.cfg.cameras.split(",")
@@ -86,14 +126,286 @@ def real_arm(policy, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Thinking while acting
+
+
+@dataclass
+class Plan:
+    """A chunk and when it holds; all times are control steps since the episode began."""
+
+    chunks: Future  # -> (n, H, A), of which this plan is one row
+    row: int
+    begin: int  # when its first action is due
+    ready: int  # from when on the arm may follow it: the expert takes its time, too
+    seen: int  # when the picture behind it was taken
+
+
+class Arm:
+    """One episode as the runner knows it. log: per control step (command (A,), the plan it came from or None: the arm waits)."""
+
+    def __init__(self, state):
+        self.now, self.task, self.command, self.moved, self.log = -1, None, state, -1, []
+
+    def listen(self, task):
+        """A new instruction: no thought and no plan made for the old one counts any more."""
+        self.task, self.reason, self.plans = task, "", []
+        self.thinking = self.looked = self.states = self.seen = self.planned = self.asked = None
+
+
+class Runner:
+    """Drives arms one control step a call, the VLM and the expert each at its own pace (what the modes do: MODES).
+
+    The VLM takes a picture every `refresh` control steps, but only when it has finished the thought before. A thought can be seen
+    `delay` control steps after its picture, on a clock that counts steps, the same on every machine; with a thread `pool` and no
+    delay, when it is ready. The expert plans as soon as there is a new thought, at the latest after `execute` steps, and the
+    arm follows a plan `commit` steps after it was asked for. Where there is nothing to follow, the arm waits in its last pose.
+    """
+
+    def __init__(self, policy, mode="async", delay=0, refresh=0, commit=0, views=slice(None), seed=0, pool=None):
+        cfg = policy.cfg
+        self.policy, self.mode, self.delay, self.views, self.seed, self.pool = policy, mode, delay, views, seed, pool
+        self.refresh, self.commit = refresh or cfg.execute, max(commit, int(mode in ("rtc", "prefix")))
+        if self.commit + cfg.execute > cfg.chunk:
+            raise ValueError(f"commit ({self.commit}) and execute ({cfg.execute}) together must fit into a chunk of {cfg.chunk}; lower --commit or --execute")
+        if mode == "prefix" and self.commit > cfg.committed:
+            raise ValueError(f"the expert was trained to continue {cfg.committed} given actions, not {self.commit}; train one with --committed={self.commit} or more")
+        self.life = cfg.execute if mode == "wait" else cfg.chunk  # how many actions of a plan are followed
+        self.arms, self.seconds = {}, defaultdict(list)  # seconds: wall clock of every call of the VLM and of the expert
+
+    def __call__(self, obs):
+        """obs as sim_env.rollout gives it -> (commands (n, 1, A), the n thoughts seen so far)."""
+        for episode, state in zip(obs["episode"], obs["state"]):
+            if episode not in self.arms:
+                self.arms[episode] = Arm(state)
+        arms = [self.arms[episode] for episode in obs["episode"]]
+        for arm, task in zip(arms, obs["task"]):
+            arm.now += 1
+            if task != arm.task:
+                arm.listen(task)
+            arm.plans = [p for p in arm.plans if arm.now < p.begin + self.life]
+        self._see(arms)
+        self._look(arms, obs)
+        self._see(arms)  # without a delay a thought is seen at once
+        self._plan(arms, obs["state"])
+        return np.stack([self._command(arm) for arm in arms])[:, None], [arm.reason for arm in arms]
+
+    def _call(self, name, work, *arguments):
+        """work(*arguments) in the pool, or at once without one -> Future; its seconds are booked."""
+
+        def timed():
+            began = time.perf_counter()
+            result = work(*arguments)
+            self.seconds[name].append(time.perf_counter() - began)
+            return result
+
+        if self.pool:
+            return self.pool.submit(timed)
+        done = Future()
+        done.set_result(timed())
+        return done
+
+    def _think(self, images, state, tasks):
+        images, _ = self.policy.check_inputs(images, state, tasks)
+        return self.policy.think(images, tasks)
+
+    def _look(self, arms, obs):
+        """The VLM gets pictures of the arms whose last thought is finished, when it is time."""
+        due = []
+        for i, arm in enumerate(arms):
+            time_to_look = not arm.plans if self.mode == "wait" else arm.looked is None or arm.now >= arm.looked + self.refresh
+            if arm.thinking is None and time_to_look and not (self.mode == "wait" and arm.seen != arm.planned):
+                due.append(i)
+        if due:
+            thoughts = self._call("VLM", self._think, obs["images"][due][:, self.views], obs["state"][due], [arms[i].task for i in due])
+            for row, i in enumerate(due):
+                arms[i].looked, arms[i].thinking = arms[i].now, (thoughts, row, obs["state"][i])
+
+    def _see(self, arms):
+        """Thoughts that are ready become what the expert goes by."""
+        for arm in arms:
+            if arm.thinking and (arm.thinking[0].done() if self.delay is None else arm.now >= arm.looked + self.delay):
+                thoughts, row, arm.posture = arm.thinking
+                reasons, states = thoughts.result()
+                arm.reason, arm.states, arm.seen, arm.thinking = reasons[row], states[row], arm.looked, None
+
+    def _plan(self, arms, state):
+        """The expert makes new plans for the arms that want one."""
+        steady = self.mode in ("wait", "naive")  # one chunk a thought
+        wanting = []
+        for i, arm in enumerate(arms):
+            idle = not arm.plans or arm.plans[-1].ready <= arm.now
+            if arm.states is not None and idle and (arm.seen != arm.planned or not steady and arm.now >= arm.asked + self.policy.cfg.execute):
+                wanting.append(i)
+        if not wanting:
+            return
+        chosen = [arms[i] for i in wanting]
+        joints = np.stack([arm.posture if self.mode == "naive" else state[i] for i, arm in zip(wanting, chosen)])  # (n, S)
+        # An arm that stood still since the picture is where the picture shows it: for the expert the thought is as good as fresh.
+        more = {"age": [0 if steady else arm.now - arm.seen for arm in chosen]}
+        if self.mode in ("rtc", "prefix"):
+            rest = [self._rest(arm) for arm in chosen]
+            more["running"] = np.stack([np.resize(r, (self.policy.cfg.chunk, state.shape[1])) if len(r) else np.zeros((self.policy.cfg.chunk, state.shape[1])) for r in rest])  # (n, H, A)
+            given = [min(self.commit, len(r)) for r in rest]
+            more |= {"given": given} if self.mode == "prefix" else {"pull": np.stack([rtc_pull(g, len(r), self.policy.cfg.chunk) for g, r in zip(given, rest)])}
+        chunks = self._call("expert", lambda: self.policy.plan(torch.stack([arm.states for arm in chosen]), joints, self.seed, **more))
+        self.seed += 1
+        for row, arm in enumerate(chosen):
+            arm.asked, arm.planned, ready = arm.now, arm.seen, arm.now + self.commit
+            since = arm.seen if self.mode == "naive" else arm.now  # the moment of the joint state that the plan starts from
+            begin = since if arm.moved >= since or self._live(arm) else ready  # an arm at rest can start whenever the plan is there
+            arm.plans.append(Plan(chunks, row, begin, ready, arm.seen))
+
+    def _live(self, arm):
+        return [p for p in arm.plans if p.ready <= arm.now < p.begin + self.life]
+
+    def _rest(self, arm):
+        """What the running plan would still do from now on, (0 .. H, A)."""
+        return np.concatenate([p.chunks.result()[p.row, arm.now - p.begin :] for p in self._live(arm)[-1:]] or [[]])
+
+    def _command(self, arm):
+        live = self._live(arm)
+        if live:
+            said = np.stack([p.chunks.result()[p.row, arm.now - p.begin] for p in live])  # (plans, A), the oldest first
+            weights = np.exp(-0.01 * np.arange(len(live))) if self.mode == "ensemble" else np.arange(len(live)) == len(live) - 1  # the first as in ACT
+            arm.command = (weights[:, None] * said).sum(0) / weights.sum()
+            arm.moved = arm.now
+        arm.log.append((arm.command, live[-1] if live else None))
+        return arm.command
+
+
+def rtc_pull(committed, rest, H):
+    """How firmly a new plan holds to what the running one would do, (H,): 1 for the committed steps, from there exponentially
+    less, 0 from where the running one ends, `rest` steps ahead (arXiv 2506.07339, eq. 5)."""
+    i = np.arange(H)
+    c = (rest - i) / (rest - committed + 1)
+    return np.where(i < committed, 1.0, np.where(i < rest, c * np.expm1(c) / (math.e - 1), 0.0))
+
+
+def measures(arms):
+    """What the arms' logs tell -> {"waiting": share of control steps in which the arm had nothing to do, "waiting_later": without
+    those before its first action, "jerk_border", "jerk_inside": mean |a_t - a_t-1| over joints (LeRobot units) where one plan takes
+    over from another, and within one, "staleness": {age of the picture behind an action, in control steps: share of actions}}."""
+    border, inside, ages, waited, opening, steps = [], [], Counter(), 0, 0, 0
+    for arm in arms:
+        first = next((i for i, (_, plan) in enumerate(arm.log) if plan), len(arm.log))
+        opening, steps = opening + first, steps + len(arm.log)
+        for now, (command, plan) in enumerate(arm.log):
+            if plan is None:
+                waited += 1
+                continue
+            ages[now - plan.seen] += 1
+            if now > first:
+                before, previous = arm.log[now - 1]
+                (inside if previous is plan else border).append(np.abs(command - before).mean())
+    mean = lambda x: float(np.mean(x)) if x else None
+    return {"waiting": waited / steps, "waiting_later": (waited - opening) / max(1, steps - opening), "jerk_border": mean(border), "jerk_inside": mean(inside),
+            "staleness": {age: ages[age] / ages.total() for age in sorted(ages)}}  # fmt: skip
+
+
+def reaction(moved, unmoved, episodes, threshold=2.0):
+    """Control steps from a cube's move to the first command that differs by more than `threshold` from the same seed's where nothing
+    was moved: {"median", "p90", "reacted": share of the episodes in which it was moved, "moved": their number}."""
+    times = []
+    for i, episode in enumerate(episodes):
+        if (at := episode["moved_at"]) is not None:
+            pairs = zip(moved.arms[i].log[at:], unmoved.arms[i].log[at:])
+            times.append(next((n for n, ((a, _), (b, _)) in enumerate(pairs) if np.abs(a - b).max() > threshold), None))
+    seen = [t for t in times if t is not None]
+    quantile = lambda q: float(np.quantile(seen, q)) if seen else None
+    return {"median": quantile(0.5), "p90": quantile(0.9), "reacted": len(seen) / max(1, len(times)), "moved": len(times)}
+
+
+def compare(policy, cfg):
+    """Success against the VLM's delay, for each mode on the same seeds: the printed table, and async.json in the run folder."""
+    families = (cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))).split(",")
+    sim_env.check_families(families, cfg.env)
+    if cfg.eval > len(sim_env.SEEDS[cfg.seeds]):
+        raise ValueError(f"there are {len(sim_env.SEEDS[cfg.seeds])} {cfg.seeds} seeds, not {cfg.eval}")
+    began, seeds, views = time.time(), sim_env.SEEDS[cfg.seeds][: cfg.eval], sim_env.views_of(policy, cfg.env)
+    name = "_".join(["async", *([cfg.seeds] if cfg.seeds != "report" else []), *([f"moved{cfg.moved}"] if cfg.moved else []), *([f"commit{cfg.commit}"] if cfg.commit else [])])
+    path = Path(cfg.run, f"{name}.json")
+    result = {"chunk": policy.cfg.chunk, "execute": policy.cfg.execute, "refresh": cfg.refresh or policy.cfg.execute, "commit": cfg.commit, "stale": policy.cfg.stale,
+              "committed": policy.cfg.committed, "patience": cfg.patience, "moved": cfg.moved, "live": live(policy, cfg, families[0]), "cells": []}  # fmt: skip
+    now = result["live"]
+    print(f"live at {sim_env.FPS} control steps/s, milliseconds p50 (p95): VLM {now['VLM']['p50']:.0f} ({now['VLM']['p95']:.0f}), expert {now['expert']['p50']:.0f} ({now['expert']['p95']:.0f}); "
+          f"pictures behind actions {now['age']:.1f} steps old on average, the arm waits {100 * now['waiting']:.1f} % of the time, {100 * now['late']:.1f} % of control steps late")  # fmt: skip
+    print(f"{'mode':<9} {'delay':>5} {'family':<10} {'split':<16} {'success %':>9} {'95 % interval':>13} {'steps':>6} {'waits %':>8} {'later %':>8} {'jerk border':>12} {'inside':>7} {'age':>5} {'reaction':>9}")
+
+    def play(mode, delay, family, split, **options):
+        runner = Runner(policy, mode, delay, cfg.refresh, cfg.commit, views)
+        return runner, sim_env.rollout(runner, seeds, family, split, cfg.arms, policy.cfg.image_size, name=f"{mode} {delay} {family}", env=cfg.env, **options)
+
+    for family in families:
+        for split in cfg.splits.split(",") if cfg.splits else ("id",):
+            for delay in map(int, (cfg.delay or "0").split(",")):
+                for mode in (cfg.mode or "async").split(","):
+                    runner, episodes = play(mode, delay, family, split, **scene_options(cfg))
+                    wins = [e for e in episodes if e["success"]]
+                    low, high = sim_env.wilson(len(wins), cfg.eval)
+                    c = {"mode": mode, "delay": delay, "family": family, "split": split, "success": len(wins) / cfg.eval, "n": cfg.eval, "low": low, "high": high,
+                         "steps": float(np.mean([e["steps"] for e in wins])) if wins else None} | measures(runner.arms.values())  # fmt: skip
+                    if cfg.moved:
+                        c["reaction"] = reaction(runner, play(mode, delay, family, split, **scene_options(cfg) | {"moved": 0})[0], episodes)
+                    result["cells"].append(c)
+                    write_json(path, result)  # after every cell: a table takes a while
+                    number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
+                    age = sum(a * share for a, share in c["staleness"].items())
+                    interval = f"{100 * low:.1f} - {100 * high:.1f}"
+                    print(f"{mode:<9} {delay:>5} {family:<10} {split:<16} {100 * c['success']:>9.1f} {interval:>13} {number(c['steps']):>6} {100 * c['waiting']:>8.1f} "
+                          f"{100 * c['waiting_later']:>8.1f} {number(c['jerk_border'], 2):>12} {number(c['jerk_inside'], 2):>7} {age:>5.1f} {number(c['reaction']['median']) if cfg.moved else '-':>9}", flush=True)  # fmt: skip
+    print(f"{time.time() - began:.0f} s; wrote {path}")
+
+
+def scene_options(cfg):
+    """What the simulation is asked for beyond its task; other environments know nothing of it."""
+    return ({"moved": cfg.moved} if cfg.moved else {}) | ({"patience": cfg.patience} if cfg.patience != 1 else {})
+
+
+def live(policy, cfg, family, n=3):
+    """n episodes at the arm's own pace, the VLM and the expert in threads: milliseconds of their calls by wall clock, and how the arm fared."""
+    env, late, ticks = sim_env.make_env(cfg.env, policy.cfg.image_size), 0, 0
+    with ThreadPoolExecutor(2) as pool:
+        runner = Runner(policy, "async", None, cfg.refresh, cfg.commit, pool=pool)
+        policy.act(*look(env.reset(seed=sim_env.SEEDS["val"][0], options={"family": family})[0], policy))  # the first call is slower
+        for episode in range(n):
+            obs, _ = env.reset(seed=sim_env.SEEDS["val"][episode], options={"family": family})
+            due, done = time.perf_counter(), False
+            while not done:
+                actions, _ = runner(batch_of_one(obs, policy, episode))
+                obs, _, terminated, truncated, _ = env.step(actions[0, 0])
+                done, ticks, due = terminated or truncated, ticks + 1, due + 1 / sim_env.FPS
+                late += not wait_until(due)
+    env.close()
+    milliseconds = lambda seconds: {f"p{q}": float(np.percentile(seconds, q)) * 1e3 for q in (50, 95)}
+    told = measures(runner.arms.values())
+    return {name: milliseconds(runner.seconds[name]) for name in ("VLM", "expert")} | {
+        "age": sum(a * share for a, share in told["staleness"].items()), "waiting": told["waiting"], "late": late / ticks, "steps": ticks}  # fmt: skip
+
+
+def wait_until(due):
+    """Sleep until the clock shows `due`; False if it is past already."""
+    left = due - time.perf_counter()
+    time.sleep(max(0, left))
+    return left >= 0
+
+
+def batch_of_one(obs, policy, episode=0, task=None):
+    """One observation as a Runner takes it; `task`: in place of the environment's."""
+    images, state, tasks = look(obs, policy)
+    return {"images": images, "state": state, "task": [task] if task else tasks, "episode": [episode]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Film
 
 
-def importance(policy, obs, chunk):
-    """How much each feature query state matters to the flow loss of the chunk just chosen: gradient norms (Q,), largest 1."""
+def importance(policy, obs, chunk, states=None):
+    """How much each feature query state (1, Q, D), by default those of obs, matters to the flow loss of the chunk just chosen:
+    gradient norms (Q,), largest 1."""
     batch = look(obs, policy)
     images, state = policy.check_inputs(*batch)
-    _, states = policy.think(images, batch[2])
+    if states is None:
+        _, states = policy.think(images, batch[2])
     generator = torch.Generator().manual_seed(0)
     eps, t = torch.randn(1, 8, *chunk.shape, generator=generator), torch.linspace(0.1, 0.9, 8)[None]
     action = policy.normalise(torch.as_tensor(chunk)[None], "action")
@@ -120,8 +432,8 @@ def draw_frame(env, cameras, task, reasoning, weights, note="", px=256):
         for line in wrap_text(text, font, 2 * px - 12)[:3]:
             pen.text((6, y), line, fill=colour, font=font)
             y += 16
-    pen.text((6, px + 92), f"query states {note}", fill=(120, 120, 120), font=ImageFont.load_default(11))
-    left, step = 6 + 90 + 110, (2 * px - 218) / len(weights)
+    pen.text((6, px + 92), f"{'query states ' if len(weights) else ''}{note}", fill=(120, 120, 120), font=ImageFont.load_default(11))
+    left, step = 6 + 90 + 110, (2 * px - 218) / max(1, len(weights))
     for i, w in enumerate(weights):
         pen.rectangle((left + i * step, px + 106 - 24 * float(w), left + (i + 0.7) * step, px + 106), fill=(40, 90, 170))
     return frame
@@ -129,9 +441,11 @@ def draw_frame(env, cameras, task, reasoning, weights, note="", px=256):
 
 def film(policy, cfg):
     """One episode -> GIF and contact sheet in cfg.out, and the reasoning on the screen."""
+    runner = Runner(policy, cfg.mode or "async", int(cfg.delay or 0), cfg.refresh, cfg.commit, seed=cfg.seed)
     if cfg.task:
         policy.tokenizer.prompt(cfg.task)  # complain about the words before anything moves
-    env, cameras = real_arm(policy, cfg) if cfg.env == "real" else sim_env.make_env(cfg.env, policy.cfg.image_size), policy.cfg.cameras.split(",")
+    env = real_arm(policy, cfg) if cfg.env == "real" else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
+    cameras = policy.cfg.cameras.split(",")
     if cfg.env == "real":
         obs, info = env.reset(options={"task": cfg.task})
     elif cfg.env == "sim" and cfg.task:
@@ -139,28 +453,35 @@ def film(policy, cfg):
     else:
         obs, info = env.reset(seed=cfg.seed, options={"family": cfg.family, "split": cfg.split} | ({"task": cfg.task} if cfg.task else {}))
     print(f"instruction: {obs['task']}")
-    frames, terminated, truncated, said = [], False, False, None
+    frames, terminated, truncated, said, shown, weights = [], False, False, None, None, np.zeros(policy.cfg.queries)
     while not terminated and not truncated:
-        chunk, (reasoning,) = policy.act(*look(obs, policy), seed=cfg.seed + info["steps"])
-        if reasoning != said:
+        actions, (reasoning,) = runner(batch_of_one(obs, policy))
+        if reasoning != said and (reasoning or not policy.cfg.reasoning or cfg.delay in ("", "0")):
             print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>")
             said = reasoning
-        weights = importance(policy, obs, chunk[0])
-        for action in chunk[0, : policy.cfg.execute]:
-            frames.append(draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']})"))
-            obs, _, terminated, truncated, info = env.step(action)
-            if terminated or truncated:
-                break
+        arm = runner.arms[0]
+        if arm.plans and arm.plans[-1] is not shown:
+            shown = arm.plans[-1]
+            weights = importance(policy, obs, shown.chunks.result()[0], arm.states[None])
+        waits = "" if arm.log[-1][1] else ", waiting"
+        frames.append(draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']}{waits})"))
+        obs, _, terminated, truncated, info = env.step(actions[0, 0])
     frames += [draw_frame(env, cameras, obs["task"], reasoning, weights, "success" if terminated else "out of time")] * sim_env.FPS
     env.close()  # the real arm does so at any exit
+    path = save_film(frames, cfg, obs["task"])
+    print(f"{'success' if terminated else 'stopped' if cfg.env == 'real' else 'no success'} after {info['steps']} steps; wrote {path}.gif and .png")
+    return terminated
+
+
+def save_film(frames, cfg, title):
+    """Frames -> GIF and contact sheet in cfg.out, named by the title -> their path without its suffix."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    name = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in obs["task"]).split())[:60] or "task"
+    name = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in title).split())[:60] or "task"
     palette = [f.quantize(128, dither=Image.Dither.NONE) for f in frames]
     palette[0].save(out / f"{name}.gif", save_all=True, append_images=palette[1:], duration=1000 // sim_env.FPS, loop=0)
     contact_sheet(frames).save(out / f"{name}.png")
-    print(f"{'success' if terminated else 'stopped' if cfg.env == 'real' else 'no success'} after {info['steps']} steps; wrote {out / name}.gif and .png")
-    return terminated
+    return out / name
 
 
 def contact_sheet(frames, columns=4, rows=4):
@@ -174,6 +495,92 @@ def contact_sheet(frames, columns=4, rows=4):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Conversation
+
+
+def interactive(policy, cfg):
+    """A person types instructions, also in mid motion: the arm drops what it thought and planned, and goes on from where it is.
+
+    It all happens at the arm's own pace, in a window where there is a display; else the last minute is written as a film. When
+    the input ends (a pipe), so does the conversation, once the last instruction is carried out.
+    """
+    env, cameras = sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg)), sim_env.environment(cfg.env).cameras
+    seed, scene, lines, frames = cfg.seed, {"family": cfg.family, "split": cfg.split}, queue.SimpleQueue(), deque(maxlen=60 * sim_env.FPS)
+
+    def listen():
+        with open(sys.stdin.fileno(), closefd=False) as words:  # not sys.stdin: a thread that waits inside it would break the exit
+            for line in words:
+                lines.put(line.strip())
+        lines.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    obs, info = env.reset(seed=seed, options=scene)
+    viewer = open_viewer(env)
+    print('type an instruction, such as: put the red cube on the blue pad (another one interrupts it; "new": another scene; "quit")', flush=True)
+    task, ended, listening, said, due = None, False, True, "", 0.0
+    with ThreadPoolExecutor(2) as pool, contextlib.suppress(KeyboardInterrupt):
+        runner = Runner(policy, cfg.mode or "async", int(cfg.delay) if cfg.delay else None, cfg.refresh, cfg.commit, seed=seed, pool=pool)
+        while (task or listening) and (viewer is None or viewer.is_running()):
+            try:
+                line = lines.get(timeout=0 if task else 0.1)
+            except queue.Empty:
+                line = ""
+            if line is None:
+                listening = False
+            elif line == "quit":
+                break
+            elif line == "new" or line and ended and not hasattr(env, "instruct"):  # what cannot be told anew begins anew
+                seed, task, ended = seed + 1, None, False
+                obs, info = env.reset(seed=seed, options=scene)
+                runner.arms.clear()
+            if line and line != "new":
+                try:
+                    policy.tokenizer.prompt(line)  # complain about the words before anything moves
+                    if hasattr(env, "instruct"):
+                        env.instruct(line)
+                    print(f"step {info['steps']:3d}  {'no, ' if task else ''}{line}", flush=True)
+                    task, ended, said, due = line, False, "", max(due, time.perf_counter())
+                    for arm in runner.arms.values():
+                        arm.listen(None)  # also when the words are the same again
+                except ValueError as error:
+                    print(error, flush=True)
+            if task:
+                actions, (reasoning,) = runner(batch_of_one(obs, policy, task=task))
+                if reasoning not in ("", said):
+                    print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>", flush=True)
+                    said = reasoning
+                if viewer is None:
+                    frames.append(draw_frame(env, cameras, task, said, (), "" if runner.arms[0].log[-1][1] else "(waiting)"))
+                with viewer.lock() if viewer else contextlib.nullcontext():
+                    obs, _, terminated, truncated, info = env.step(actions[0, 0])
+                ended = terminated or truncated
+                if ended:
+                    print(f"step {info['steps']:3d}  {'done' if terminated else 'out of time'}", flush=True)
+                    task = None
+                due = max(due + 1 / sim_env.FPS, time.perf_counter() - 1)  # late steps are caught up with, but no more than a second
+                wait_until(due)
+            if viewer:
+                viewer.sync()
+    if frames:
+        print(f"wrote {save_film(list(frames), cfg, 'conversation')}.gif and .png")
+    if viewer:
+        viewer.close()
+    env.close()
+
+
+def open_viewer(env):
+    """MuJoCo's window on a simulated arm where there is a display, else None."""
+    if not hasattr(env, "model") or not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32")):
+        return None
+    import mujoco.viewer
+
+    try:
+        return mujoco.viewer.launch_passive(env.model, env.data)
+    except RuntimeError as error:  # macOS wants the program started by mjpython
+        print(f"no window ({error}); there will be a film instead")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Numbers
 
 
@@ -183,9 +590,7 @@ def evaluate(policy, cfg):
     began = time.time()
     results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds, cfg.splits.split(",") if cfg.splits else sim_env.SPLITS, cfg.env)
     path = Path(cfg.run, "_".join(["eval", *([cfg.seeds] if cfg.seeds != "report" else []), *cfg.splits.split(",")]).rstrip("_") + ".json")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1))
-    os.replace(temporary, path)
+    write_json(path, results)
     print(sim_env.table(results))
     print(f"{time.time() - began:.0f} s; wrote {path}")
 
@@ -315,7 +720,12 @@ def main(argv=None):
         if cfg.env != "real" and not (cfg.image or cfg.replay):  # complain before anything is simulated
             sim_env.views_of(policy, cfg.env)
             sim_env.check_families([cfg.family], cfg.env)
-        (evaluate_real if cfg.eval and cfg.env == "real" else evaluate if cfg.eval else replay if cfg.replay else ask if cfg.ask else film)(policy, cfg)
+        if scene_options(cfg) and cfg.env != "sim":
+            raise ValueError(f"--moved and --patience are the simulation's, --env={cfg.env} has none")
+        if cfg.execute:
+            policy.cfg = dataclasses.replace(policy.cfg, execute=cfg.execute)
+        table = evaluate_real if cfg.env == "real" else compare if cfg.mode or cfg.delay or cfg.moved else evaluate
+        (table if cfg.eval else replay if cfg.replay else ask if cfg.ask else interactive if cfg.interactive else film)(policy, cfg)
     except (ValueError, FileNotFoundError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None

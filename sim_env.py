@@ -506,13 +506,15 @@ class SO100Env:
 
     family: place, calculate, sequence or tiny. split: id, ood_position or ood_instruction. px: side of the images.
     randomise: how much colours, light, cameras, friction, cube size and the first arm pose vary; 0 is not at all.
+    moved: at this control step (plus the seed modulo 4, which favours no rhythm of looking) the cube to be fetched is suddenly
+    elsewhere; 0 never. patience: the step limit as a multiple of the family's.
     """
 
     cameras, motors, families, splits = CAMERAS, MOTORS, LIMIT, SPLITS  # what the programs ask an environment class for
 
-    def __init__(self, family="place", split="id", px=96, randomise=1.0):
+    def __init__(self, family="place", split="id", px=96, randomise=1.0, moved=0, patience=1.0):
         check_task(family, split)
-        self.family, self.split, self.px, self.randomise = family, split, px, randomise
+        self.family, self.split, self.px, self.randomise, self.moved, self.patience = family, split, px, randomise, moved, patience
         self.model = mujoco.MjModel.from_xml_string(MJCF)
         self.data = mujoco.MjData(self.model)
         self.seeder = np.random.default_rng()
@@ -563,7 +565,7 @@ class SO100Env:
         self._place_things(rng, start)
         self._vary(rng)
         self._pose_arm(rng, start)
-        self.steps, self.failure, self.in_order = 0, "", False
+        self.steps, self.failure, self.in_order, self.moved_at = 0, "", False, None
         self.goal = sample_goal(self.scene(), family, rng, split)
         self.task = instruction(family, self.goal, rng, split)
         return self._obs(), self._info(0)
@@ -575,12 +577,19 @@ class SO100Env:
         for s in range(seed, seed + 200):
             self.reset(seed=s, options={"family": family})
             try:
-                self.goal, self.task = understand(task, self.scene()), task
-                self.family = family if family == "tiny" else "sequence" if len(self.goal["legs"]) == 2 else "calculate" if self.goal["sum"] else "place"
+                self.instruct(task)
                 return self._obs(), self._info()
             except ValueError as error:
                 problem = error
         raise problem
+
+    def instruct(self, task):
+        """From now on a person's own instruction holds, in the scene as it is, with the whole time for it; ValueError if it names
+        what is not there."""
+        self.goal, self.task = understand(task, self.scene()), task
+        if self.family != "tiny":
+            self.family = "sequence" if len(self.goal["legs"]) == 2 else "calculate" if self.goal["sum"] else "place"
+        self.steps, self.failure, self.in_order = 0, "", False
 
     def _place_things(self, rng, start=False):
         """Lay out cubes and pads."""
@@ -651,6 +660,24 @@ class SO100Env:
             low = min(d.site("gripper").xpos[2], d.site("jaw_tip").xpos[2])
             if not touching and low > .012:
                 return
+
+    def _move_target(self):
+        """The cube to be fetched is suddenly at least 5 cm away, at a place that the seed draws; never while a jaw touches it."""
+        colour = next((c for c, _, _, number in self.goal["legs"] if self.pad_under(c) != number), None)
+        if colour is None or any(self.touching(colour)):
+            return
+        rng = np.random.default_rng([self.seed, self.moved])
+        others = [self.cube_xyz(c)[:2] for c in self.cube_colours if c != colour]
+        here = self.cube_xyz(colour)[:2]
+        while True:
+            phi, r = sample_place(rng, CUBE_AREA)
+            there = np.array(polar_to_xy(phi, r))
+            if not held_out(phi, r) and np.linalg.norm(there - here) >= .05 and all(np.linalg.norm(there - o) >= CUBE_GAP for o in others):
+                break
+        i = self.cube_colours.index(colour)
+        self.data.qpos[self.cube_q[i]:][:2] = there
+        self.data.qvel[self.cube_v[i]:][:6] = 0
+        self.moved_at = self.steps
 
     # -- truth --------------------------------------------------------------------------------------------------
 
@@ -730,7 +757,8 @@ class SO100Env:
 
     def _info(self, executed=1):
         return {"success": self._judge(), "reason": reasoning(self.goal, self.scene()), "split": self.split,
-                "family": self.family, "seed": self.seed, "steps": self.steps, "executed": executed, "failure": self.failure}
+                "family": self.family, "seed": self.seed, "steps": self.steps, "executed": executed, "failure": self.failure,
+                "moved_at": self.moved_at}
 
     # -- acting and seeing --------------------------------------------------------------------------------------
 
@@ -759,13 +787,15 @@ class SO100Env:
     def _advance(self, action):
         """One control step without drawing -> terminated, truncated."""
         began = time.perf_counter()
+        if self.moved and self.moved_at is None and self.steps >= self.moved + self.seed % 4:
+            self._move_target()
         self.data.ctrl[:] = to_qpos(np.clip(action, LOW, HIGH))
         mujoco.mj_step(self.model, self.data, SUBSTEPS)
         mujoco.mj_forward(self.model, self.data)  # contacts and places of the state we now look at
         self.seconds["physics"] += time.perf_counter() - began
         self.steps += 1
         terminated = self._judge()
-        return terminated, self.steps >= LIMIT[self.family] and not terminated
+        return terminated, self.steps >= self.patience * LIMIT[self.family] and not terminated
 
     def _obs(self):
         if self.renderer is None:
@@ -1148,9 +1178,9 @@ class Alone(VecEnv):
 def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers=2, name="episodes", env="sim", **options):
     """Run one episode per seed; arms that finish take the next seed, so all stay busy.
 
-    policy(obs of the busy arms) -> actions (n, h, 6), or (actions, extras) with one extra per arm. Returns a list of dicts
-    in the order of seeds: seed, success, steps, failure, task, reason (the true one at the start), extra (of the first
-    decision).
+    policy(obs of the busy arms) -> actions (n, h, 6), or (actions, extras) with one extra per arm; obs["episode"] says which
+    of the seeds each arm is playing. Returns a list of dicts in the order of seeds: seed, success, steps, failure, task, reason
+    (the true one at the start), extra (of the first decision), moved_at (as SO100Env tells it).
     """
     seeds = list(seeds)
     n_arms = min(n_arms, len(seeds))
@@ -1167,7 +1197,7 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
                 for arm in free:
                     results[running[arm]].update(task=vec.obs["task"][arm], reason=infos[arm]["reason"])
             busy = sorted(running)
-            answer = policy(vec.observations(busy))
+            answer = policy(vec.observations(busy) | {"episode": [running[arm] for arm in busy]})
             chosen, extras = answer if isinstance(answer, tuple) else (answer, [None] * len(busy))
             for arm, extra in zip(busy, extras):
                 if arm in free:
@@ -1178,7 +1208,7 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
             for arm in busy:
                 if terminated[arm] or truncated[arm]:
                     episode, info = results[running.pop(arm)], infos[arm]
-                    episode.update(success=info["success"], steps=info["steps"], failure=info["failure"])
+                    episode.update(success=info["success"], steps=info["steps"], failure=info["failure"], moved_at=info.get("moved_at"))
                     bar.update()
     return [results[i] for i in range(len(seeds))]
 

@@ -7,13 +7,15 @@
     python sample.py --config small --replay                              # open-loop error per joint on recorded episodes
     python sample.py --config small --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 --dry_run "put the red cube on the blue pad"
     python sample.py --config small --interactive                         # type instructions, also while the arm moves
-    python sample.py --config small --eval 300 --families=place --mode=wait,naive,async,rtc --delay=0,1,2,4,8    # success against the VLM's delay
+    python sample.py --config small --eval 300 --families=place --mode=wait,naive,async,async+rtc --delay=0,1,2,4,8    # success against the VLM's delay
 
 A checkpoint folder is all that a policy needs; only --replay reads the data set, because it compares with recorded actions.
 """
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -39,10 +41,13 @@ MODES = {  # how thinking and acting share time, when a thought takes a while
     "wait": "the arm stands still while the VLM thinks",
     "naive": "one chunk a thought, for the joint state of its picture; the arm joins it late",
     "async": "the expert plans from the newest thought that is ready and the joint state of now",
-    "ensemble": "async, and the arm does the mean of all plans that still speak",
-    "rtc": "async, and a new plan is pulled towards the running one (real-time chunking)",
-    "prefix": "async, and a new plan continues the running one's first actions (an expert trained with --committed)",
 }
+JOINS = {  # how a plan follows the one before; without a word: at once
+    "ensemble": "the arm does the mean of all plans that still speak (temporal ensembling)",
+    "rtc": "a new plan is pulled towards the running one (real-time chunking)",
+    "prefix": "a new plan continues what is done and decided already (the same, by an expert trained with --committed)",
+}
+MODES_AND_JOINS = [*MODES, *(f"{mode}+{join}" for mode in ("naive", "async") for join in JOINS)]
 
 
 @dataclass
@@ -57,8 +62,8 @@ class SampleConfig:
     eval: int = opt(0, "closed-loop episodes per family and split; writes eval.json and prints the table")
     families: str = opt("", "families for --eval, with commas (default: those the run was trained on)")
     seeds: str = opt("report", "scenes of --eval: report, for numbers to publish, or val, to choose between policies")
-    splits: str = opt("", "splits for --eval, with commas (default: all three)")
-    mode: str = opt("", f"thinking while acting: {', '.join(MODES)}; several with commas make --eval a table of success against delay")
+    splits: str = opt("", "splits for --eval, with commas (default: all three; id for a table of modes and delays)")
+    mode: str = opt("", f"thinking while acting: {', '.join(MODES_AND_JOINS)}; several with commas make --eval a table")
     delay: str = opt("", "control steps from a picture to the thought about it, on a simulated clock; several with commas for --eval")
     refresh: int = opt(0, "control steps between the pictures that the VLM thinks about, one at a time (default: the policy's execute)")
     commit: int = opt(0, "control steps that the expert may take: so long a new plan leaves the arm to the running one")
@@ -86,8 +91,8 @@ class SampleConfig:
             raise ValueError("eval counts episodes (0 or more), arms at least 1")
         if min(self.refresh, self.commit, self.execute, self.moved) < 0 or self.patience <= 0:
             raise ValueError("refresh, commit, execute and moved count control steps (0 or more); patience is more than 0")
-        if unknown := [m for m in self.mode.split(",") if m not in ("", *MODES)]:
-            raise ValueError(f"unknown mode {', '.join(unknown)}; choose from {', '.join(MODES)}")
+        if unknown := [m for m in self.mode.split(",") if m not in ("", *MODES_AND_JOINS)]:
+            raise ValueError(f"unknown mode {', '.join(unknown)}; choose from {', '.join(MODES_AND_JOINS)}")
         if not all(d.isdigit() for d in self.delay.split(",") if self.delay):
             raise ValueError(f"delay counts control steps, as in --delay=4 or --delay=0,1,2,4,8, not {self.delay!r}")
         if not self.eval and "," in self.mode + self.delay:
@@ -153,7 +158,7 @@ class Arm:
 
 
 class Runner:
-    """Drives arms one control step a call, the VLM and the expert each at its own pace (what the modes do: MODES).
+    """Drives arms one control step a call, the VLM and the expert each at its own pace (what the modes do: MODES, JOINS).
 
     The VLM takes a picture every `refresh` control steps, but only when it has finished the thought before. A thought can be seen
     `delay` control steps after its picture, on a clock that counts steps, the same on every machine; with a thread `pool` and no
@@ -162,13 +167,14 @@ class Runner:
     """
 
     def __init__(self, policy, mode="async", delay=0, refresh=0, commit=0, views=slice(None), seed=0, pool=None):
-        cfg = policy.cfg
-        self.policy, self.mode, self.delay, self.views, self.seed, self.pool = policy, mode, delay, views, seed, pool
-        self.refresh, self.commit = refresh or cfg.execute, max(commit, int(mode in ("rtc", "prefix")))
+        cfg, (mode, _, join) = policy.cfg, mode.partition("+")
+        self.policy, self.mode, self.join, self.delay, self.views, self.seed, self.pool = policy, mode, join, delay, views, seed, pool
+        self.refresh, self.commit = refresh or cfg.execute, max(commit, int(mode == "async" and join in ("rtc", "prefix")))  # these need something to join
         if self.commit + cfg.execute > cfg.chunk:
             raise ValueError(f"commit ({self.commit}) and execute ({cfg.execute}) together must fit into a chunk of {cfg.chunk}; lower --commit or --execute")
-        if mode == "prefix" and self.commit > cfg.committed:
-            raise ValueError(f"the expert was trained to continue {cfg.committed} given actions, not {self.commit}; train one with --committed={self.commit} or more")
+        given = self.commit + (delay or 0 if mode == "naive" else 0)
+        if join == "prefix" and given > cfg.committed:
+            raise ValueError(f"the expert was trained to continue {cfg.committed} given actions, not {given}; train one with --committed={given} or more")
         self.life = cfg.execute if mode == "wait" else cfg.chunk  # how many actions of a plan are followed
         self.arms, self.seconds = {}, defaultdict(list)  # seconds: wall clock of every call of the VLM and of the expert
 
@@ -212,8 +218,11 @@ class Runner:
         """The VLM gets pictures of the arms whose last thought is finished, when it is time."""
         due = []
         for i, arm in enumerate(arms):
-            time_to_look = not arm.plans if self.mode == "wait" else arm.looked is None or arm.now >= arm.looked + self.refresh
-            if arm.thinking is None and time_to_look and not (self.mode == "wait" and arm.seen != arm.planned):
+            if self.mode == "wait":
+                in_time = not arm.plans and arm.seen == arm.planned  # what was thought has been done
+            else:
+                in_time = arm.looked is None or arm.now >= arm.looked + self.refresh
+            if arm.thinking is None and in_time:
                 due.append(i)
         if due:
             thoughts = self._call("VLM", self._think, obs["images"][due][:, self.views], obs["state"][due], [arms[i].task for i in due])
@@ -242,32 +251,39 @@ class Runner:
         joints = np.stack([arm.posture if self.mode == "naive" else state[i] for i, arm in zip(wanting, chosen)])  # (n, S)
         # An arm that stood still since the picture is where the picture shows it: for the expert the thought is as good as fresh.
         more = {"age": [0 if steady else arm.now - arm.seen for arm in chosen]}
-        if self.mode in ("rtc", "prefix"):
-            rest = [self._rest(arm) for arm in chosen]
-            more["running"] = np.stack([np.resize(r, (self.policy.cfg.chunk, state.shape[1])) if len(r) else np.zeros((self.policy.cfg.chunk, state.shape[1])) for r in rest])  # (n, H, A)
-            given = [min(self.commit, len(r)) for r in rest]
-            more |= {"given": given} if self.mode == "prefix" else {"pull": np.stack([rtc_pull(g, len(r), self.policy.cfg.chunk) for g, r in zip(given, rest)])}
-        chunks = self._call("expert", lambda: self.policy.plan(torch.stack([arm.states for arm in chosen]), joints, self.seed, **more))
+        since = [arm.seen if self.mode == "naive" else arm.now for arm in chosen]  # the moment of the joint state that a plan starts from
+        moving = [arm.moved >= start or bool(self._live(arm)) for arm, start in zip(chosen, since)]
+        if self.join in ("rtc", "prefix"):
+            more |= self._join(chosen, since, moving)
+        states = torch.stack([arm.states for arm in chosen])  # (n, Q, D)
+        chunks = self._call("expert", functools.partial(self.policy.plan, **more), states, joints, self.seed)
         self.seed += 1
         for row, arm in enumerate(chosen):
             arm.asked, arm.planned, ready = arm.now, arm.seen, arm.now + self.commit
-            since = arm.seen if self.mode == "naive" else arm.now  # the moment of the joint state that the plan starts from
-            begin = since if arm.moved >= since or self._live(arm) else ready  # an arm at rest can start whenever the plan is there
+            begin = since[row] if moving[row] else ready  # an arm at rest can start whenever the plan is there
             arm.plans.append(Plan(chunks, row, begin, ready, arm.seen))
 
     def _live(self, arm):
         return [p for p in arm.plans if p.ready <= arm.now < p.begin + self.life]
 
-    def _rest(self, arm):
-        """What the running plan would still do from now on, (0 .. H, A)."""
-        return np.concatenate([p.chunks.result()[p.row, arm.now - p.begin :] for p in self._live(arm)[-1:]] or [[]])
+    def _join(self, arms, since, moving):
+        """What plans that start from the moments `since` are to continue: arguments of SyVLA.plan."""
+        n, H = len(arms), self.policy.cfg.chunk
+        running, pull, given = np.zeros((n, H, self.policy.cfg.action_dim)), np.zeros((n, H)), np.zeros(n, int)
+        for row, (arm, start) in enumerate(zip(arms, since)):
+            if moving[row]:
+                done = [command for command, _ in arm.log[start:]]
+                ahead = [action for p in self._live(arm)[-1:] for action in p.chunks.result()[p.row, arm.now - p.begin :]]
+                rest = np.stack(done + ahead)[:H]
+                running[row, : len(rest)], given[row] = rest, min(len(done) + min(self.commit, len(ahead)), H)
+                pull[row] = rtc_pull(given[row], len(rest), H)
+        return {"running": running} | ({"given": given} if self.join == "prefix" else {"pull": pull})
 
     def _command(self, arm):
         live = self._live(arm)
         if live:
             said = np.stack([p.chunks.result()[p.row, arm.now - p.begin] for p in live])  # (plans, A), the oldest first
-            weights = np.exp(-0.01 * np.arange(len(live))) if self.mode == "ensemble" else np.arange(len(live)) == len(live) - 1  # the first as in ACT
-            arm.command = (weights[:, None] * said).sum(0) / weights.sum()
+            arm.command = np.average(said, axis=0, weights=np.exp(-0.01 * np.arange(len(live)))) if self.join == "ensemble" else said[-1]  # ACT's weights
             arm.moved = arm.now
         arm.log.append((arm.command, live[-1] if live else None))
         return arm.command
@@ -284,7 +300,8 @@ def rtc_pull(committed, rest, H):
 def measures(arms):
     """What the arms' logs tell -> {"waiting": share of control steps in which the arm had nothing to do, "waiting_later": without
     those before its first action, "jerk_border", "jerk_inside": mean |a_t - a_t-1| over joints (LeRobot units) where one plan takes
-    over from another, and within one, "staleness": {age of the picture behind an action, in control steps: share of actions}}."""
+    over from another, and within one, "staleness": {age of the picture behind an action, in control steps: share of actions}, "age":
+    its mean}."""
     border, inside, ages, waited, opening, steps = [], [], Counter(), 0, 0, 0
     for arm in arms:
         first = next((i for i, (_, plan) in enumerate(arm.log) if plan), len(arm.log))
@@ -299,7 +316,7 @@ def measures(arms):
                 (inside if previous is plan else border).append(np.abs(command - before).mean())
     mean = lambda x: float(np.mean(x)) if x else None
     return {"waiting": waited / steps, "waiting_later": (waited - opening) / max(1, steps - opening), "jerk_border": mean(border), "jerk_inside": mean(inside),
-            "staleness": {age: ages[age] / ages.total() for age in sorted(ages)}}  # fmt: skip
+            "staleness": {str(age): ages[age] / ages.total() for age in sorted(ages)}, "age": mean(list(ages.elements()))}  # fmt: skip
 
 
 def reaction(moved, unmoved, episodes, threshold=2.0):
@@ -316,44 +333,44 @@ def reaction(moved, unmoved, episodes, threshold=2.0):
 
 
 def compare(policy, cfg):
-    """Success against the VLM's delay, for each mode on the same seeds: the printed table, and async.json in the run folder."""
+    """Success against the VLM's delay, for each mode on the same seeds: a printed table, and async.json in the run folder, where the
+    cells of several commands gather (the same cell again replaces itself)."""
     families = (cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))).split(",")
     sim_env.check_families(families, cfg.env)
     if cfg.eval > len(sim_env.SEEDS[cfg.seeds]):
         raise ValueError(f"there are {len(sim_env.SEEDS[cfg.seeds])} {cfg.seeds} seeds, not {cfg.eval}")
-    began, seeds, views = time.time(), sim_env.SEEDS[cfg.seeds][: cfg.eval], sim_env.views_of(policy, cfg.env)
-    name = "_".join(["async", *([cfg.seeds] if cfg.seeds != "report" else []), *([f"moved{cfg.moved}"] if cfg.moved else []), *([f"commit{cfg.commit}"] if cfg.commit else [])])
-    path = Path(cfg.run, f"{name}.json")
-    result = {"chunk": policy.cfg.chunk, "execute": policy.cfg.execute, "refresh": cfg.refresh or policy.cfg.execute, "commit": cfg.commit, "stale": policy.cfg.stale,
-              "committed": policy.cfg.committed, "patience": cfg.patience, "moved": cfg.moved, "live": live(policy, cfg, families[0]), "cells": []}  # fmt: skip
-    now = result["live"]
-    print(f"live at {sim_env.FPS} control steps/s, milliseconds p50 (p95): VLM {now['VLM']['p50']:.0f} ({now['VLM']['p95']:.0f}), expert {now['expert']['p50']:.0f} ({now['expert']['p95']:.0f}); "
-          f"pictures behind actions {now['age']:.1f} steps old on average, the arm waits {100 * now['waiting']:.1f} % of the time, {100 * now['late']:.1f} % of control steps late")  # fmt: skip
-    print(f"{'mode':<9} {'delay':>5} {'family':<10} {'split':<16} {'success %':>9} {'95 % interval':>13} {'steps':>6} {'waits %':>8} {'later %':>8} {'jerk border':>12} {'inside':>7} {'age':>5} {'reaction':>9}")
+    began, views, path = time.time(), sim_env.views_of(policy, cfg.env), Path(cfg.run, "async.json")
+    cells = json.loads(path.read_text())["cells"] if path.is_file() else []
+    now = live(policy, cfg, families[0])
+    calls = ", ".join(f"{part} {now[part]['p50']:.0f} ms (p95 {now[part]['p95']:.0f})" for part in ("VLM", "expert"))
+    print(f"live, {sim_env.FPS} control steps a second: {calls}, picture behind an action {now['age']:.1f} steps old, "
+          f"the arm waits {now['waiting']:.1%} of the time, {now['late']:.1%} of the steps late")  # fmt: skip
 
     def play(mode, delay, family, split, **options):
         runner = Runner(policy, mode, delay, cfg.refresh, cfg.commit, views)
-        return runner, sim_env.rollout(runner, seeds, family, split, cfg.arms, policy.cfg.image_size, name=f"{mode} {delay} {family}", env=cfg.env, **options)
+        seeds, name = sim_env.SEEDS[cfg.seeds][: cfg.eval], f"{mode} {delay} {family}"
+        return runner, sim_env.rollout(runner, seeds, family, split, cfg.arms, policy.cfg.image_size, name=name, env=cfg.env, **options)
 
-    for family in families:
-        for split in cfg.splits.split(",") if cfg.splits else ("id",):
-            for delay in map(int, (cfg.delay or "0").split(",")):
-                for mode in (cfg.mode or "async").split(","):
-                    runner, episodes = play(mode, delay, family, split, **scene_options(cfg))
-                    wins = [e for e in episodes if e["success"]]
-                    low, high = sim_env.wilson(len(wins), cfg.eval)
-                    c = {"mode": mode, "delay": delay, "family": family, "split": split, "success": len(wins) / cfg.eval, "n": cfg.eval, "low": low, "high": high,
-                         "steps": float(np.mean([e["steps"] for e in wins])) if wins else None} | measures(runner.arms.values())  # fmt: skip
-                    if cfg.moved:
-                        c["reaction"] = reaction(runner, play(mode, delay, family, split, **scene_options(cfg) | {"moved": 0})[0], episodes)
-                    result["cells"].append(c)
-                    write_json(path, result)  # after every cell: a table takes a while
-                    number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
-                    age = sum(a * share for a, share in c["staleness"].items())
-                    interval = f"{100 * low:.1f} - {100 * high:.1f}"
-                    print(f"{mode:<9} {delay:>5} {family:<10} {split:<16} {100 * c['success']:>9.1f} {interval:>13} {number(c['steps']):>6} {100 * c['waiting']:>8.1f} "
-                          f"{100 * c['waiting_later']:>8.1f} {number(c['jerk_border'], 2):>12} {number(c['jerk_inside'], 2):>7} {age:>5.1f} {number(c['reaction']['median']) if cfg.moved else '-':>9}", flush=True)  # fmt: skip
+    print(COLUMNS.format("mode", "delay", "family", "split", "success %", "95 % interval", "steps", "waits %", "later %", "jerk border", "inside", "age", "reaction"))
+    for family, split, delay, mode in itertools.product(families, (cfg.splits or "id").split(","), map(int, (cfg.delay or "0").split(",")), (cfg.mode or "async").split(",")):
+        runner, episodes = play(mode, delay, family, split, **scene_options(cfg))
+        what = {"mode": mode, "delay": delay, "family": family, "split": split, "seeds": cfg.seeds, "n": cfg.eval, "execute": policy.cfg.execute,
+                "refresh": runner.refresh, "commit": runner.commit, "moved": cfg.moved, "patience": cfg.patience}  # fmt: skip
+        wins = [e["steps"] for e in episodes if e["success"]]
+        low, high = sim_env.wilson(len(wins), cfg.eval)
+        c = what | {"success": len(wins) / cfg.eval, "low": low, "high": high, "steps": float(np.mean(wins)) if wins else None} | measures(runner.arms.values())
+        if cfg.moved:  # the same seeds once more, with nothing moved: the first difference is the reaction
+            c["reaction"] = reaction(runner, play(mode, delay, family, split, **scene_options(cfg) | {"moved": 0})[0], episodes)
+        cells = [old for old in cells if what.items() - old.items()] + [c]
+        write_json(path, {"live": now, "cells": cells})  # after every cell: a table takes a while
+        number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
+        print(COLUMNS.format(mode, delay, family, split, number(100 * c["success"]), f"{100 * low:.1f} - {100 * high:.1f}", number(c["steps"]), number(100 * c["waiting"]),
+                             number(100 * c["waiting_later"]), number(c["jerk_border"], 2), number(c["jerk_inside"], 2), number(c["age"]),
+                             number(c["reaction"]["median"]) if cfg.moved else "-"), flush=True)  # fmt: skip
     print(f"{time.time() - began:.0f} s; wrote {path}")
+
+
+COLUMNS = "{:<14} {:>5} {:<10} {:<16} {:>9} {:>13} {:>6} {:>8} {:>8} {:>12} {:>7} {:>5} {:>9}"
 
 
 def scene_options(cfg):
@@ -376,10 +393,9 @@ def live(policy, cfg, family, n=3):
                 done, ticks, due = terminated or truncated, ticks + 1, due + 1 / sim_env.FPS
                 late += not wait_until(due)
     env.close()
-    milliseconds = lambda seconds: {f"p{q}": float(np.percentile(seconds, q)) * 1e3 for q in (50, 95)}
+    calls = {part: {f"p{q}": float(np.percentile(seconds, q)) * 1e3 for q in (50, 95)} for part, seconds in runner.seconds.items()}
     told = measures(runner.arms.values())
-    return {name: milliseconds(runner.seconds[name]) for name in ("VLM", "expert")} | {
-        "age": sum(a * share for a, share in told["staleness"].items()), "waiting": told["waiting"], "late": late / ticks, "steps": ticks}  # fmt: skip
+    return calls | {"age": told["age"], "waiting": told["waiting"], "late": late / ticks, "steps": ticks}
 
 
 def wait_until(due):
@@ -456,10 +472,10 @@ def film(policy, cfg):
     frames, terminated, truncated, said, shown, weights = [], False, False, None, None, np.zeros(policy.cfg.queries)
     while not terminated and not truncated:
         actions, (reasoning,) = runner(batch_of_one(obs, policy))
-        if reasoning != said and (reasoning or not policy.cfg.reasoning or cfg.delay in ("", "0")):
+        arm = runner.arms[0]
+        if reasoning != said and arm.states is not None:
             print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>")
             said = reasoning
-        arm = runner.arms[0]
         if arm.plans and arm.plans[-1] is not shown:
             shown = arm.plans[-1]
             weights = importance(policy, obs, shown.chunks.result()[0], arm.states[None])
@@ -517,7 +533,7 @@ def interactive(policy, cfg):
     obs, info = env.reset(seed=seed, options=scene)
     viewer = open_viewer(env)
     print('type an instruction, such as: put the red cube on the blue pad (another one interrupts it; "new": another scene; "quit")', flush=True)
-    task, ended, listening, said, due = None, False, True, "", 0.0
+    task, ended, listening, said, due = None, False, True, None, 0.0
     with ThreadPoolExecutor(2) as pool, contextlib.suppress(KeyboardInterrupt):
         runner = Runner(policy, cfg.mode or "async", int(cfg.delay) if cfg.delay else None, cfg.refresh, cfg.commit, seed=seed, pool=pool)
         while (task or listening) and (viewer is None or viewer.is_running()):
@@ -539,18 +555,18 @@ def interactive(policy, cfg):
                     if hasattr(env, "instruct"):
                         env.instruct(line)
                     print(f"step {info['steps']:3d}  {'no, ' if task else ''}{line}", flush=True)
-                    task, ended, said, due = line, False, "", max(due, time.perf_counter())
+                    task, ended, said, due = line, False, None, max(due, time.perf_counter())
                     for arm in runner.arms.values():
                         arm.listen(None)  # also when the words are the same again
                 except ValueError as error:
                     print(error, flush=True)
             if task:
                 actions, (reasoning,) = runner(batch_of_one(obs, policy, task=task))
-                if reasoning not in ("", said):
+                if reasoning != said and runner.arms[0].states is not None:
                     print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>", flush=True)
                     said = reasoning
                 if viewer is None:
-                    frames.append(draw_frame(env, cameras, task, said, (), "" if runner.arms[0].log[-1][1] else "(waiting)"))
+                    frames.append(draw_frame(env, cameras, task, reasoning, (), "" if runner.arms[0].log[-1][1] else "(waiting)"))
                 with viewer.lock() if viewer else contextlib.nullcontext():
                     obs, _, terminated, truncated, info = env.step(actions[0, 0])
                 ended = terminated or truncated

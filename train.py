@@ -641,7 +641,7 @@ def train(cfg):
     fast_cpu(cfg.threads)
     device, autocast, why = choose_device(cfg.device)
     out = Path(cfg.out)
-    if (out / "train_state.pt").is_file() and not cfg.resume and not cfg.bench:
+    if (out / "train_state.pt").is_file() and not (cfg.resume or cfg.bench or cfg.plan):
         raise ValueError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     if cfg.resume and not (out / "train_state.pt").is_file():
         raise FileNotFoundError(f"nothing to resume in {out}; leave --resume out")

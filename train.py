@@ -68,6 +68,7 @@ class TrainConfig(Config):
     weight_decay: float = opt(0.01, "decoupled weight decay on matrices")
     clip: float = opt(1.0, "gradient norm limit")
     ema: float = opt(0.995, "decay of the weight average that is saved, evaluated and run")
+    ema_on_host: bool = opt(False, "keep that average in the host's memory, not the device's")
     seed: int = opt(0, "seed of weights, batches and noise")
     eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
@@ -119,7 +120,7 @@ FINETUNE = dict(data="data/small", ground_steps=0, steps=20000, batch_size=64, q
 PRESETS |= {
     "base256": dict(model_module.PRESETS["base256"], **FINETUNE, accumulate=4),
     "base": dict(model_module.PRESETS["base"], **FINETUNE, accumulate=8, checkpointing=True),
-    "paper": dict(model_module.PRESETS["paper"], **FINETUNE, accumulate=16, freeze_vision=True, checkpointing=True),
+    "paper": dict(model_module.PRESETS["paper"], **FINETUNE, accumulate=16, freeze_vision=True, checkpointing=True, ema_on_host=True),
 }
 
 
@@ -340,7 +341,7 @@ def memory(cfg, policy, world, bf16):
     De, chunk = cfg.expert_width, cfg.noise_samples * (1 + cfg.chunk)
     expert = chunk * cfg.expert_depth * De * (4 * 9 + e * 22)
     logits = text * cfg.vocab_size * (e + 4 + 4 + 4) // 2  # logits, log-softmax, their gradients; half of the text are targets
-    return {"weights": 4 * n + still, "bf16 copies": 2 * n if bf16 else 0, "gradients": 4 * n, "optimizer": states, "EMA": 4 * n,
+    return {"weights": 4 * n + still, "bf16 copies": 2 * n if bf16 else 0, "gradients": 4 * n, "optimizer": states, "EMA": 0 if cfg.ema_on_host else 4 * n,
             "activations": rows * (language + vision + expert + logits)}  # fmt: skip
 
 
@@ -454,7 +455,7 @@ FREE = {"execute", "denoise_steps", "temperature", "max_thought", "reasoning", "
 EXPERT = {"motors", "expert_width", "expert_depth", "expert_heads", "chunk", "stale", "committed"}
 
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
-HARMLESS = {"config", "data", "out", "env", "resume", "init_from", "device", "threads", "compile", "plan", "bench", "eval", "log_every", "save_every"}
+HARMLESS = {"config", "data", "out", "env", "resume", "init_from", "device", "threads", "compile", "ema_on_host", "plan", "bench", "eval", "log_every", "save_every"}
 ADJUSTABLE = {"ground_steps", "steps", "adam_lr", "muon_lr"}
 
 
@@ -661,7 +662,8 @@ def train(cfg):
     policy, episodes, questions, held_out = build(cfg, device)
     optimizers = make_optimizers(policy, cfg)
     step, trainable = 0, {k: p for k, p in policy.named_parameters() if p.requires_grad}
-    ema = {k: p.detach().clone() for k, p in trainable.items()}
+    host = torch.device("cpu") if cfg.ema_on_host else device
+    ema = {k: p.detach().to(host, copy=True) for k, p in trainable.items()}
     if cfg.resume:
         saved = torch.load(out / "train_state.pt", map_location=device, weights_only=True)
         if len(trainable) < len(list(policy.parameters())):
@@ -669,7 +671,7 @@ def train(cfg):
         policy.load_state_dict(saved["model"], strict=len(trainable) == len(list(policy.parameters())))
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        step, ema = saved["step"], saved["ema"]
+        step, ema = saved["step"], {k: v.to(host) for k, v in saved["ema"].items()}
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     say(f"torch {torch.__version__}, {device}, {why}, {torch.get_num_threads()} threads, {world} process(es)")
     say(f"{len(episodes.episodes)} episodes, {len(episodes)} frames" + (f", {len(questions.questions)} pictures with questions" if questions else ""))
@@ -693,7 +695,7 @@ def train(cfg):
         window_data += time.time() - data_began
         logs = train_step(step, cfg, policy, run, optimizers, micro, world, autocast)
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trainable.values()], 1 - decay)
+        torch._foreach_lerp_(list(ema.values()), [p.detach().to(host) for p in trainable.values()], 1 - decay)
         step += 1
         for k, v in logs.items():
             window[k].append(v)

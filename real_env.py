@@ -200,7 +200,7 @@ class RealEnv:
         def send():
             self.bus.sync_write("Goal_Position", {motor: float(g) for motor, g in zip(MOTORS, goal)})
             held = self.bus.sync_read("Goal_Position")
-            if wrong := [motor for motor, g in zip(MOTORS, goal) if abs(held[motor] - g) > .5]:
+            if wrong := [motor for motor, g in zip(MOTORS, goal) if abs(held[motor] - g) > .15]:  # an encoder tick or two
                 raise ConnectionError(f"{', '.join(wrong)} did not take the target")
 
         self._try("sending a target", send)

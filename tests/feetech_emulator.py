@@ -199,7 +199,7 @@ class Emulator:
         """What the servos say to one packet, faults included, as bytes."""
         self.counts[instruction] = self.counts.get(instruction, 0) + 1
         kind = self.fault(instruction)
-        if kind:
+        if kind and (instruction != SYNC_WRITE or self.news(*parameters)):
             self.injected.append(kind)
         self.withheld = bool(kind or self.dead)
         if kind == "lost" or kind == "corrupt" and instruction == SYNC_WRITE:  # a servo drops a packet whose checksum is wrong
@@ -233,6 +233,12 @@ class Emulator:
             packet = packets[self.rng.integers(len(packets))]
             packet[self.rng.integers(2, len(packet))] ^= 1 << self.rng.integers(8)
         return b"".join(packets)
+
+    def news(self, register, size, *data):
+        """Does a group write say anything that the servos do not hold already? If not, its loss changes nothing."""
+        names = {c["id"]: motor for motor, c in self.calibration.items()}
+        rows = [data[k:k + size + 1] for k in range(0, len(data), size + 1)]
+        return any(abs(int.from_bytes(row[1:], "little") - self.get(names[row[0]], register, size)) > 1 for row in rows)
 
     # -- cameras ------------------------------------------------------------------------------------------------
 

@@ -241,15 +241,14 @@ def test_actions_that_are_none(arm, action):
 # -- faults -----------------------------------------------------------------------------------------------------
 
 
-def noise(share, seed=0, most=10**9):
+def noise(arm, share, seed=0, most=10**9):
     """A fault in that share of the packets, never two in a row: each then costs exactly one call of the driver."""
-    rng, state = random.Random(seed), {"clean": True, "n": 0}
+    rng, state = random.Random(seed), {"clean": True}
 
     def fault(instruction):
-        state["clean"] = not (state["clean"] and state["n"] < most and rng.random() < share)
+        state["clean"] = not (state["clean"] and len(arm.injected) < most and rng.random() < share)
         if state["clean"]:
             return None
-        state["n"] += 1
         kinds = {SYNC_WRITE: ["lost", "corrupt"], SYNC_READ: ["lost", "silent", "corrupt", "corrupt", "absurd"]}
         return rng.choice(kinds.get(instruction, ["lost", "silent", "corrupt"]))
 
@@ -257,7 +256,7 @@ def noise(share, seed=0, most=10**9):
 
 
 def test_connects_over_a_noisy_bus(arm):
-    arm.fault = noise(.03)
+    arm.fault = noise(arm, .03)
     with connect(arm) as env:
         env.reset(options=TASK)
     assert arm.torque() == [] and len(env.faults) == len(arm.injected) > 3
@@ -268,7 +267,7 @@ def test_a_thousand_bus_faults(arm, capfd):
     rng, steps = np.random.default_rng(0), 0
     with connect(arm, limit=10**9) as env:
         env.reset(options=TASK)
-        arm.fault = noise(.25, most=1000)
+        arm.fault = noise(arm, .25, most=1000)
         while len(arm.injected) < 1000:
             chunk = np.clip(env.measured + rng.normal(0, 25, (8, 6)).cumsum(0), LOW - 20, HIGH + 20)
             *_, info = env.step_chunk(chunk)

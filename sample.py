@@ -361,7 +361,7 @@ def compare(policy, cfg):
         c = what | {"success": len(wins) / cfg.eval, "low": low, "high": high, "steps": float(np.mean(wins)) if wins else None} | measures(runner.arms.values())
         if cfg.moved:  # the same seeds once more, with nothing moved: the first difference is the reaction
             c["reaction"] = reaction(runner, play(mode, delay, family, split, **scene_options(cfg) | {"moved": 0})[0], episodes)
-        cells = [old for old in cells if what.items() - old.items()] + [c]
+        cells = [old for old in cells if any(old.get(k) != v for k, v in what.items())] + [c]
         write_json(path, {"live": now, "cells": cells})  # after every cell: a table takes a while
         number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
         print(COLUMNS.format(mode, delay, family, split, number(100 * c["success"]), f"{100 * low:.1f} - {100 * high:.1f}", number(c["steps"]), number(100 * c["waiting"]),

@@ -152,17 +152,17 @@ class RealEnv:
         self.faults.append(text)
         print(f"arm: {text}", file=sys.stderr, flush=True)
 
-    def _try(self, what, call, *args, **kwargs):
+    def _try(self, what, call, *args, tries=TRIES, **kwargs):
         """A call of the driver, repeated while it fails: lost and garbled packets are part of life with these servos."""
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, tries + 1):
             try:
                 return call(*args, **kwargs)
             except Exception as error:  # ConnectionError, RuntimeError (a servo's own complaint), SerialException, termios.error, IndexError
-                self._report(f"{what} failed, {attempt} of {TRIES}: {one_line(error)}")
+                self._report(f"{what} failed, {attempt} of {tries}: {one_line(error)}")
                 why = error
                 self._recover()
         self.broken = True
-        raise ArmError(f"{what} failed {TRIES} times: {one_line(why)}")
+        raise ArmError(f"{what} failed {tries} times: {one_line(why)}")
 
     def _recover(self):
         """After an error: no packet is under way, no late answer waits to be taken for another's, and the port is open."""
@@ -221,7 +221,7 @@ class RealEnv:
         left = []
         for motor in MOTORS if self.powered else ():
             try:
-                self._try(f"switching off {motor}", self.bus.disable_torque, motor)
+                self._try(f"switching off {motor}", self.bus.disable_torque, motor, tries=3 * TRIES)
                 self._try(f"freeing the speed of {motor}", self.bus.write, "Goal_Velocity", motor, 0)  # for LeRobot's own programs
             except ArmError:
                 left.append(motor)

@@ -2,9 +2,9 @@
 
     python tests/feetech_emulator.py out/small 100      # success of a policy in sim_env and through LeRobot's driver, same seeds
 
-The seams are the serial port (a pseudo terminal that answers Feetech's protocol like six STS3215 servos) and cv2.VideoCapture
-(replaced by a class that hands over rendered pictures). Everything between, LeRobot's motor bus, its camera class with its threads, the
-servo SDK and pyserial, is what runs on a real arm. Time is simulated: the arm moves while RealEnv sleeps on this emulator's clock.
+The seams are the serial port (a pseudo terminal that answers Feetech's protocol like six STS3215 servos; for long runs, pyserial's class)
+and cv2.VideoCapture (replaced by a class that hands over rendered pictures). Everything between, LeRobot's motor bus, its camera class with
+its threads, the servo SDK and pyserial, is what runs on a real arm. Time is simulated: the arm moves while RealEnv sleeps on this emulator's clock.
 """
 import json
 import os
@@ -173,27 +173,60 @@ class Emulator:
     def serve(self, master, slave, pulled):
         buffer = bytearray()
         while not pulled.is_set():
-            if not select.select([master], [], [], .02)[0]:
-                continue
-            buffer += os.read(master, 4096)
-            while len(buffer) >= 6:
-                if buffer[:2] != b"\xff\xff":
-                    del buffer[0]
-                    continue
-                if len(buffer) < buffer[3] + 4:
-                    break
-                packet = bytes(buffer[:buffer[3] + 4])
-                del buffer[:len(packet)]
-                if ~sum(packet[2:-1]) & 255 == packet[-1] and not pulled.is_set():
-                    with self.lock:
-                        self.withheld = False
-                        os.write(master, self.answer(packet[2], packet[4], packet[5:-1]))
-                    if self.withheld:
-                        time.sleep(.001)  # it looks at its clock when it has sent
-                        self.waited += .06
+            if select.select([master], [], [], .02)[0]:
+                buffer += os.read(master, 4096)
+                os.write(master, self.hear(buffer))
+                if self.withheld:
+                    time.sleep(.001)  # the driver looks at its clock when it has sent
+                    self.waited += .06
         os.unlink(self.port)
         os.close(master)
         os.close(slave)
+
+    def hear(self, buffer):
+        """Take whole packets out of a bytearray -> the servos' answers."""
+        answers = b""
+        while len(buffer) >= 6:
+            if buffer[:2] != b"\xff\xff":
+                del buffer[0]
+                continue
+            if len(buffer) < buffer[3] + 4:
+                break
+            packet = bytes(buffer[:buffer[3] + 4])
+            del buffer[:len(packet)]
+            if ~sum(packet[2:-1]) & 255 == packet[-1]:
+                with self.lock:
+                    answers += self.answer(packet[2], packet[4], packet[5:-1])
+        return answers
+
+    def serial_class(emulator):
+        """A class to put in the place of serial.Serial: the same servos without the pseudo terminal, its thread and their waiting for each other."""
+
+        class Serial:
+            def __init__(self, port, **_):
+                self.sent, self.received = bytearray(), bytearray()
+
+            def write(self, packet):
+                self.sent += bytes(packet)
+                self.received += emulator.hear(self.sent)
+                return len(packet)
+
+            def read(self, length):
+                if not self.received and emulator.withheld:
+                    emulator.waited += .06
+                taken = bytes(self.received[:length])
+                del self.received[:length]
+                return taken
+
+            def reset_input_buffer(self):
+                self.received.clear()
+
+            def flush(self):
+                pass
+
+            close = flush
+
+        return Serial
 
     def answer(self, target, instruction, parameters):
         """What the servos say to one packet, faults included, as bytes."""
@@ -302,8 +335,11 @@ class Emulator:
         self.sim.close()
 
 
-def install(emulator, folder, monkeypatch=None):
-    """Put the cameras in cv2's place and write the calibration where LeRobot keeps it: RealEnv then finds an arm at emulator.port."""
+def install(emulator, folder, monkeypatch=None, terminal=True):
+    """Put the cameras in cv2's place and write the calibration where LeRobot keeps it: RealEnv then finds an arm at emulator.port.
+
+    terminal=False replaces pyserial as well, for long runs: no pseudo terminal, no threads that wait for each other.
+    """
     import cv2
     import scservo_sdk.port_handler
     from lerobot.utils import constants
@@ -311,6 +347,8 @@ def install(emulator, folder, monkeypatch=None):
     put(cv2, "VideoCapture", emulator.capture_class())
     put(scservo_sdk.port_handler, "time", SimpleNamespace(time=emulator.driver_time))
     put(constants, "HF_LEROBOT_CALIBRATION", Path(folder))
+    if not terminal:
+        put(scservo_sdk.port_handler.serial, "Serial", emulator.serial_class())
     path = Path(folder, constants.ROBOTS, "so_follower", "emulated.json")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(emulator.calibration))
@@ -342,7 +380,7 @@ def main(run, n=100, family="place"):
     sim, world = (SO100Env(family, px=policy.cfg.image_size) for _ in range(2))
     world.reset(seed=SEEDS["report"][0])
     emulator = Emulator(world)
-    install(emulator, tempfile.mkdtemp())
+    install(emulator, tempfile.mkdtemp(), terminal=False)
     results, reasons = [], []
     px = policy.cfg.image_size
     with RealEnv(emulator.port, {"front": 0, "wrist": 2}, px=px, limit=LIMIT[family], judge=world._judge, clock=emulator, size=(px // 6 * 2 + px, px)) as env:

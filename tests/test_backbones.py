@@ -483,7 +483,7 @@ def test_a_wrapped_model_checkpoints_in_training_and_caches_in_evaluation(qwen, 
     policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
     (pair,) = train.batches(0, cfg, policy, episodes, questions, 0, 1, "cpu")
     layer, runs = policy.vlm.lm.text.layers[1], []
-    layer.mlp.register_forward_hook(lambda *_: runs.append(1))
+    layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))  # before: the second run stops as soon as it has what the way back needs
     losses = policy(pair[-1])
     (losses["text"] + losses["action"]).backward()
     assert len(runs) == 2  # once forward, once again on the way back

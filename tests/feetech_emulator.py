@@ -51,7 +51,7 @@ class Emulator:
     def __init__(self, sim, calibration=CALIBRATION, seed=0):
         self.sim, self.calibration, self.rng = sim, calibration, np.random.default_rng(seed)
         self.fault, self.injected, self.dead, self.camera_fault, self.counts = lambda instruction: None, [], set(), {}, {}
-        self.goals, self.trace = [], []  # every target that reached a servo, as (position then, target), and where the arm was at every TICK
+        self.goals, self.trace = [], []  # every target that reached a servo, as (motor, last measured position, target), and where the arm was at every TICK
         self.lock, self.now, self.owed = threading.RLock(), 0., 0.
         self.withheld, self.waited = False, 0.  # is the driver waiting in vain? seconds that it has
         self.gain, self.bias = sim.model.actuator_gainprm.copy(), sim.model.actuator_biasprm.copy()
@@ -141,7 +141,7 @@ class Emulator:
         j, on = MOTORS.index(motor), self.memory[motor][TORQUE]
         self.memory[motor][register:register + len(data)] = bytes(data)
         if register == GOAL:
-            self.goals.append((motor, self.sim.position()[j], self.position_of(motor, GOAL)))
+            self.goals.append((motor, self.position_of(motor, PRESENT), self.position_of(motor, GOAL)))
         if register == TORQUE and bool(on) != bool(data[0]):
             self.sim.model.actuator_gainprm[j] = self.gain[j] * bool(data[0])
             self.sim.model.actuator_biasprm[j] = self.bias[j] * bool(data[0])

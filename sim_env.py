@@ -981,7 +981,7 @@ def environment(name):
         raise ValueError("the real arm is no simulation: sample.py and rl.py take --env=real, one arm at a time and with a person beside it")
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f"--env={name} is neither sim nor package.module:Class")
+        raise ValueError(f"--env={name} is neither sim, real nor package.module:Class")
     if os.getcwd() not in sys.path:  # the user's own file lies where the command is typed
         sys.path.append(os.getcwd())
     try:

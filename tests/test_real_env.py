@@ -81,7 +81,7 @@ def test_observation_and_motion_are_those_of_the_simulation(arm):
                 assert np.array_equal(obs["images"][camera], truth["images"][camera])
         assert obs["task"] == TASK["task"] and (reward, terminated, truncated) == (0, False, False) and info["steps"] == 25 and not env.faults
         assert env.render(32, "wrist").shape == (32, 32, 3)
-        assert set(twin._info()) - {"split", "family", "seed"} <= set(info)
+        assert set(twin._info()) - {"split", "family", "seed", "moved_at"} <= set(info)
     twin.close()
 
 
@@ -424,7 +424,7 @@ def test_bad_input(arm, command, fails):
     assert "lerobot-find-port" in fails(sample.main, [*command, "--port=/dev/nothing", TASK["task"]])
     assert "does not open" in fails(sample.main, [*command, "--wrist=9", TASK["task"]])
     assert "--wrist=" in fails(sample.main, [*command, "--wrist=", TASK["task"]])
-    assert "sim or real" in fails(sample.main, [*command, "--env=reel", TASK["task"]])
+    assert "neither sim, real" in fails(sample.main, [*command, "--env=reel", TASK["task"]])
 
 
 class Person:

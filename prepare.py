@@ -664,7 +664,8 @@ def write_video(path, images, fps, codec):
             stream = film.add_stream(encoder, rate=fps, options=options)
             stream.pix_fmt = "yuv420p"
             for i, image in enumerate(images):
-                stream.height, stream.width = image.shape[:2] if i == 0 else (stream.height, stream.width)
+                if i == 0:  # newer av refuses it once the encoder is open
+                    stream.height, stream.width = image.shape[:2]
                 film.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             film.mux(stream.encode())
     except (av.error.FFmpegError, ValueError) as e:  # ValueError: this build of av has no such encoder

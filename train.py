@@ -526,7 +526,7 @@ def build(cfg, device):
     torch.manual_seed(cfg.seed)
     policy = SyVLA(cfg, tokenizer, folder, pretrained=bool(cfg.backbone) and not (cfg.resume or cfg.init_from))
     freeze(policy, cfg)
-    policy = shrink(policy, device).to(device)
+    policy = shrink(policy, torch.device(device)).to(device)
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
         statistics = {k: v.clone() for k, v in policy.state_dict().items() if k.endswith(("_low", "_high"))}

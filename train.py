@@ -118,7 +118,7 @@ PRESETS = {
 FINETUNE = dict(data="data/small", ground_steps=0, steps=20000, batch_size=64, question_tokens=128, mix=0.25, backbone_lr=2e-5, bridge_lr=1e-4, expert_lr=1e-4, warmup=500,
                 ema=0.999, save_every=1000)  # fmt: skip
 PRESETS |= {
-    "base256": dict(model_module.PRESETS["base256"], **FINETUNE, accumulate=4),
+    "base256": dict(model_module.PRESETS["base256"], **FINETUNE, accumulate=4, checkpointing=True),
     "base": dict(model_module.PRESETS["base"], **FINETUNE, accumulate=8, checkpointing=True),
     "paper": dict(model_module.PRESETS["paper"], **FINETUNE, accumulate=16, freeze_vision=True, checkpointing=True, ema_on_host=True),
 }

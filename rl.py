@@ -684,8 +684,9 @@ def practise(cfg):
             line |= {f"success {f}": float(np.mean([e["success"] for e in episodes if e["family"] == f])) for f in families}
             line |= {"return": b["return"].mean().item(), "chunks": len(b["return"]), "steps_per_s": steps / rollout,
                      "chunks_per_s": len(b["return"]) / rollout, "seconds": seconds, "time": dict(clock.seconds)}  # fmt: skip
-            if not cfg.eval_episodes and rank == 0:
-                save_policy(out, policy, settings, policy.state_dict() | ema)
+            if not cfg.eval_episodes:
+                if rank == 0:
+                    save_policy(out, policy, settings, policy.state_dict() | ema)
             elif (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
                 line["validation"] = validate(policy, ema, families, cfg, rank, world)
                 mean = float(np.mean(list(line["validation"].values())))

@@ -978,7 +978,7 @@ def environment(name):
     if name == "sim":
         return SO100Env
     if name == "real":
-        raise ValueError("the real arm is no simulation: sample.py and rl.py take --env=real, one arm at a time and with a person beside it")
+        raise ValueError("the real arm is no simulation: only films, sample.py --eval and rl.py take --env=real, with a person beside it")
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"--env={name} is neither sim, real nor package.module:Class")

@@ -654,6 +654,10 @@ def train(cfg):
         return
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if cfg.eval:  # complain of a wrong name now, not after the training
+        import sim_env
+
+        sim_env.environment(cfg.env)
     if rank == 0:
         make_data(cfg)
     if world > 1:

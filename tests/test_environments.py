@@ -61,6 +61,7 @@ def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
     tell = lambda *flags: fails(sample.main, ["--run=run", "--threads=1", *flags])
     assert "package.module:Class" in tell("--env=reach")
     assert "cannot be imported" in tell("--env=reach:Rich") and "cannot be imported" in tell("--env=none:None")
+    assert "cannot be imported" in fails(train.main, ["--config", "debug", *data[:-1], "--out=late", "--eval=1", "--env=none:None"]) and not Path("late").exists()
     assert "lacks cameras" in tell("--env=json:JSONDecoder")
     assert "['top'] missing" in tell("--env=sim")
     assert "--families" in tell("--family=push") and "--families" in tell("--eval=2", "--families=push")

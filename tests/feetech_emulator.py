@@ -178,7 +178,7 @@ class Emulator:
                 os.write(master, self.hear(buffer))
                 if self.withheld:
                     time.sleep(.001)  # the driver looks at its clock when it has sent
-                    self.waited += .06
+                    self.waited, self.withheld = self.waited + .06, False
         os.unlink(self.port)
         os.close(master)
         os.close(slave)
@@ -234,11 +234,12 @@ class Emulator:
         kind = self.fault(instruction)
         if kind and (instruction != SYNC_WRITE or self.news(*parameters)):
             self.injected.append(kind)
-        self.withheld = bool(kind or self.dead)
+        names = {c["id"]: motor for motor, c in self.calibration.items() if motor not in self.dead}
+        asked = parameters[2:] if instruction == SYNC_READ else [] if instruction == SYNC_WRITE else [target]
+        self.withheld = bool(asked) and kind in ("lost", "silent", "corrupt") or any(i not in names for i in asked)
         if kind == "lost" or kind == "corrupt" and instruction == SYNC_WRITE:  # a servo drops a packet whose checksum is wrong
             self.advance(.05 if instruction != SYNC_WRITE else 0)  # the driver waits for the answer, the arm moves on
             return b""
-        names = {c["id"]: motor for motor, c in self.calibration.items() if motor not in self.dead}
         answers = []
         if instruction == SYNC_WRITE:
             register, size = parameters[:2]

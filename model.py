@@ -1021,25 +1021,30 @@ class SyVLA(nn.Module):
         return x.clamp(-1.5, 1.5)
 
     @torch.inference_mode()
-    def think(self, images, tasks):
-        """images (B, V, px, px, 3) uint8, tasks: B strings -> (B reasonings, feature query states (B, Q, D))."""
+    def think(self, images, tasks, thoughts=None):
+        """images (B, V, px, px, 3) uint8, tasks: B strings -> (B reasonings, feature query states (B, Q, D)).
+
+        thoughts: B reasonings to think in place of its own.
+        """
         visual = self.vlm.see(images)
         self.mark("vision")
         prompts = [self.tokenizer.prompt(task, self.cfg.reasoning) for task in tasks]
         limit = self.cfg.max_thought if self.cfg.reasoning else 0
-        thoughts, states = self.vlm.generate(visual, prompts, self.tokenizer.end_thought, limit, with_queries=True)
+        if thoughts is not None:  # all that is left to write is the end of the thought
+            prompts, limit = [[*prompt, *self.tokenizer.encode(thought)] for prompt, thought in zip(prompts, thoughts)], 1
+        written, states = self.vlm.generate(visual, prompts, self.tokenizer.end_thought, limit, with_queries=True)
         self.mark("thinking")
-        return [self.tokenizer.decode(ids) for ids in thoughts], states
+        return thoughts or [self.tokenizer.decode(ids) for ids in written], states
 
     @torch.inference_mode()
-    def act(self, images, state, task, seed=0):
+    def act(self, images, state, task, seed=0, thoughts=None):
         """What to do next: images (B, V, px, px, 3) uint8, state (B, S) in LeRobot units, task: B strings.
 
         -> (chunk (B, H, A) float32 in LeRobot units, B reasonings). The same seed gives the same chunk, and at temperature 0
-        every seed does. Arrays or tensors.
+        every seed does. thoughts as in think. Arrays or tensors.
         """
         images, state = self.check_inputs(images, state, task)
-        reasonings, states = self.think(images, task)
+        reasonings, states = self.think(images, task, thoughts)
         return self.plan(states, state, seed), reasonings
 
     @torch.inference_mode()

@@ -62,6 +62,7 @@ class SampleConfig:
     eval: int = opt(0, "closed-loop episodes per family and split; writes eval.json and prints the table")
     families: str = opt("", "families for --eval, with commas (default: those the run was trained on)")
     seeds: str = opt("report", "scenes of --eval: report, for numbers to publish, or val, to choose between policies")
+    thoughts: str = opt("own", "own, or for --eval in simulation teacher: at every look what a teacher would think, to tell failures of thinking from the hand's")
     splits: str = opt("", "splits for --eval, with commas (default: all three; id for a table of modes and delays)")
     mode: str = opt("", f"thinking while acting: {', '.join(MODES_AND_JOINS)}; several with commas make --eval a table")
     delay: str = opt("", "control steps from a picture to the thought about it, on a simulated clock; several with commas for --eval")
@@ -99,6 +100,10 @@ class SampleConfig:
             raise ValueError("several modes or delays make a table: add --eval=300")
         if self.seeds not in ("report", "val"):
             raise ValueError(f"seeds must be report or val, not {self.seeds!r}")
+        if self.thoughts not in ("own", "teacher"):
+            raise ValueError(f"thoughts must be own or teacher, not {self.thoughts!r}")
+        if self.thoughts == "teacher" and (not self.eval or self.mode or self.env == "real"):
+            raise ValueError("the teacher thinks in simulation and for --eval without --mode alone: add --eval=300")
         if self.image and not self.ask:
             raise ValueError("image goes with a question: add --ask=...")
         if unknown := [s for s in self.splits.split(",") if s not in ("", *sim_env.SPLITS)]:
@@ -601,11 +606,14 @@ def open_viewer(env):
 
 
 def evaluate(policy, cfg):
-    """Success by family and split; eval.json in the run folder, or eval_<seeds>_<splits>.json where they are not all report ones."""
+    """Success by family and split; eval.json in the run folder, or eval_<teacher>_<seeds>_<splits>.json where they are not all report ones, or not its own thoughts."""
+    taught = cfg.thoughts == "teacher"
+    if taught and not (policy.cfg.reasoning and cfg.env == "sim"):
+        raise ValueError(f"there is no teacher's thought: --env is {cfg.env} and the policy {'thinks' if policy.cfg.reasoning else 'does not think'}; leave --thoughts out")
     families = (cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))).split(",")
     began = time.time()
-    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds, cfg.splits.split(",") if cfg.splits else sim_env.SPLITS, cfg.env)
-    path = Path(cfg.run, "_".join(["eval", *([cfg.seeds] if cfg.seeds != "report" else []), *cfg.splits.split(",")]).rstrip("_") + ".json")
+    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds, cfg.splits.split(",") if cfg.splits else sim_env.SPLITS, cfg.env, taught)
+    path = Path(cfg.run, "_".join(["eval", *(["teacher"] if taught else []), *([cfg.seeds] if cfg.seeds != "report" else []), *cfg.splits.split(",")]).rstrip("_") + ".json")
     write_json(path, results)
     print(sim_env.table(results))
     print(f"{time.time() - began:.0f} s; wrote {path}")

@@ -1179,7 +1179,7 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
     """Run one episode per seed; arms that finish take the next seed, so all stay busy.
 
     policy(obs of the busy arms) -> actions (n, h, 6), or (actions, extras) with one extra per arm; obs["episode"] says which
-    of the seeds each arm is playing. Returns a list of dicts in the order of seeds: seed, success, steps, failure, task, reason
+    of the seeds each arm is playing, obs["reason"] what a teacher would think now. Returns a list of dicts in the order of seeds: seed, success, steps, failure, task, reason
     (the true one at the start), extra (of the first decision), moved_at (as SO100Env tells it).
     """
     seeds = list(seeds)
@@ -1197,7 +1197,7 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
                 for arm in free:
                     results[running[arm]].update(task=vec.obs["task"][arm], reason=infos[arm]["reason"])
             busy = sorted(running)
-            answer = policy(vec.observations(busy) | {"episode": [running[arm] for arm in busy]})
+            answer = policy(vec.observations(busy) | {"episode": [running[arm] for arm in busy], "reason": [vec.infos[arm]["reason"] for arm in busy]})
             chosen, extras = answer if isinstance(answer, tuple) else (answer, [None] * len(busy))
             for arm, extra in zip(busy, extras):
                 if arm in free:
@@ -1240,12 +1240,16 @@ def views_of(policy, env="sim"):
     return [cls.cameras.index(camera) for camera in wanted]
 
 
-def driver(policy, env="sim"):
-    """A policy with `act(images, state, task, seed)` and `cfg` (cameras, execute) as rollout() wants it: obs -> (actions, thoughts)."""
+def driver(policy, env="sim", taught=False):
+    """A policy with `act(images, state, task, seed)` and `cfg` (cameras, execute) as rollout() wants it: obs -> (actions, thoughts).
+
+    taught: it thinks what a teacher would, in place of its own thoughts.
+    """
     calls, views = itertools.count(), views_of(policy, env)
 
     def act(obs):
-        chunk, thoughts = policy.act(obs["images"][:, views], obs["state"], obs["task"], seed=next(calls))
+        told = {"thoughts": obs["reason"]} if taught else {}
+        chunk, thoughts = policy.act(obs["images"][:, views], obs["state"], obs["task"], seed=next(calls), **told)
         return chunk[:, :policy.cfg.execute], thoughts
 
     return act
@@ -1266,8 +1270,8 @@ def latency(policy, family, n=30, env="sim"):
     return {stage: float(np.median([sample[stage] for sample in samples[5:]])) for stage in samples[0]}
 
 
-def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS, env="sim"):
-    """Closed-loop episodes on the first n seeds of a range; policy as driver() takes it, env as environment() does.
+def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS, env="sim", taught=False):
+    """Closed-loop episodes on the first n seeds of a range; policy and taught as driver() takes them, env as environment() does.
 
     Seeds "report" are for the numbers one publishes, "val" for choosing between policies.
     -> {family: {split: {"success", "n", "low", "high" (95 % interval), "target_at_0" (cube and pad named correctly in the
@@ -1282,7 +1286,7 @@ def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS, env=
         results[family] = {}
         stages = latency(policy, family, env=env)
         for split in [s for s in splits if s in there] if family != "tiny" else ("id",):
-            episodes = rollout(driver(policy, env), SEEDS[seeds][:n], family, split, n_arms, policy.cfg.image_size, name=f"{family} {split}", env=env)
+            episodes = rollout(driver(policy, env, taught), SEEDS[seeds][:n], family, split, n_arms, policy.cfg.image_size, name=f"{family} {split}", env=env)
             wins = sum(e["success"] for e in episodes)
             low, high = wilson(wins, n)
             thinks = any(e["extra"] for e in episodes)

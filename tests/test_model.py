@@ -281,6 +281,18 @@ def test_without_a_thought_the_queries_follow_the_instruction(make_policy):
     assert torch.allclose(states, full, atol=1e-5)
 
 
+def test_a_given_thought_is_followed_as_if_it_were_written(make_policy):
+    policy = make_policy()
+    images, tasks, thoughts = pictures(policy, 2), ["put the red cube", "put the blue cube on the pad"], ["red cube is near", "left"]
+    said, states = policy.think(images, tasks, thoughts)
+    tok = policy.tokenizer
+    rows = packed([[(tok.prompt(task), tok.thought(thought))] for task, thought in zip(tasks, thoughts)])
+    full = policy.vlm(policy.vlm.see(images), rows["tokens"], rows["segments"], rows["positions"], True)[1]
+    assert said == thoughts and torch.allclose(states, full, atol=1e-5)
+    state = torch.zeros(2, policy.cfg.action_dim)
+    assert (policy.act(images, state, tasks, thoughts=thoughts)[0] == policy.plan(states, state)).all()
+
+
 def test_answers_end_where_the_training_text_ends(make_policy, monkeypatch):
     """Questions end with <end>, instructions asked as questions with </reason>: what is written behind is no part of the answer."""
     policy = make_policy()

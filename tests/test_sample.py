@@ -96,6 +96,12 @@ def test_eval(run, capsys):
     assert "place" in said and "ood_position" in said and "eval.json" in said and not list(run.glob("*.tmp"))
 
 
+def test_eval_with_the_teachers_thoughts(run, capsys):
+    sample.main(arguments(run, "--eval=2", "--arms=2", "--splits=id", "--thoughts=teacher"))
+    cell = json.loads((run / "eval_teacher_id.json").read_text())["place"]["id"]
+    assert (cell["target_at_0"], cell["reasoning"]) == (1, 1) and "eval_teacher_id.json" in capsys.readouterr().out
+
+
 def test_interval_of_a_success_rate():
     assert sim_env.wilson(12, 14) == (pytest.approx(0.60, abs=0.005), pytest.approx(0.96, abs=0.005))  # the paper's best row: 14 trials
     low, high = sim_env.wilson(0, 10)
@@ -122,7 +128,7 @@ def test_many_arms_are_seen_through_the_policys_cameras_in_its_order(run, monkey
 
 @pytest.mark.parametrize("words, said", [
     (["--family=plaice"], "place"), (["--split=odd"], "ood_position"), ([" "], "is empty"), (["sing me a song"], "cannot tell"), (["put the red cube on the red pad, the red block on the blue pad"], "cannot tell"), (["put it " * 1500], "tokens long"), (["--ask= "], "is empty"),
-    (["--ask", "why " * 3000], "tokens long"), (["--eval=-1"], "0 or more"), (["--eval=1", "--arms=0"], "arms"), (["--eval=1", "--seeds=train"], "report or val"), (["--eval=1", "--splits=od"], "unknown split od"), (["--eval=9999999"], "report seeds"), (["--eval=1", "--families=plaice"], "place"),
+    (["--ask", "why " * 3000], "tokens long"), (["--eval=-1"], "0 or more"), (["--eval=1", "--arms=0"], "arms"), (["--eval=1", "--seeds=train"], "report or val"), (["--thoughts=mine"], "own or teacher"), (["--thoughts=teacher"], "add --eval=300"), (["--eval=1", "--splits=od"], "unknown split od"), (["--eval=9999999"], "report seeds"), (["--eval=1", "--families=plaice"], "place"),
     (["--replay", "--data=nowhere"], "python prepare.py"), (["one", "two"], "unexpected word 'two'"), (["--evall=3"], "did you mean eval"),
 ], ids=lambda words: " ".join(words)[:24] if isinstance(words, list) else "")  # fmt: skip
 def test_bad_input_is_answered_in_one_line(trained, tmp_path, fails, words, said):

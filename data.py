@@ -19,6 +19,7 @@ same global batch and takes its own rows.
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -286,7 +287,7 @@ class Episodes:
     """Demonstrations: frames to draw action samples from."""
 
     def __init__(self, folder, cfg, families=None):
-        self.meta, self.cfg = read_json(folder, "meta.json"), cfg
+        self.meta, self.cfg, self.frozen = read_json(folder, "meta.json"), cfg, None
         if missing := {"cameras", "motors", "statistics", "episodes"} - self.meta.keys():
             raise ValueError(f"{folder}/meta.json lacks {', '.join(sorted(missing))}; the README lists what it must hold")
         if self.meta["motors"] != cfg.motors.split(","):
@@ -342,6 +343,7 @@ class Episodes:
         """Frames by index -> images, text, state, actions, valid (False behind the episode's end) as tensors.
 
         older (B,): images and text are of so many control steps before, or of the episode's start; "age" says how many.
+        Where `frozen` is set, "states" (B, Q, D), what a VLM that does not learn makes of images and text, stand in their place.
         """
         H, seen = self.cfg.chunk, np.asarray(picks)  # seen: the frames whose pictures and text the VLM gets
         if older is not None:
@@ -350,17 +352,40 @@ class Episodes:
         frames = np.array([self.frames[i] for i in picks])
         steps = frames[:, None] + np.arange(H)  # (B, H)
         last = np.array([self.end[i] for i in picks])[:, None] - 1
-        rows = []
-        for i in seen:
-            task, reason = self.reason_at(i)
-            rows.append([(tokenizer.prompt(task, self.cfg.reasoning), tokenizer.thought(reason) if self.cfg.reasoning else [])])
-        batch = pack(rows) | {
-            "images": np.stack([view[[self.frames[i] for i in seen]] for view in self.images], axis=1),  # (B, V, px, px, 3)
+        batch = self.prompts(tokenizer, seen) if self.frozen is None else {"states": self.states(tokenizer, seen)}
+        batch |= {
             "state": self.state[frames],
             "actions": self.action[np.minimum(steps, last)],  # (B, H, A)
             "valid": steps <= last,
         } | ({} if older is None else {"age": age})
         return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
+
+    def prompts(self, tokenizer, picks):
+        """What the VLM gets of frames by index: pictures, and text packed as pack() does."""
+        rows = []
+        for i in picks:
+            task, reason = self.reason_at(i)
+            rows.append([(tokenizer.prompt(task, self.cfg.reasoning), tokenizer.thought(reason) if self.cfg.reasoning else [])])
+        return pack(rows) | {"images": np.stack([view[[self.frames[i] for i in picks]] for view in self.images], axis=1)}  # (B, V, px, px, 3)
+
+    def freeze(self, path, shape, see):
+        """Keep what a frozen VLM makes of frames, `see`(prompts() as tensors) -> (B, *shape), in a file: each is computed when first drawn."""
+        kind = np.dtype([("known", bool), ("states", np.float16, shape)])  # one record a frame, so that no kill parts the two
+        if not Path(path).is_file():
+            temporary = f"{path}.tmp{os.getpid()}"  # several processes may come here at once
+            np.lib.format.open_memmap(temporary, "w+", kind, (len(self.state),))  # a sparse file: frames never drawn take no room
+            os.replace(temporary, path)
+        self.frozen, self.see = np.load(path, mmap_mode="r+"), see
+
+    def states(self, tokenizer, picks):
+        """Query states of frames by index from the file of freeze() -> (B, Q, D) float32."""
+        frames = np.array([self.frames[i] for i in picks])
+        if len(new := np.flatnonzero(~self.frozen["known"][frames])):
+            prompts = self.prompts(tokenizer, np.asarray(picks)[new])
+            states = self.see({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in prompts.items()})
+            self.frozen["states"][frames[new]] = states.cpu().numpy()
+            self.frozen["known"][frames[new]] = True
+        return self.frozen["states"][frames].astype(np.float32)
 
     def __len__(self):
         return len(self.frames)

@@ -15,6 +15,7 @@ Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (Sy
 
 import ctypes
 import dataclasses
+import hashlib
 import difflib
 import json
 import math
@@ -962,19 +963,21 @@ class SyVLA(nn.Module):
 
         images (B, V, px, px, 3) uint8; tokens, segments, positions, labels (B, T) int64 (label -100: not trained). Action
         samples also carry state (B, S), actions (B, H, A) in LeRobot units, valid (B, H), eps (B, M, H, A), t (B, M) or (B, M, H),
-        uniform (B, Q), and with --stale age (B,): images and text are those of so many control steps before.
+        uniform (B, Q), and with --stale age (B,): images and text are those of so many control steps before. Of a frozen VLM the
+        batch may bring the query states (B, Q, D) in place of images and text; there is no text loss then.
         """
-        with_actions = "actions" in batch
-        visual = self.vlm.see(batch["images"])
-        self.mark("vision")
-        text, states = self.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], with_actions)
-        labels = batch["labels"]
-        rows, columns = (labels >= 0).nonzero(as_tuple=True)
-        nll = F.cross_entropy(self.vlm.lm.logits(text[rows, columns]), labels[rows, columns], reduction="none")
-        # a mean per row, then over rows: unlike a mean over tokens it does not depend on how rows are spread over processes
-        per_row = nll.new_zeros(len(labels)).index_add(0, rows, nll) / (labels >= 0).sum(1).clamp(min=1)
-        losses = {"text": per_row.mean()}
-        self.mark("language")
+        with_actions, losses, states = "actions" in batch, {}, batch.get("states")
+        if states is None:
+            visual = self.vlm.see(batch["images"])
+            self.mark("vision")
+            text, states = self.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], with_actions)
+            labels = batch["labels"]
+            rows, columns = (labels >= 0).nonzero(as_tuple=True)
+            nll = F.cross_entropy(self.vlm.lm.logits(text[rows, columns]), labels[rows, columns], reduction="none")
+            # a mean per row, then over rows: unlike a mean over tokens it does not depend on how rows are spread over processes
+            per_row = nll.new_zeros(len(labels)).index_add(0, rows, nll) / (labels >= 0).sum(1).clamp(min=1)
+            losses["text"] = per_row.mean()
+            self.mark("language")
         if with_actions:
             state, actions = self.normalise(batch["state"], "state"), self.normalise(batch["actions"], "action")
             flow = (state, actions, batch["valid"], batch["eps"], batch["t"])
@@ -987,6 +990,13 @@ class SyVLA(nn.Module):
             losses["action"] = self.flow_loss(states, *flow, **more).mean()
             self.mark("expert")
         return losses
+
+    def fingerprint(self, *words):
+        """Twelve hex digits that name the VLM's weights, and words: for files of what a frozen VLM made of something."""
+        made_of = hashlib.sha256(" ".join(map(str, words)).encode())
+        for parameter in self.vlm.state_dict().values():
+            made_of.update(parameter.float().cpu().numpy().tobytes())
+        return made_of.hexdigest()[:12]
 
     # -- acting -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ Paper: SyVLA, arXiv 2606.09009, section on reinforcement learning; what it leave
 """
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -347,10 +346,8 @@ class Experts:
             raise ValueError(f"view_weights {cfg.view_weights} must be one number for each of the cameras {policy.cfg.cameras}")
         episodes = Episodes(cfg.data, policy.cfg, families)
         frames = np.sort(np.random.default_rng(0).permutation(len(episodes))[: cfg.index_frames])
-        made_of = hashlib.sha256(f"{policy.cfg.cameras} {families} {cfg.index_frames} {policy.cfg.chunk} {policy.cfg.reasoning}".encode())
-        for parameter in policy.vlm.state_dict().values():
-            made_of.update(parameter.float().cpu().numpy().tobytes())
-        path = Path(cfg.data, f"similarity_{made_of.hexdigest()[:12]}.safetensors")
+        made_of = policy.fingerprint(policy.cfg.cameras, families, cfg.index_frames, policy.cfg.chunk, policy.cfg.reasoning)
+        path = Path(cfg.data, f"similarity_{made_of}.safetensors")
         if not path.is_file():
             parts = tqdm(np.array_split(frames, math.ceil(len(frames) / 64)), desc="similarity index", leave=False, disable=not sys.stderr.isatty())
             parts = [self.embed(episodes.samples(policy.tokenizer, part)) for part in parts]

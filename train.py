@@ -538,6 +538,20 @@ def build(cfg, device):
     return policy, episodes, questions, held_out
 
 
+def keep_states(cfg, policy, episodes, autocast, say):
+    """--new_expert: the VLM does not learn, so what it makes of a frame is computed once and kept beside the data."""
+    path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
+
+    @torch.no_grad()
+    def see(batch):
+        with autocast():
+            batch = {k: v.to(policy.vlm.queries.device) for k, v in batch.items()}
+            return policy.vlm(policy.vlm.see(batch["images"]), *(batch[k] for k in ("tokens", "segments", "positions")), True)[1].float()
+
+    episodes.freeze(path, (cfg.queries, cfg.width), see)
+    say(f"the VLM is frozen: what it makes of a frame is kept in {path}, up to {2 * cfg.queries * cfg.width * len(episodes.state) / 2**20:.0f} MiB")
+
+
 def batches(step, cfg, policy, episodes, questions, rank, world, device):
     """The micro-batches of one step: a list of lists of (loss weight, batch dict)."""
     grounding = step < cfg.ground_steps
@@ -679,6 +693,8 @@ def train(cfg):
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     say(f"torch {torch.__version__}, {device}, {why}, {torch.get_num_threads()} threads, {world} process(es)")
     say(f"{len(episodes.episodes)} episodes, {len(episodes)} frames" + (f", {len(questions.questions)} pictures with questions" if questions else ""))
+    if cfg.new_expert:
+        keep_states(cfg, policy, episodes, autocast, say)
     run = torch.compile(policy) if cfg.compile else policy
     if cfg.bench:
         return bench(cfg, policy, run, episodes, questions, optimizers, device, autocast)

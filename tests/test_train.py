@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -316,6 +317,30 @@ def test_new_expert_of_another_size_learns_on_a_vlm_that_stays_bit_for_bit(train
     assert all(torch.equal(v, old[k]) for k, v in weights(out).items() if k.startswith("vlm."))
     assert "--stage=finetune" in fails(train.main, arguments(data, tmp_path / "x", "--new_expert", f"--init_from={trained}"))
     assert "--width=32" in fails(train.main, arguments(data, tmp_path / "x", *flags, "--width=64"))
+
+
+def test_what_a_frozen_vlm_makes_of_a_frame_is_kept(trained, data, tmp_path):
+    """The file's states are those of a fresh pass, to half precision; a frame is seen once, stale pictures under their own frame."""
+    policy = SyVLA.load(trained, Tokenizer.load(trained))
+    fresh, kept = (Episodes(data, replace(policy.cfg, stale=3)) for _ in range(2))
+    asked = []
+
+    def see(batch):
+        asked.append(len(batch["images"]))
+        with torch.no_grad():
+            return policy.vlm(policy.vlm.see(batch["images"]), *(batch[k] for k in ("tokens", "segments", "positions")), True)[1]
+
+    kept.freeze(tmp_path / "states.npy", (policy.cfg.queries, policy.cfg.width), see)
+    picks, older = np.arange(20, 40), np.arange(20) % 4
+    with_pictures = fresh.samples(policy.tokenizer, picks, older)
+    for _ in range(2):
+        batch = kept.samples(policy.tokenizer, picks, older)
+        assert set(with_pictures) - set(batch) == {"images", "tokens", "segments", "positions", "labels"} and (batch["age"] == with_pictures["age"]).all()
+        assert torch.allclose(batch["states"], see(with_pictures), rtol=2e-3, atol=1e-3)
+    assert asked[0] <= 20 and asked[1:] == [20, 20]  # ours; the second time the file knew them all
+    again = Episodes(data, fresh.cfg)
+    again.freeze(tmp_path / "states.npy", (policy.cfg.queries, policy.cfg.width), None)
+    assert (again.samples(policy.tokenizer, picks, older)["states"] == batch["states"]).all()
 
 
 def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fails):

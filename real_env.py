@@ -296,6 +296,17 @@ class RealEnv:
         self.tick = self.clock.monotonic()
         return self._obs(), self._info(0, before)
 
+    def instruct(self, task):
+        """Another instruction in mid motion, with a step limit of its own."""
+        self.task, self.steps = task, 0
+
+    def rest(self):
+        """Fold up, out of the way: no load on the motors while people lay out scenes and gradients are computed."""
+        try:
+            self._calmly(REST)
+        except ArmError as error:
+            self._give_up(error)
+
     def step(self, action):
         """One control step of 1 / FPS seconds; action (6,) target positions -> obs, reward, terminated, truncated, info."""
         return self.step_chunk(np.asarray(action)[None])
@@ -442,13 +453,6 @@ class PracticeEnv(RealEnv):
         self.limit = self.longest
         return super().reset(options={"task": self.instruction})
 
-    def rest(self):
-        """Fold up, out of the way: no load on the motors while people lay out scenes and gradients are computed."""
-        try:
-            self._calmly(REST)
-        except ArmError as error:
-            self._give_up(error)
-
     def verdict(self):
         key = self.keys.pressed()
         if key == "n":
@@ -464,7 +468,7 @@ def by_flags(cls, cfg, views, **more):
     """An arm by a program's flags --port, --id, --front, --wrist and --task. views: the cameras that the policy looks through."""
     if missing := [f"--{view}=" for view in views if not getattr(cfg, view, "")]:
         raise ValueError(f"the policy looks through {views}: type {' and '.join(missing)} with the number that lerobot-find-cameras opencv says")
-    if not cfg.task.strip():
+    if not cfg.task.strip() and not getattr(cfg, "interactive", False):
         raise ValueError('the real arm needs an instruction, like "put the red cube on the blue pad"')
     return cls(cfg.port, {view: getattr(cfg, view) for view in views}, cfg.id, **more)
 

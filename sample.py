@@ -302,6 +302,13 @@ def rtc_pull(committed, rest, H):
     return np.where(i < committed, 1.0, np.where(i < rest, c * np.expm1(c) / (math.e - 1), 0.0))
 
 
+def runner_by_flags(policy, cfg, pool):
+    """In conversation and on the real arm a thought takes as long as it takes, in the threads of `pool`; else --delay steps, or none."""
+    live = cfg.interactive or cfg.env == "real"
+    mode = cfg.mode or ("async" if policy.cfg.stale else "naive")  # an expert that never met old thoughts follows them badly
+    return Runner(policy, mode, int(cfg.delay) if cfg.delay else None if live else 0, cfg.refresh, cfg.commit, seed=cfg.seed, pool=pool if live else None)
+
+
 def measures(arms):
     """What the arms' logs tell -> {"waiting": share of control steps in which the arm had nothing to do, "waiting_later": without
     those before its first action, "jerk_border", "jerk_inside": mean |a_t - a_t-1| over joints (LeRobot units) where one plan takes
@@ -462,7 +469,6 @@ def draw_frame(env, cameras, task, reasoning, weights, note="", px=256):
 
 def film(policy, cfg):
     """One episode -> GIF and contact sheet in cfg.out, and the reasoning on the screen."""
-    runner = Runner(policy, cfg.mode or "async", int(cfg.delay or 0), cfg.refresh, cfg.commit, seed=cfg.seed)
     if cfg.task:
         policy.tokenizer.prompt(cfg.task)  # complain about the words before anything moves
     env = real_arm(policy, cfg) if cfg.env == "real" else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
@@ -475,18 +481,20 @@ def film(policy, cfg):
         obs, info = env.reset(seed=cfg.seed, options={"family": cfg.family, "split": cfg.split} | ({"task": cfg.task} if cfg.task else {}))
     print(f"instruction: {obs['task']}")
     frames, terminated, truncated, said, shown, weights = [], False, False, None, None, np.zeros(policy.cfg.queries)
-    while not terminated and not truncated:
-        actions, (reasoning,) = runner(batch_of_one(obs, policy))
-        arm = runner.arms[0]
-        if reasoning != said and arm.states is not None:
-            print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>")
-            said = reasoning
-        if arm.plans and arm.plans[-1] is not shown:
-            shown = arm.plans[-1]
-            weights = importance(policy, obs, shown.chunks.result()[0], arm.states[None])
-        waits = "" if arm.log[-1][1] else ", waiting"
-        frames.append(draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']}{waits})"))
-        obs, _, terminated, truncated, info = env.step(actions[0, 0])
+    with ThreadPoolExecutor(2) as pool:
+        runner = runner_by_flags(policy, cfg, pool)
+        while not terminated and not truncated:
+            actions, (reasoning,) = runner(batch_of_one(obs, policy))
+            arm = runner.arms[0]
+            if reasoning != said and arm.states is not None:
+                print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>")
+                said = reasoning
+            if arm.plans and arm.plans[-1] is not shown:
+                shown = arm.plans[-1]
+                weights = importance(policy, obs, shown.chunks.result()[0], arm.states[None])
+            waits = "" if arm.log[-1][1] else ", waiting"
+            frames.append(draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']}{waits})"))
+            obs, _, terminated, truncated, info = env.step(actions[0, 0])
     frames += [draw_frame(env, cameras, obs["task"], reasoning, weights, "success" if terminated else "out of time")] * sim_env.FPS
     env.close()  # the real arm does so at any exit
     path = save_film(frames, cfg, obs["task"])
@@ -523,9 +531,10 @@ def interactive(policy, cfg):
     """A person types instructions, also in mid motion: the arm drops what it thought and planned, and goes on from where it is.
 
     It all happens at the arm's own pace, in a window where there is a display; else the last minute is written as a film. When
-    the input ends (a pipe), so does the conversation, once the last instruction is carried out.
+    the input ends (a pipe), so does the conversation, once the last instruction is carried out. The real arm moves when it is told to.
     """
-    env, cameras = sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg)), sim_env.environment(cfg.env).cameras
+    real, cameras = cfg.env == "real", policy.cfg.cameras.split(",")
+    env = real_arm(policy, cfg) if real else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
     seed, scene, lines, frames = cfg.seed, {"family": cfg.family, "split": cfg.split}, queue.SimpleQueue(), deque(maxlen=60 * sim_env.FPS)
 
     def listen():
@@ -535,12 +544,12 @@ def interactive(policy, cfg):
         lines.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
-    obs, info = env.reset(seed=seed, options=scene)
-    viewer = open_viewer(env)
+    obs, info = (None, {"steps": 0}) if real else env.reset(seed=seed, options=scene)
+    viewer = None if real else open_viewer(env)
     print('type an instruction, such as: put the red cube on the blue pad (another one interrupts it; "new": another scene; "quit")', flush=True)
     task, ended, listening, said, due = None, False, True, None, 0.0
     with ThreadPoolExecutor(2) as pool, contextlib.suppress(KeyboardInterrupt):
-        runner = Runner(policy, cfg.mode or "async", int(cfg.delay) if cfg.delay else None, cfg.refresh, cfg.commit, seed=seed, pool=pool)
+        runner = runner_by_flags(policy, cfg, pool)
         while (task or listening) and (viewer is None or viewer.is_running()):
             try:
                 line = lines.get(timeout=0 if task else 0.1)
@@ -552,12 +561,18 @@ def interactive(policy, cfg):
                 break
             elif line == "new" or line and ended and not hasattr(env, "instruct"):  # what cannot be told anew begins anew
                 seed, task, ended = seed + 1, None, False
-                obs, info = env.reset(seed=seed, options=scene)
+                if real:
+                    env.rest()
+                    obs = None
+                else:
+                    obs, info = env.reset(seed=seed, options=scene)
                 runner.arms.clear()
             if line and line != "new":
                 try:
                     policy.tokenizer.prompt(line)  # complain about the words before anything moves
-                    if hasattr(env, "instruct"):
+                    if obs is None:
+                        obs, info = env.reset(options={"task": line})
+                    elif hasattr(env, "instruct"):
                         env.instruct(line)
                     print(f"step {info['steps']:3d}  {'no, ' if task else ''}{line}", flush=True)
                     task, ended, said, due = line, False, None, max(due, time.perf_counter())
@@ -623,18 +638,16 @@ def evaluate_real(policy, cfg):
     """Episodes on the real arm, each judged by a person; eval_real.json in the run folder."""
     policy.tokenizer.prompt(cfg.task)
     successes, steps = [], []
-    with real_arm(policy, cfg) as env:
+    with real_arm(policy, cfg) as env, ThreadPoolExecutor(2) as pool:
+        runner = runner_by_flags(policy, cfg, pool)
         while len(successes) < cfg.eval:
             input(f"episode {len(successes) + 1} of {cfg.eval}: lay out the scene, keep clear of the arm, press Enter. Ctrl-C ends the episode ")
             obs, info = env.reset(options={"task": cfg.task})
             truncated = False
             try:
                 while not truncated:
-                    chunk, _ = policy.act(*look(obs, policy), seed=cfg.seed + info["steps"])
-                    for action in chunk[0, : policy.cfg.execute]:
-                        obs, _, _, truncated, info = env.step(action)
-                        if truncated:
-                            break
+                    actions, _ = runner(batch_of_one(obs, policy, len(successes)))
+                    obs, _, _, truncated, info = env.step(actions[0, 0])
             except KeyboardInterrupt:
                 print()
             while (answer := input("success? y or n: ").strip().lower()) not in ("y", "n"):

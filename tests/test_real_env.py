@@ -419,6 +419,19 @@ def test_eval_asks_a_person(arm, command, trained, capsys, monkeypatch):
     assert (cell["success"], cell["n"]) == (.5, 2) and "50.0" in capsys.readouterr().out and arm.torque() == []
 
 
+def test_conversation(arm, command, tmp_path, capsys, monkeypatch):
+    """It moves when it is told to, another instruction gets all its time, `new` folds it up, and so does the end."""
+    poses, rest = [], RealEnv.rest
+    monkeypatch.setattr(RealEnv, "rest", lambda self: (rest(self), poses.append(arm.sim.position())))
+    person = Person(monkeypatch)
+    person.press("sing " * 3000 + f"\n{TASK['task']}\nput the green cube on the red pad\nnew\n{TASK['task']}\n")
+    person.leave()
+    sample.main([*command, "--interactive"])
+    said = capsys.readouterr().out
+    assert "tokens long" in said and f"step   0  {TASK['task']}" in said and "no, put the green cube" in said and "out of time" in said
+    assert len(poses) == 1 and np.abs(poses[0] - REST).max() < 4 and arm.torque() == [] and (tmp_path / "conversation.gif").is_file()
+
+
 def test_bad_input(arm, command, fails):
     assert "instruction" in fails(sample.main, command)
     assert "lerobot-find-port" in fails(sample.main, [*command, "--port=/dev/nothing", TASK["task"]])

@@ -219,7 +219,7 @@ class Critic(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        sizes = (cfg.queries * cfg.width + cfg.action_dim, 256, 128)
+        sizes = (cfg.queries * cfg.width + cfg.state_dim, 256, 128)
         layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
         self.net = nn.Sequential(nn.LayerNorm(sizes[0]), *layers, nn.Linear(128, 1))
         nn.init.normal_(self.net[-1].weight, std=0.02)

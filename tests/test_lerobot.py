@@ -55,10 +55,12 @@ def ours(tmp_path_factory):
     return folder
 
 
-def write_set(root, version="v2.1", names=None, lengths=(8, 10), cameras=("top", "wrist"), tasks=("lift", "push"), values=None, fps=FPS):
-    """A LeRobot data set with PNG pictures as older versions of that project wrote it."""
+def write_set(root, version="v2.1", names=None, lengths=(8, 10), cameras=("top", "wrist"), tasks=("lift", "push"), values=None, fps=FPS, state=None):
+    """A LeRobot data set with PNG pictures as older versions of that project wrote it. state: other names for the state; or the feature itself."""
     names = names or [f"{motor}.pos" for motor in MOTORS]
     features = {name: {"dtype": "float32", "shape": [len(names)], "names": names} for name in ("observation.state", "action")}
+    if state:
+        features["observation.state"] |= state if isinstance(state, dict) else {"shape": [len(state)], "names": {"motors": state}}
     features |= {f"observation.images.{camera}": {"dtype": "image", "shape": [PX, PX, 3], "names": ["height", "width", "channels"]} for camera in cameras}
     (root / "meta").mkdir(parents=True)
     (root / "data" / "chunk-000").mkdir(parents=True)
@@ -69,7 +71,8 @@ def write_set(root, version="v2.1", names=None, lengths=(8, 10), cameras=("top",
     (root / "meta" / "episodes.jsonl").write_text("\n".join(json.dumps({"episode_index": i, "tasks": [tasks[i % len(tasks)]], "length": n}) for i, n in enumerate(lengths)))
     rng = np.random.default_rng(1)
     for i, n in enumerate(lengths):
-        state, action = (joints(rng, n)[:, : len(names)] if values is None else np.tile(np.float32(values), (n, 1)) for _ in range(2))
+        sizes = (features[name]["shape"][0] for name in ("observation.state", "action"))
+        state, action = (np.hstack([joints(rng, n)] * 2)[:, :size] if values is None else np.tile(np.float32(values), (n, 1)) for size in sizes)
         columns = {"observation.state": list(state), "action": list(action), "timestamp": np.float32(np.arange(n) / FPS), "frame_index": np.arange(n),
                    "episode_index": np.full(n, i), "task_index": np.full(n, i % len(tasks))}  # fmt: skip
         columns |= {f"observation.images.{c}": [{"bytes": prepare.png(scene(i, k, v)), "path": f"{k}.png"} for k in range(n)] for v, c in enumerate(cameras)}
@@ -178,6 +181,31 @@ def test_joint_conventions_are_recognised_or_refused(tmp_path, fails):
     (tmp_path / "arm.json").write_text(json.dumps({m: {"range_min": 1000, "range_max": 3000} for m in MOTORS}))
     _, arrays = bring(write_set(tmp_path / "i", values=[100, -50, 0, 10, 1, 42]), tmp_path / "i_out", "--convention=percent", f"--calibration={tmp_path / 'arm.json'}")
     assert np.allclose(arrays["state"][0], [87.912, -43.956, 0, 8.7912, 0.87912, 42], atol=1e-3)
+
+
+def test_state_and_action_of_other_names(tmp_path, fails):
+    state, motors = ["x", "y", "z", "rx", "ry", "rz", "rw", "gripper"], ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+    root = write_set(tmp_path / "libero", names=motors, state=state)
+    meta, arrays = bring(root, tmp_path / "new")
+    assert (meta["state"], meta["motors"], meta["convention"]) == (state, motors, "as recorded")
+    for name, feature in (("state", "observation.state"), ("action", "action")):
+        told = np.concatenate([np.stack(pq.read_table(path)[feature].to_pylist()) for path in sorted(root.rglob("*.parquet"))])
+        assert np.array_equal(arrays[name], told.astype(np.float32)) and len(meta["statistics"][name]["q01"]) == told.shape[1] == {"state": 8, "action": 7}[name]
+    prepare.main([f"--export={tmp_path / 'new'}", f"--out={tmp_path / 'out'}", "--workers=1"])
+    again, back = bring(tmp_path / "out", tmp_path / "back")
+    assert all(np.array_equal(arrays[name], back[name]) for name in arrays) and all(again[name] == meta[name] for name in ("state", "motors", "episodes"))
+    train.main(["--config", "debug", f"--data={tmp_path / 'new'}", "--families=new", "--reasoning=false", "--ground_steps=0", "--mix=0", f"--out={tmp_path / 'run'}", "--device=cpu", "--threads=1"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["state"] == ",".join(state)
+    # an SO arm's joints with more beside them: nothing is converted, and nobody may ask for it
+    more = write_set(tmp_path / "more", names=[f"main_{m}" for m in MOTORS], state=[f"main_{m}" for m in MOTORS] + ["current"])
+    meta, _ = bring(more, tmp_path / "more_out")
+    assert meta["motors"] == [f"main_{m}" for m in MOTORS] and meta["state"][-1] == "current" and meta["convention"] == "as recorded"
+    line = fails(prepare.main, [f"--lerobot={more}", f"--out={tmp_path / 'x'}", "--convention=old", "--workers=1"])
+    assert "'current'" in line and "moves ['main_shoulder_pan'" in line
+    # no names, or one for all the numbers
+    for i, feature in enumerate(({"shape": [8], "names": None}, {"shape": [8], "names": ["state"]})):
+        meta, arrays = bring(write_set(tmp_path / f"set{i}", names=motors, state=feature), tmp_path / f"nameless{i}")
+        assert meta["state"] == [f"state_{j}" for j in range(8)] and arrays["state"].shape[1] == 8
 
 
 def test_pictures_become_square(tmp_path):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import sim_env
 from data import statistics
 from model import opt, parse_config
-from sim_env import CAMERAS, COLOURS, FPS, HELD_OUT_SUMS, MOTORS, SEEDS, VAGUE_NAMES, SO100Env, demonstrate, number_of, random_task
+from sim_env import CAMERAS, COLOURS, FPS, HELD_OUT_SUMS, MOTORS, SEEDS, VAGUE_NAMES, SO100Env, demonstrate, number_of, random_task, square
 
 
 FIRST_SEED = {"demo": 0, "start": 200_000, "questions": 400_000}  # kinds never share a scene
@@ -271,13 +271,6 @@ def read_parquet(path, **choice):
         return pq.read_table(path, **choice)
     except (ValueError, OSError, KeyError) as e:  # pyarrow's own errors are ValueErrors and OSErrors
         raise ValueError(f"{path} cannot be read ({str(e).splitlines()[0][:200]}); it is missing or damaged: download it again") from None
-
-
-def square(image, px, fit):
-    """A PIL picture of any size -> (px, px, 3) uint8; one that has this size already comes out bit for bit."""
-    (w, h), side = image.size, min(image.size)
-    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2) if fit == "crop" else None
-    return np.asarray(image.convert("RGB").resize((px, px), Image.Resampling.BILINEAR, box=box))
 
 
 SHARD_BYTES = 1 << 26  # pictures in a file of brought or exported episodes, about

@@ -22,6 +22,7 @@ import sys
 import time
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 GL_HELP = ("MuJoCo cannot draw: no working OpenGL library. On Debian or Ubuntu type: apt-get install libegl1 libgl1 "
@@ -844,6 +845,17 @@ def draw(renderer, data, camera):
     return renderer.render()
 
 
+def square(picture, px, fit):
+    """A camera's picture, PIL's, of any size -> (px, px, 3) uint8; one that has this size already comes out bit for bit.
+
+    fit: stretch (all is seen) or crop (the middle, in proportion). Recordings and live cameras both come through here: a policy
+    must not see the same scene in two ways.
+    """
+    (w, h), side = picture.size, min(picture.size)
+    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2) if fit == "crop" else None
+    return np.asarray(picture.convert("RGB").resize((px, px), Image.Resampling.BILINEAR, box=box))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The scripted expert.
 
@@ -1330,7 +1342,7 @@ def table(results):
 
 def contact_sheet():
     """Every family (rows) in every split (columns), both cameras, as one picture."""
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
     px, rows, env = 224, [], SO100Env()
     for family in FAMILIES:
         row = []
@@ -1373,7 +1385,6 @@ def expert_success(n):
 
 
 def main():
-    from PIL import Image
     if len(sys.argv) > 2 or not all(word.isdigit() and int(word) for word in sys.argv[1:]):
         sys.exit("error: the only argument is a number of expert episodes a family: python sim_env.py 500")
     if len(sys.argv) == 2:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import prepare
 import train
@@ -206,14 +205,6 @@ def test_state_and_action_of_other_names(tmp_path, fails):
     for i, feature in enumerate(({"shape": [8], "names": None}, {"shape": [8], "names": ["state"]})):
         meta, arrays = bring(write_set(tmp_path / f"set{i}", names=motors, state=feature), tmp_path / f"nameless{i}")
         assert meta["state"] == [f"state_{j}" for j in range(8)] and arrays["state"].shape[1] == 8
-
-
-def test_pictures_become_square(tmp_path):
-    wide = Image.fromarray(np.repeat(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], 50, axis=0).repeat(3, axis=2))  # 100 x 50, brighter to the right
-    stretched, cropped = prepare.square(wide, 20, "stretch"), prepare.square(wide, 20, "crop")
-    assert stretched.shape == cropped.shape == (20, 20, 3)
-    assert stretched[0, 0, 0] < 10 and stretched[0, -1, 0] > 185  # all of it
-    assert 45 < cropped[0, 0, 0] < 60 and 140 < cropped[0, -1, 0] < 155  # the middle half
 
 
 def test_an_episode_that_changes_its_task_becomes_several(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -129,6 +130,30 @@ def test_film_comes_back_frame_by_frame(ours, tmp_path, codec):
         same = np.array([[np.array_equal(x, y) for y in a] for x in a])
         assert (np.where(same, distance, np.inf).min(0) < np.where(same, np.inf, distance).min(0)).all()  # the right frame at the right time
         assert 10 * np.log10(255**2 / np.diag(distance).mean()) > 27, camera
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """Four demonstrations of the simulation at 96 px."""
+    folder = tmp_path_factory.mktemp("simulated") / "set"
+    prepare.main(["--config", "debug", "--demos=4", "--starts=0", "--scenes=0", "--held_out_scenes=0", "--image_size=96", f"--out={folder}"])
+    return folder
+
+
+@pytest.mark.parametrize("codec, least", [("", math.inf), ("h264", 29), ("av1", 29)])
+def test_what_films_cost(simulated, tmp_path, codec, least):
+    """Peak signal to noise of simulated pictures that went out and came back, in dB; and the bytes of a frame of one camera."""
+    if codec:
+        pytest.importorskip("av")
+    prepare.main([f"--export={simulated}", f"--out={tmp_path / 'out'}", f"--video={codec}", "--workers=1"])
+    bring(tmp_path / "out", tmp_path / "back", "--image_size=96")
+    (meta, before), (_, after) = read(simulated), read(tmp_path / "back")
+    size = sum(path.stat().st_size for path in (tmp_path / "out" / ("videos" if codec else "data")).rglob("*.*")) / len(before["state"]) / len(meta["cameras"])
+    for camera in meta["cameras"]:
+        error = (before[camera].astype(float) - after[camera]) ** 2  # (frames, 96, 96, 3)
+        decibel = math.inf if not error.any() else 10 * math.log10(255**2 / error.mean())
+        print(f"{codec or 'PNG':4s} {camera:5s} {decibel:.1f} dB over {len(error)} frames of 96 px, {size:.0f} bytes a picture")
+        assert decibel >= least
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A data set is a folder that numpy alone can read:
 
-    data/<name>/meta.json     cameras, motors, fps, statistics, what made it, and one entry per episode:
+    data/<name>/meta.json     cameras, motors, fps, statistics, state (names, where it is not the motors' positions), what made it,
+                              and one entry per episode:
                               {start, length, task, reason: [[first step, text], ...], success, seed, family, kind,
                               disturbed: [[first step, end], ...]}: while the arm did not obey the actions
     data/<name>/front.npy     (frames, px, px, 3) uint8, one file per camera
@@ -233,15 +234,19 @@ def statistics(array):
 # Data sets
 
 
-def save_episodes(folder, episodes, cameras, motors, fps=10):
+def save_episodes(folder, episodes, cameras, motors, fps=10, state=()):
     """Write a data set from Python. An episode is {"images": {camera: (n, px, px, 3) uint8}, "state" (n, S), "action" (n, A), "task"}
     and what else meta.json should say of it: "family", "reason", "success", "seed", "disturbed".
+    motors: names of the action's numbers, state: of the state's (none: the motors, whose positions they are).
     """
     folder = Path(folder)
     if (folder / "meta.json").is_file():
         raise ValueError(f"{folder} already holds a data set; delete it or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.concatenate([e[name] for e in episodes]).astype(np.float32) for name in ("state", "action")}
+    for name, names in (("state", state or motors), ("action", motors)):
+        if arrays[name].shape[1:] != (len(names),):
+            raise ValueError(f"{name} has shape {arrays[name].shape}, its names are {list(names)}")
+    folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     for camera in cameras:
@@ -251,7 +256,7 @@ def save_episodes(folder, episodes, cameras, motors, fps=10):
         said = {k: v for k, v in e.items() if k not in ("images", "state", "action")}
         entries.append({"start": start, "length": len(e["state"]), "reason": [], "success": True, "seed": i, "family": "demo", "kind": "demo"} | said)
         start += len(e["state"])
-    meta = {"cameras": list(cameras), "motors": list(motors), "fps": fps, "statistics": {k: statistics(v) for k, v in arrays.items()}, "episodes": entries}
+    meta = {"cameras": list(cameras), "motors": list(motors), **({"state": list(state)} if state else {}), "fps": fps, "statistics": {k: statistics(v) for k, v in arrays.items()}, "episodes": entries}
     (folder / "meta.json.tmp").write_text(json.dumps(meta))
     (folder / "meta.json.tmp").replace(folder / "meta.json")  # last: a folder without it is no data set
 
@@ -290,11 +295,13 @@ class Episodes:
         self.meta, self.cfg, self.frozen = read_json(folder, "meta.json"), cfg, None
         if missing := {"cameras", "motors", "statistics", "episodes"} - self.meta.keys():
             raise ValueError(f"{folder}/meta.json lacks {', '.join(sorted(missing))}; the README lists what it must hold")
-        if self.meta["motors"] != cfg.motors.split(","):
-            raise ValueError(f"{folder} has motors {self.meta['motors']}, the model {cfg.motors.split(',')}")
+        for what, theirs, own in (("motors", self.meta["motors"], cfg.motors.split(",")), ("state", self.meta.get("state") or self.meta["motors"], cfg.state_names)):
+            if theirs != own:
+                raise ValueError(f"{folder} has {what} {theirs}, the model {own}")
         self.images = read_images(folder, self.meta, cfg)
-        self.state = np.load(Path(folder) / "state.npy", mmap_mode="r")
-        self.action = np.load(Path(folder) / "action.npy", mmap_mode="r")
+        self.state, self.action = (np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("state", "action"))
+        if (self.state.shape[1], self.action.shape[1]) != (cfg.state_dim, cfg.action_dim):
+            raise ValueError(f"{folder} has states of {self.state.shape[1]} and actions of {self.action.shape[1]} numbers, its meta.json names {cfg.state_dim} and {cfg.action_dim}")
         usable = [e for e in self.meta["episodes"] if e["success"] or e.get("kind") == "start"]  # a start is a few good steps
         there = sorted({e.get("family", "") for e in usable})
         if not usable or (missing := [f for f in families or () if f not in there]):

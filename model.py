@@ -47,7 +47,8 @@ class Config:
     """What shapes the weights or the way a policy acts; saved in every checkpoint as config.json."""
 
     cameras: str = opt("front,wrist", "camera roles, in the order the model sees them")
-    motors: str = opt("shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper", "joint names, in order (state and action)")
+    motors: str = opt("shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper", "what an action moves, in order")
+    state: str = opt("", "what the state measures, in order; empty: the motors' positions (train.py: what the data set says)")
     image_size: int = opt(96, "pixels per side of each camera image")
     patch_size: int = opt(6, "pixels per side of a vision patch")
     conv_stem: bool = opt(True, "patches through two convolutions instead of SigLIP's single filter: learns to see far sooner")
@@ -130,6 +131,14 @@ class Config:
     @property
     def action_dim(self):
         return len(self.motors.split(","))
+
+    @property
+    def state_names(self):
+        return (self.state or self.motors).split(",")
+
+    @property
+    def state_dim(self):
+        return len(self.state_names)
 
     @property
     def tokens_per_view(self):
@@ -782,7 +791,7 @@ class Expert(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         De, A = cfg.expert_width, cfg.action_dim
-        self.action_in, self.state_in = nn.Linear(A, De), nn.Linear(A, De)
+        self.action_in, self.state_in = nn.Linear(A, De), nn.Linear(cfg.state_dim, De)
         self.position = nn.Parameter(torch.randn(1 + cfg.chunk, De) * 0.5)
         self.time = nn.Sequential(nn.Linear(De, De), nn.SiLU(), nn.Linear(De, De))
         self.age = nn.Embedding(cfg.stale + 1, De) if cfg.stale else None
@@ -838,8 +847,8 @@ class SyVLA(nn.Module):
         # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the adapter.
         self.adapter = nn.Sequential(nn.Linear(cfg.width, cfg.expert_width, bias=False), nn.SiLU(), nn.Linear(cfg.expert_width, cfg.expert_width, bias=False))
         self.expert = Expert(cfg)
-        for name in ("state_low", "state_high", "action_low", "action_high"):
-            self.register_buffer(name, torch.full((cfg.action_dim,), math.nan))  # NaN until set_statistics: never silently unnormalised
+        for name, size in (("state_low", cfg.state_dim), ("state_high", cfg.state_dim), ("action_low", cfg.action_dim), ("action_high", cfg.action_dim)):
+            self.register_buffer(name, torch.full((size,), math.nan))  # NaN until set_statistics: never silently unnormalised
         self.mark = lambda stage: None  # called after every stage; --bench and the latency table put a stopwatch here
         self._init_weights()
         if pretrained and not cfg.wrapped:
@@ -893,7 +902,7 @@ class SyVLA(nn.Module):
             nn.init.zeros_(self.vlm.lm.head.weight)
 
     def set_statistics(self, statistics):
-        """{"state" | "action": {"q01": (A,), "q99": (A,)}} in LeRobot units, as data.py computes them."""
+        """{"state": {"q01": (S,), "q99": (S,)}, "action": {"q01": (A,), "q99": (A,)}} in LeRobot units, as data.py computes them."""
         for name in ("state", "action"):
             for side, quantile in (("low", "q01"), ("high", "q99")):
                 getattr(self, f"{name}_{side}").copy_(torch.as_tensor(statistics[name][quantile]))
@@ -1093,8 +1102,8 @@ class SyVLA(nn.Module):
         expected = (cfg.views, cfg.image_size, cfg.image_size, 3)
         if tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
             raise ValueError(f"images must be (B, {', '.join(map(str, expected))}) uint8, cameras {cfg.cameras}; got {tuple(images.shape)} {images.dtype}")
-        if tuple(state.shape[1:]) != (cfg.action_dim,):
-            raise ValueError(f"state must be (B, {cfg.action_dim}), motors {cfg.motors}; got {tuple(state.shape)}")
+        if tuple(state.shape[1:]) != (cfg.state_dim,):
+            raise ValueError(f"state must be (B, {cfg.state_dim}), {','.join(cfg.state_names)}; got {tuple(state.shape)}")
         if isinstance(task, str) or not len(task) == len(images) == len(state):
             raise ValueError(f"one task string per row: got {len(images)} images, {len(state)} states, tasks {task!r}"[:300])
         if not torch.isfinite(self.state_low).all():

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import sim_env
 from data import statistics
 from model import opt, parse_config
-from sim_env import CAMERAS, COLOURS, FPS, HELD_OUT_SUMS, MOTORS, SEEDS, VAGUE_NAMES, SO100Env, demonstrate, number_of, random_task
+from sim_env import CAMERAS, COLOURS, FPS, HELD_OUT_SUMS, MOTORS, SEEDS, VAGUE_NAMES, SO100Env, demonstrate, number_of, random_task, square
 
 
 FIRST_SEED = {"demo": 0, "start": 200_000, "questions": 400_000}  # kinds never share a scene
@@ -273,13 +273,6 @@ def read_parquet(path, **choice):
         raise ValueError(f"{path} cannot be read ({str(e).splitlines()[0][:200]}); it is missing or damaged: download it again") from None
 
 
-def square(image, px, fit):
-    """A PIL picture of any size -> (px, px, 3) uint8; one that has this size already comes out bit for bit."""
-    (w, h), side = image.size, min(image.size)
-    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2) if fit == "crop" else None
-    return np.asarray(image.convert("RGB").resize((px, px), Image.Resampling.BILINEAR, box=box))
-
-
 SHARD_BYTES = 1 << 26  # pictures in a file of brought or exported episodes, about
 
 
@@ -299,7 +292,7 @@ def groups(lengths, frame_bytes):
 
 
 def open_lerobot(cfg):
-    """Check a LeRobot data set against the flags -> all that reading it takes: root, cameras {role: feature}, motors, episodes, ..."""
+    """Check a LeRobot data set against the flags -> all that reading it takes: root, cameras {role: feature}, names, episodes, ..."""
     root = fetch(cfg.lerobot, ["meta/*"])
     try:
         info = json.loads((root / "meta" / "info.json").read_text())
@@ -307,7 +300,7 @@ def open_lerobot(cfg):
         if version not in ("v3.0", "v2.1", "v2.0"):
             raise ValueError(f"{cfg.lerobot} is in LeRobot's format {version}; this reads v3.0, v2.1 and v2.0: convert it with LeRobot first")
         cameras = match_cameras(cfg, features)
-        motors, columns, convention = match_motors(cfg, features)
+        names, columns, convention = match_motors(cfg, features)
         videos = [name for name in cameras.values() if features[name]["dtype"] == "video"]
         if root != Path(cfg.lerobot):
             root = fetch(cfg.lerobot, ["meta/*", "data/*", *(f"videos/*{name}/*" for name in videos)])
@@ -342,7 +335,7 @@ def open_lerobot(cfg):
     ours = json.loads(extra.read_text())["episodes"] if extra.is_file() else None
     if ours is not None and [e["length"] for e in ours] != [e["length"] for e in episodes]:
         raise ValueError(f"{extra} describes other episodes than the data set has: it was edited since; delete that file to read it like any other")
-    return {"root": root, "fps": fps, "every": every, "cameras": cameras, "motors": motors, "columns": columns, "convention": "as recorded" if ours else convention,
+    return {"root": root, "fps": fps, "every": every, "cameras": cameras, "names": names, "columns": columns, "convention": "as recorded" if ours else convention,
             "tasks": texts, "reason": features.get("reason", {}).get("dtype") == "string", "episodes": [e | {"ours": ours and ours[i]} for i, e in enumerate(episodes)]}  # fmt: skip
 
 
@@ -360,31 +353,35 @@ def match_cameras(cfg, features):
     return roles
 
 
-def joint_names(feature):
-    names = feature.get("names")
+def names_of(feature, unnamed):
+    """One name for each of a feature's numbers; where the set has none, or one for all of them: `unnamed`_0, ..."""
+    names, n = feature.get("names"), feature["shape"][0]
     if isinstance(names, dict):  # {"motors": [...]} or, rarely, {name: column}
         names = next((v for v in names.values() if isinstance(v, list)), list(names))
-    return list(names or [f"motor_{i}" for i in range(feature["shape"][0])])
+    return [str(name) for name in names] if names and len(names) == n else [f"{unnamed}_{i}" for i in range(n)]
 
 
 def match_motors(cfg, features):
-    """-> motor names, their columns in the recording, convention. An SO arm's come in sim_env's order and units; others as they are."""
-    if missing := [name for name in ("observation.state", "action") if name not in features]:
+    """-> names of the numbers of {"state", "action"}, their columns in the recording, convention.
+
+    If both are an SO arm's joints, they come in sim_env's order and units; all others as they are.
+    """
+    kinds = {"state": "observation.state", "action": "action"}
+    if missing := [name for name in kinds.values() if name not in features]:
         raise ValueError(f"{cfg.lerobot} has no {missing[0]}; it has {', '.join(features)}")
-    recorded, told = joint_names(features["observation.state"]), joint_names(features["action"])
-    if recorded != told:
-        raise ValueError(f"{cfg.lerobot} measures {recorded} but commands {told}; an action here is a target position for every measured joint")
-    bare = [str(name).removeprefix("main_").removesuffix(".pos") for name in recorded]
-    if sorted(bare) != sorted(MOTORS):
+    alike = features["observation.state"]["shape"] == features["action"]["shape"]
+    names = {kind: names_of(features[name], "motor" if alike else kind) for kind, name in kinds.items()}
+    bare = {kind: [name.removeprefix("main_").removesuffix(".pos") for name in recorded] for kind, recorded in names.items()}
+    if any(sorted(found) != sorted(MOTORS) for found in bare.values()):
         if cfg.convention != "auto":
-            raise ValueError(f"--convention is for SO-100 and SO-101 arms; {cfg.lerobot} has motors {recorded}: leave it out to keep its units")
-        return recorded, list(range(len(recorded))), "as recorded"
-    convention = cfg.convention
+            raise ValueError(f"--convention is for SO-100 and SO-101 arms; {cfg.lerobot} measures {names['state']} and moves {names['action']}: leave it out to keep its units")
+        return names, {kind: list(range(len(found))) for kind, found in names.items()}, "as recorded"
+    convention, every = cfg.convention, names["state"] + names["action"]
     if convention == "auto":
-        convention = "old" if all(str(n).startswith("main_") for n in recorded) else "new" if all(str(n).endswith(".pos") for n in recorded) else None
+        convention = "old" if all(name.startswith("main_") for name in every) else "new" if all(name.endswith(".pos") for name in every) else None
     if convention is None:
-        raise ValueError(f"{cfg.lerobot} names its joints {recorded}, which does not tell their zero: add --convention=new (the middle of the range) or --convention=old")
-    return list(MOTORS), [bare.index(motor) for motor in MOTORS], convention
+        raise ValueError(f"{cfg.lerobot} names its joints {names['state']}, which does not tell their zero: add --convention=new (the middle of the range) or --convention=old")
+    return dict.fromkeys(kinds, list(MOTORS)), {kind: [found.index(motor) for motor in MOTORS] for kind, found in bare.items()}, convention
 
 
 REACH = np.array([150, 135, 135, 150, 200])  # degrees from the middle that no SO arm exceeds, some miscalibration included
@@ -437,7 +434,7 @@ def read_episodes(cfg, source):
         keep = np.arange(0, n, every)
         # A command holds until the next picture is looked at; of those given in the meantime the last says where the arm was sent.
         for name, feature, rows in (("state", "observation.state", keep), ("action", "action", np.minimum(keep + every - 1, n - 1))):
-            recorded = np.array(table[feature].to_pylist(), np.float32)[rows][:, source["columns"]]  # (frames, motors)
+            recorded = np.array(table[feature].to_pylist(), np.float32)[rows][:, source["columns"][name]]  # (frames, S or A)
             if not np.isfinite(recorded).all():
                 raise ValueError(f"{path}: episode {i} holds numbers that are not finite in {feature}")
             values = recorded
@@ -579,10 +576,12 @@ def open_export(cfg):
     shape = np.load(folder / f"{meta['cameras'][0]}.npy", mmap_mode="r").shape  # (frames, px, px, 3)
     if cfg.video and shape[1] % 2:
         raise ValueError(f"{folder} has pictures of {shape[1]} px, and a film takes an even number: leave --video out")
-    motors = [f"{motor}.pos" if meta["motors"] == list(MOTORS) else motor for motor in meta["motors"]]
+    names = {"action": meta["motors"], "observation.state": meta.get("state") or meta["motors"]}
+    if all(found == list(MOTORS) for found in names.values()):
+        names = dict.fromkeys(names, [f"{motor}.pos" for motor in MOTORS])
     info = {"video.height": shape[1], "video.width": shape[2], "video.codec": cfg.video, "video.pix_fmt": "yuv420p", "video.is_depth_map": False,
             "video.fps": meta["fps"], "video.channels": 3, "has_audio": False}  # fmt: skip
-    features = {name: {"dtype": "float32", "shape": [len(motors)], "names": motors} for name in ("action", "observation.state")}
+    features = {feature: {"dtype": "float32", "shape": [len(found)], "names": found} for feature, found in names.items()}
     picture = {"dtype": "video" if cfg.video else "image", "shape": list(shape[1:]), "names": ["height", "width", "channels"]}
     features |= {f"observation.images.{camera}": picture | ({"info": info} if cfg.video else {}) for camera in meta["cameras"]}
     features["timestamp"] = {"dtype": "float32", "shape": [1], "names": None}
@@ -610,7 +609,7 @@ def export_shard(job):
     index = sum(e["length"] for e in meta["episodes"][:first])
     begin, rows = index, []
     types = {name: {"float32": pa.float32(), "int64": pa.int64(), "string": pa.string()}.get(f["dtype"]) for name, f in features.items() if f["dtype"] != "video"}
-    types |= {name: pa.list_(pa.float32(), len(meta["motors"])) for name in ("action", "observation.state")}
+    types |= {name: pa.list_(pa.float32(), features[name]["shape"][0]) for name in ("action", "observation.state")}
     types |= {name: pa.struct([("bytes", pa.binary()), ("path", pa.string())]) for name, f in features.items() if f["dtype"] == "image"}
     schema = pa.schema(types, metadata={"huggingface": json.dumps({"info": {"features": huggingface_features(features)}})})
     with whole(lerobot_file(cfg, "data", k)) as temporary, pq.ParquetWriter(temporary, schema) as writer:
@@ -808,12 +807,14 @@ def make_plan(cfg):
     common = {"cameras": list(CAMERAS), "motors": list(MOTORS), "fps": FPS}
     if cfg.lerobot:
         source = open_lerobot(cfg)
-        common = {"cameras": list(source["cameras"]), "motors": source["motors"], "fps": source["fps"] // source["every"], "convention": source["convention"]}
+        state, motors = source["names"]["state"], source["names"]["action"]
+        common = {"cameras": list(source["cameras"]), "motors": motors, **({"state": state} if state != motors else {}), "fps": source["fps"] // source["every"],
+                  "convention": source["convention"]}  # fmt: skip
         bounds = groups([e["length"] for e in source["episodes"]], cfg.image_size**2 * 3 * len(source["cameras"]))
         jobs = [(cfg, ("lerobot", "episodes", first, n), source | {"episodes": source["episodes"][first : first + n]}) for first, n in bounds]
         pictures = sum(-(-e["length"] // source["every"]) for e in source["episodes"]) * len(source["cameras"])
         print(f"{cfg.lerobot}: {len(source['episodes'])} episodes; cameras " + ", ".join(f"{role} = {name}" for role, name in source["cameras"].items())
-              + f"; motors {','.join(source['motors'])} ({source['convention']}); {common['fps']} frames per second")  # fmt: skip
+              + f"; motors {','.join(motors)} ({source['convention']}){'' if state == motors else '; state ' + ','.join(state)}; {common['fps']} frames per second")  # fmt: skip
     elif not cfg.questions_from:
         jobs = [(cfg, shard, None) for shard in shards(cfg)]
     elif (out / "meta.json").is_file():  # questions for demonstrations that are there: they are shown through the same cameras

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sim_env import CAMERAS, FPS, HIGH, LOW, MJCF, MOTORS, OPEN, PAN_AXIS, inverse, mujoco, to_qpos
+from sim_env import CAMERAS, FPS, HIGH, LOW, MJCF, MOTORS, OPEN, PAN_AXIS, inverse, mujoco, square, to_qpos
 
 HOME = inverse(0, .15, .11, -90, OPEN)  # where episodes begin, in simulation too
 REST = np.array([0, -100, 88, 67, -90, 5.])  # folded onto itself: it stays so without torque
@@ -366,7 +366,7 @@ class RealEnv:
                 raise ArmError(f"camera {view} shows the same picture since {now - known[2]:.1f} s although the arm moved; the arm was stopped: "
                                    "unplug the camera and plug it in again")
             self.frames[view] = frame
-            images[view] = square(frame, self.px)
+            images[view] = square(Image.fromarray(frame), self.px, "crop")
         return {"images": images, "state": self.measured.astype(np.float32), "task": self.task}
 
     def _info(self, executed, before):
@@ -375,7 +375,7 @@ class RealEnv:
 
     def render(self, px=256, camera="front"):
         """The last picture of a camera, larger: (px, px, 3) uint8."""
-        return square(self.frames[camera], px)
+        return square(Image.fromarray(self.frames[camera]), px, "crop")
 
     def close(self):
         """Fold up slowly, switch off torque, close cameras and port. Safe to call twice; any exit but kill -9 calls it."""
@@ -471,13 +471,6 @@ def by_flags(cls, cfg, views, **more):
     if not cfg.task.strip() and not getattr(cfg, "interactive", False):
         raise ValueError('the real arm needs an instruction, like "put the red cube on the blue pad"')
     return cls(cfg.port, {view: getattr(cfg, view) for view in views}, cfg.id, **more)
-
-
-def square(frame, px):
-    """The middle of a frame (height, width, 3) as (px, px, 3) uint8."""
-    side = min(frame.shape[:2])
-    top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
-    return np.asarray(Image.fromarray(frame[top:top + side, left:left + side]).resize((px, px), Image.BOX))
 
 
 def one_line(error):

@@ -120,8 +120,7 @@ class RLConfig:
 
 PRESETS = {
     "debug": dict(iterations=2, episodes=4, arms=2, epochs=2, minibatch=8, critic_warmup=1, index_frames=20, eval_every=1, eval_episodes=1, eval=0, families="place"),
-    "tiny": dict(),
-    "small": dict(),
+    **{name: {} for name in ("tiny", "small", "base256", "base", "paper")},
 }
 HARMLESS = {"config", "out", "resume", "init_from", "data", "device", "threads", "arms", "eval", "eval_every", "port", "id", "front", "wrist"}
 FIRST_SEED = 600_000  # of the training range: no scene of the data set is practised on
@@ -218,7 +217,7 @@ class Critic(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        sizes = (cfg.queries * cfg.width + cfg.action_dim, 256, 128)
+        sizes = (cfg.queries * cfg.width + cfg.state_dim, 256, 128)
         layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
         self.net = nn.Sequential(nn.LayerNorm(sizes[0]), *layers, nn.Linear(128, 1))
         nn.init.normal_(self.net[-1].weight, std=0.02)
@@ -697,14 +696,15 @@ def practise(cfg):
                 keep(iteration + 1)
                 bar.clear()
                 say(describe(line, families, cfg), flush=True)
-    untouched = SyVLA.load(cfg.init_from, policy.tokenizer, device).vlm.state_dict()
-    assert all(torch.equal(x, untouched[name]) for name, x in policy.vlm.state_dict().items())
+    untouched = load_file(Path(cfg.init_from, "model.safetensors"))
+    assert all(torch.equal(x.cpu(), untouched[f"vlm.{name}"].to(x.dtype)) for name, x in policy.vlm.state_dict().items())
     say(f"practised {cfg.iterations - first} iterations; the VLM is the same bit for bit, so its answers are")
     if rank == 0:
         plot(out, say)
         if cfg.eval:
             say("after:")
-            report(SyVLA.load(out, policy.tokenizer, device), families, cfg, out / "eval.json", say)
+            policy.load_weights(out / "model.safetensors")  # the best, not the last
+            report(policy, families, cfg, out / "eval.json", say)
     if world > 1:
         dist.barrier()  # gloo aborts one who hangs up while another is still busy
         dist.destroy_process_group()

@@ -153,8 +153,8 @@ class Plan:
 class Arm:
     """One episode as the runner knows it. log: per control step (command (A,), the plan it came from or None: the arm waits)."""
 
-    def __init__(self, state):
-        self.now, self.task, self.command, self.moved, self.log = -1, None, state, -1, []
+    def __init__(self, command):
+        self.now, self.task, self.command, self.moved, self.log = -1, None, command, -1, []
 
     def listen(self, task):
         """A new instruction: no thought and no plan made for the old one counts any more."""
@@ -168,7 +168,8 @@ class Runner:
     The VLM takes a picture every `refresh` control steps, but only when it has finished the thought before. A thought can be seen
     `delay` control steps after its picture, on a clock that counts steps, the same on every machine; with a thread `pool` and no
     delay, when it is ready. The expert plans as soon as there is a new thought, at the latest after `execute` steps, and the
-    arm follows a plan `commit` steps after it was asked for. Where there is nothing to follow, the arm waits in its last pose.
+    arm follows a plan `commit` steps after it was asked for. Where there is nothing to follow, the arm waits in its last pose:
+    at its last target or, before the first one, where its state says that its motors are.
     """
 
     def __init__(self, policy, mode="async", delay=0, refresh=0, commit=0, views=slice(None), seed=0, pool=None):
@@ -180,6 +181,11 @@ class Runner:
         given = self.commit + (delay or 0 if mode == "naive" else 0)
         if join == "prefix" and given > cfg.committed:
             raise ValueError(f"the expert was trained to continue {cfg.committed} given actions, not {given}; train one with --committed={given} or more")
+        names, motors = cfg.state_names, cfg.motors.split(",")
+        self.held = [names.index(motor) for motor in motors if motor in names]  # where in the state the motors' positions are
+        if len(self.held) < len(motors) and (delay != 0 or self.commit):
+            raise ValueError(f"an arm that waits for its first plan holds its motors {motors} where they are, and its state {names} does not tell of all: "
+                             "leave out --mode, --delay and --commit; for --interactive add --delay=0")  # fmt: skip
         self.life = cfg.execute if mode == "wait" else cfg.chunk  # how many actions of a plan are followed
         self.arms, self.seconds = {}, defaultdict(list)  # seconds: wall clock of every call of the VLM and of the expert
 
@@ -187,7 +193,7 @@ class Runner:
         """obs as sim_env.rollout gives it -> (commands (n, 1, A), the n thoughts seen so far)."""
         for episode, state in zip(obs["episode"], obs["state"]):
             if episode not in self.arms:
-                self.arms[episode] = Arm(state)
+                self.arms[episode] = Arm(state[self.held])
         arms = [self.arms[episode] for episode in obs["episode"]]
         for arm, task in zip(arms, obs["task"]):
             arm.now += 1
@@ -754,9 +760,10 @@ def main(argv=None):
         policy, trained = load_policy(cfg.run), read_checkpoint_config(cfg.run)
         cfg.env = cfg.env or trained.get("env", "sim")
         cfg.family = cfg.family or trained.get("families", "place").split(",")[0]
-        if cfg.env != "real" and not (cfg.image or cfg.replay):  # complain before anything is simulated
-            sim_env.views_of(policy, cfg.env)
-            sim_env.check_families([cfg.family], cfg.env)
+        if not (cfg.image or cfg.replay):  # complain before anything moves
+            sim_env.views_of(policy, "sim" if cfg.env == "real" else cfg.env)
+            if cfg.env != "real":
+                sim_env.check_families([cfg.family], cfg.env)
         if scene_options(cfg) and cfg.env != "sim":
             raise ValueError(f"--moved and --patience are the simulation's, --env={cfg.env} has none")
         if cfg.execute:

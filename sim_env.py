@@ -22,6 +22,7 @@ import sys
 import time
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 GL_HELP = ("MuJoCo cannot draw: no working OpenGL library. On Debian or Ubuntu type: apt-get install libegl1 libgl1 "
@@ -844,6 +845,17 @@ def draw(renderer, data, camera):
     return renderer.render()
 
 
+def square(picture, px, fit):
+    """A camera's picture, PIL's, of any size -> (px, px, 3) uint8; one that has this size already comes out bit for bit.
+
+    fit: stretch (all is seen) or crop (the middle, in proportion). Recordings and live cameras both come through here: a policy
+    must not see the same scene in two ways.
+    """
+    (w, h), side = picture.size, min(picture.size)
+    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2) if fit == "crop" else None
+    return np.asarray(picture.convert("RGB").resize((px, px), Image.Resampling.BILINEAR, box=box))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The scripted expert.
 
@@ -971,9 +983,10 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
 def environment(name):
     """The class that `--env` names, "sim" or "package.module:Class", or a ValueError.
 
-    It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally splits, is made
-    by Class(px=...), and has Gymnasium's reset(*, seed, options), step(action) and close(). options hold family and split,
-    observations {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}; terminated means success.
+    It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally splits and state
+    (names of the state's numbers; without it they are the motors' positions), is made by Class(px=...), and has Gymnasium's
+    reset(*, seed, options), step(action) and close(). options hold family and split, observations
+    {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}; terminated means success.
     """
     if name == "sim":
         return SO100Env
@@ -990,7 +1003,14 @@ def environment(name):
         raise ValueError(f"--env={name} cannot be imported: {error}") from None
     if missing := [need for need in ("cameras", "motors", "families", "reset", "step", "close") if not hasattr(cls, need)]:
         raise ValueError(f"--env={name} is no environment: the class lacks {', '.join(missing)}")
+    if not isinstance(state_names(cls), (tuple, list)):
+        raise ValueError(f"--env={name}: the class attribute state must name the state's numbers, as motors does an action's, not be {cls.state!r}")
     return cls
+
+
+def state_names(cls):
+    """Names of what an environment's state measures: its own, or its motors, whose positions it then is."""
+    return getattr(cls, "state", cls.motors)
 
 
 class Chunked:
@@ -1076,11 +1096,11 @@ class VecEnv:
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in self.groups]
         for worker, group in zip(self.workers, self.groups):
             self._send(worker, (len(group), env, options | {"px": px}))
-        self._empty(len(cls.motors))
+        self._empty(len(state_names(cls)))
 
-    def _empty(self, joints):
+    def _empty(self, S):
         n, px = self.n, self.px
-        self.obs = {"images": np.zeros((n, len(self.cameras), px, px, 3), np.uint8), "state": np.zeros((n, joints), np.float32), "task": [""] * n}
+        self.obs = {"images": np.zeros((n, len(self.cameras), px, px, 3), np.uint8), "state": np.zeros((n, S), np.float32), "task": [""] * n}
         self.infos = [{} for _ in range(n)]
         self.terminated, self.truncated = np.zeros(n, bool), np.ones(n, bool)  # nothing moves before its first reset
 
@@ -1115,6 +1135,8 @@ class VecEnv:
         for view, camera in enumerate(self.cameras):
             if camera in obs["images"]:  # a real arm may have one alone
                 self.obs["images"][arm, view] = obs["images"][camera]
+        if np.shape(obs["state"]) != self.obs["state"].shape[1:]:
+            raise ValueError(f"the environment's state has shape {np.shape(obs['state'])}, its class names {self.obs['state'].shape[1]} numbers")
         self.obs["state"][arm], self.obs["task"][arm], self.infos[arm] = obs["state"], obs["task"], info
 
     def observations(self, arms=slice(None)):
@@ -1231,12 +1253,14 @@ def target_of(reason):
 
 
 def views_of(policy, env="sim"):
-    """Which of the environment's cameras the policy looks through, as indices; a ValueError if they or the motors do not fit."""
+    """Which of the environment's cameras the policy looks through, as indices; a ValueError if they, motors or state do not fit."""
     cls, wanted = environment(env), policy.cfg.cameras.split(",")
     if missing := [camera for camera in wanted if camera not in cls.cameras]:
         raise ValueError(f"the policy looks through {wanted}, the environment has {list(cls.cameras)}: {missing} missing")
     if policy.cfg.motors.split(",") != list(cls.motors):
         raise ValueError(f"the policy moves {policy.cfg.motors.split(',')}, the environment has {list(cls.motors)}")
+    if policy.cfg.state_names != list(state_names(cls)):
+        raise ValueError(f"the policy's state is {policy.cfg.state_names}, the environment's {list(state_names(cls))}")
     return [cls.cameras.index(camera) for camera in wanted]
 
 
@@ -1318,7 +1342,7 @@ def table(results):
 
 def contact_sheet():
     """Every family (rows) in every split (columns), both cameras, as one picture."""
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
     px, rows, env = 224, [], SO100Env()
     for family in FAMILIES:
         row = []
@@ -1361,7 +1385,6 @@ def expert_success(n):
 
 
 def main():
-    from PIL import Image
     if len(sys.argv) > 2 or not all(word.isdigit() and int(word) for word in sys.argv[1:]):
         sys.exit("error: the only argument is a number of expert episodes a family: python sim_env.py 500")
     if len(sys.argv) == 2:

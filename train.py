@@ -41,7 +41,7 @@ from model import Config, SyVLA, backbone_fields, fast_cpu, fetch_backbone, opt,
 @dataclass
 class TrainConfig(Config):
     cameras: str = opt("", "camera roles, in the order the model sees them (default: the data set's)")
-    motors: str = opt("", "joint names, in order, of state and action (default: the data set's)")
+    motors: str = opt("", "what an action moves, in order (default: the data set's)")
     config: str = opt("small", "preset this run started from")
     data: str = opt("", "data set folder (default data/<config>)")
     out: str = opt("", "run folder (default out/<config>)")
@@ -84,7 +84,7 @@ class TrainConfig(Config):
         self.data, self.out = self.data or f"data/{self.config}", self.out or f"out/{self.config}"
         meta = Path(self.data, "meta.json")
         robot = json.loads(meta.read_text()) if meta.is_file() else {}  # a set that is still to be made will be the SO-100's
-        for name in ("cameras", "motors"):
+        for name in ("cameras", "motors", "state"):
             setattr(self, name, getattr(self, name) or ",".join(robot.get(name, ())) or getattr(Config, name))
         if self.stage not in ("pretrain", "finetune"):
             raise ValueError(f"stage must be pretrain or finetune, not {self.stage!r}")
@@ -452,7 +452,7 @@ def settle_backbone(cfg):
 FREE = {"execute", "denoise_steps", "temperature", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
 
 # What besides may differ with --new_expert.
-EXPERT = {"motors", "expert_width", "expert_depth", "expert_heads", "chunk", "stale", "committed"}
+EXPERT = {"motors", "state", "expert_width", "expert_depth", "expert_heads", "chunk", "stale", "committed"}
 
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
 HARMLESS = {"config", "data", "out", "env", "resume", "init_from", "device", "threads", "compile", "ema_on_host", "plan", "bench", "eval", "log_every", "save_every"}

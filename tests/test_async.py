@@ -36,7 +36,7 @@ class Clockwork:
     """A policy whose numbers say where they come from. Pictures and joint states of control step n hold n; an action is
     (n of the picture, n of the joint state, its place in the chunk, the age that the expert was told)."""
 
-    cfg = SimpleNamespace(execute=4, chunk=8, committed=0, action_dim=4)
+    cfg = SimpleNamespace(execute=4, chunk=8, committed=0, action_dim=4, motors="a,b,c,d", state_names=["a", "b", "c", "d"])
 
     def __init__(self):
         self.gate = threading.Event()

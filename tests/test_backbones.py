@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import model as model_module
+import rl
 import sample
 import train
 from data import Tokenizer, pack
@@ -387,6 +388,41 @@ def test_train_save_load_act_answer_resume(family, flags, smol, qwen, data, tmp_
         train.main(arguments(data, run, folder, "--steps=22", "--save_every=10", "--ema=0.5", "--resume", *flags))
     a, b = load_file(out / "model.safetensors"), load_file(half / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("family, flags", [("smol", []), ("qwen", ["--lora=2", "--freeze_vision"])], ids=["smol", "qwen LoRA"])
+def test_practice_keeps_the_backbone_and_resumes_to_the_same_bits(family, flags, smol, qwen, data, tmp_path, monkeypatch, capsys):
+    """rl.py on a pretrained VLM: index of its demonstrations, rollouts in the simulation, updates of adapter and expert, saved and resumed."""
+    if flags:
+        pytest.importorskip("peft")
+    start = tmp_path / "start"
+    train.main(arguments(data, start, smol() if family == "smol" else qwen, "--steps=2", *flags))
+    monkeypatch.setattr(model_module, "fetch_backbone", None)  # the run folder is enough
+    more = ["--anchor=0.1", "--critic_warmup=0", "--eval_episodes=0", "--device=cpu", "--threads=1"]
+    practise = lambda name, *words: rl.main(["--config", "debug", f"--init_from={start}", f"--out={tmp_path / name}", *more, *words])
+    practise("whole")
+    said = capsys.readouterr().out
+    assert "the same bit for bit" in said and list(data.glob("similarity_*"))
+    update = rl.update
+
+    def dies(*args, **kwargs):
+        if args[7] == 1:  # the second iteration
+            raise KeyboardInterrupt
+        return update(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl, "update", dies)
+        practise("cut")
+    practise("cut", "--resume")
+    before, whole, cut = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "whole", tmp_path / "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole) and before.keys() == whole.keys()
+    moved = {k.split(".")[0] for k in before if not torch.equal(before[k], whole[k])}
+    assert moved == {"adapter", "expert"}
+    policy = SyVLA.load(tmp_path / "whole", Tokenizer.load(tmp_path / "whole"))
+    chunk, (thought,) = policy.act(np.zeros((1, 2, 32, 32, 3), np.uint8), np.zeros((1, 6), np.float32), ["put the red cube on the blue pad"])
+    assert np.isfinite(chunk).all() and isinstance(thought, str)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2] and {"kl", "similarity", "expert_loss", "anchor"} <= lines[1].keys()
 
 
 def config(folder, data, **changes):

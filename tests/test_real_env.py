@@ -16,6 +16,7 @@ pytest.importorskip("lerobot")
 pytest.importorskip("scservo_sdk")
 pytest.importorskip("cv2")
 
+import prepare
 import real_env
 import rl
 import sample
@@ -85,12 +86,13 @@ def test_observation_and_motion_are_those_of_the_simulation(arm):
     twin.close()
 
 
-def test_frames_are_cut_square_from_the_middle():
-    frame = np.zeros((48, 64, 3), np.uint8)
-    frame[:, 8:56] = 200
-    frame[:24, 8:32] = 100
-    picture = real_env.square(frame, 24)
-    assert picture.shape == (24, 24, 3) and (picture[:12, :12] == 100).all() and (picture[12:] == 200).all() and picture.min() == 100
+def test_a_live_picture_is_the_recorded_one(arm):
+    cfg = prepare.PrepareConfig(fit="crop", image_size=31)
+    with connect(arm, cameras={"front": 0, "wrist": 2}) as env:
+        obs, _ = env.reset(options=TASK)
+        for camera, frame in env.frames.items():
+            assert frame.shape == (48, 64, 3) and np.array_equal(obs["images"][camera], frame[:, 8:56])  # has the size already: bit for bit
+            assert np.array_equal(env.render(31, camera), prepare.read_picture({"bytes": prepare.png(frame)}, None, cfg))
 
 
 def test_wild_actions_stay_within_limits(arm, monkeypatch):

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -499,3 +500,16 @@ def test_import_needs_neither_torch_nor_a_display():
     code = "import sys, sim_env; assert 'torch' not in sys.modules; sim_env.SO100Env().reset(seed=0)"
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL")}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+def test_pictures_become_square():
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    assert np.array_equal(sim_env.square(Image.fromarray(noise[:, :48]), 48, "stretch"), noise[:, :48])  # already this size
+    assert np.array_equal(sim_env.square(Image.fromarray(noise), 48, "crop"), noise[:, 8:56]) and np.array_equal(sim_env.square(Image.fromarray(noise.swapaxes(0, 1)), 48, "crop"), noise.swapaxes(0, 1)[8:56])
+    wide = Image.fromarray(np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (50, 1, 3)))  # 100 x 50, brighter to the right
+    stretched, cropped = sim_env.square(wide, 20, "stretch"), sim_env.square(wide, 20, "crop")
+    assert stretched.shape == cropped.shape == (20, 20, 3)
+    assert stretched[0, 0, 0] < 10 and stretched[0, -1, 0] > 185  # all of it
+    assert 45 < cropped[0, 0, 0] < 60 and 140 < cropped[0, -1, 0] < 155  # the middle half
+    stripes = np.tile(np.uint8([0, 250])[None, :, None], (60, 30, 3))  # one pixel wide: a filter that looks at fewer shows them as moire
+    assert np.ptp(sim_env.square(Image.fromarray(stripes), 20, "stretch")[:, 1:-1].astype(int)) < 60

@@ -712,7 +712,6 @@ def finish_export(cfg, source):
     for name, content in (("stats", {name: lerobot_statistics(v, len(frames)) for name, v in columns.items()}), ("nanosyvla", ours), ("info", info)):
         with whole(out / "meta" / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1))
-    shutil.rmtree(out / "parts")
     return f"{out}: {len(lengths)} episodes, {len(frames)} frames, {len(tasks)} tasks as a LeRobot data set"
 
 
@@ -794,7 +793,6 @@ def merge(cfg, plan, common):
         low, high = (np.array(meta["statistics"]["state"][name][:5]) for name in ("min", "max"))
         if cfg.convention == "auto" and common.get("convention") == "new" and max(-low.min(), high.max()) <= 100:
             print("note: no joint leaves -100 .. 100, so these may be no degrees but per cent (LeRobot's use_degrees=False); then add --convention=percent --calibration=FILE")
-    shutil.rmtree(out / "parts")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -837,19 +835,38 @@ def run(jobs, work, path_of, workers):
     if not todo:
         return
     with multiprocessing.Pool(min(workers or os.cpu_count(), len(todo))) as pool, tqdm(total=sum(job[1][3] for job in todo), unit="item", disable=not sys.stderr.isatty()) as bar:
-        for n in pool.imap_unordered(work, todo):
-            bar.update(n)
+        processes, finished, left = multiprocessing.active_children(), pool.imap_unordered(work, todo), len(todo)
+        while left:
+            try:
+                bar.update(finished.next(timeout=1))
+                left -= 1
+            except multiprocessing.TimeoutError:  # the pool would wait for ever for what a killed process was doing
+                if not all(process.is_alive() for process in processes):
+                    raise RuntimeError("a process was killed, perhaps for lack of memory; run the same command again with fewer --workers, it goes on where it stopped") from None
+
+
+def clear(out):
+    """Remove what only the making took, and what killed processes left; the settings last, because without them shards could be taken for another data set's."""
+    for path in [*out.rglob("*.tmp[0-9]*"), *(out / "parts").glob("*.npz")]:
+        path.unlink()
+    shutil.rmtree(out / "parts")
 
 
 def prepare(cfg):
     out, parts = Path(cfg.out), Path(cfg.out) / "parts"
-    if cfg.questions_from and (out / "questions").exists() and (not cfg.lerobot or not parts.exists()):
-        raise ValueError(f"{out} already holds questions; delete {out}/questions and {out}/questions_val or choose another --out")
-    if (out / ("meta/info.json" if cfg.export else "meta.json")).is_file() and not (cfg.questions_from and not cfg.lerobot):
-        raise ValueError(f"{out} already holds a data set; delete it or choose another --out")
     settings = json.dumps({k: v for k, v in asdict(cfg).items() if k != "workers"})
     saved = parts / "settings.json"
-    if saved.is_file() and saved.read_text() != settings:
+    ours = saved.is_file() and saved.read_text() == settings
+    asked = cfg.questions_from and (out / "questions").exists() and (not cfg.lerobot or not parts.exists())
+    shown = (out / ("meta/info.json" if cfg.export else "meta.json")).is_file() and not (cfg.questions_from and not cfg.lerobot)
+    if ours and (asked or shown):
+        clear(out)
+        return print(f"{out} is whole already; cleared away what was left of the making")
+    if asked:
+        raise ValueError(f"{out} already holds questions; delete {out}/questions and {out}/questions_val or choose another --out")
+    if shown:
+        raise ValueError(f"{out} already holds a data set; delete it or choose another --out")
+    if saved.is_file() and not ours:
         raise ValueError(f"{out} holds parts made with other settings; delete {parts} or choose another --out")
     began = time.time()
     if cfg.export:
@@ -857,8 +874,8 @@ def prepare(cfg):
         jobs = [(cfg, shard, source) for shard in plan]
     else:
         jobs, common, pictures = make_plan(cfg)
-    parts.mkdir(parents=True, exist_ok=True)
-    saved.write_text(settings)
+    with whole(saved) as temporary:
+        temporary.write_text(settings)
     if not cfg.export:
         there = sum(path.stat().st_size for path in parts.iterdir())
         needed, free = 2 * pictures * cfg.image_size**2 * 3 - there, shutil.disk_usage(parts).free
@@ -869,6 +886,7 @@ def prepare(cfg):
     else:
         run(jobs, export_shard, export_path, cfg.workers)
         print(finish_export(cfg, source))
+    clear(out)
     print(f"{time.time() - began:.0f} s")
 
 

@@ -649,7 +649,7 @@ def practise(cfg):
             spent, clock, began = vec.spent(), Stopwatch(device), time.time()
             jobs = jobs_of(cfg, families, iteration)[rank::world]
             episodes = (play_real if cfg.env == "real" else play)(policy, jobs, vec, cfg, clock)
-            rollout = sum(clock.seconds.values())
+            rollout = sum(clock.seconds.values()) or math.inf  # no time: every episode was on disk already
             for stage, seconds in vec.spent().items():
                 clock.seconds[stage] = seconds - spent[stage]
                 clock.seconds["simulation"] -= clock.seconds[stage]  # what is left: resets, pipes, waiting for the slower worker
@@ -757,7 +757,7 @@ def plot(out, say):
     for axis in axes:
         axis.set_xlabel("iteration")
     figure.tight_layout()
-    figure.savefig(out / "curves.png")
+    write_atomically(out / "curves.png", lambda path: figure.savefig(path, format="png"))
     say(f"wrote {out / 'curves.png'}")
 
 

@@ -244,8 +244,8 @@ def write_atomically(path, write):
 
 
 def trim_log(path, key, last):
-    """Drop the lines behind the checkpoint that a run resumes from: they will be written again."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    """Drop the lines behind the checkpoint that a run resumes from, the last perhaps cut short by a kill: they will be written again."""
+    lines = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
     write_atomically(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines if json.loads(line)[key] <= last)))
 
 
@@ -700,8 +700,10 @@ def train(cfg):
         return bench(cfg, policy, run, episodes, questions, optimizers, device, autocast)
 
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and cfg.resume:
+    if rank == 0:  # also when nothing is resumed: a kill before the first checkpoint leaves lines
         trim_log(out / "log.jsonl", "step", step)
+    if rank == 0 and not cfg.resume:
+        (out / "questions.json").unlink(missing_ok=True)
     report = lambda when: report_questions(policy, ema, held_out, when, out, say) if held_out and rank == 0 else None
     total = cfg.ground_steps + cfg.steps
     window, window_began, window_data = defaultdict(list), time.time(), 0.0
@@ -733,9 +735,9 @@ def train(cfg):
                 f.write(json.dumps(line) + "\n")
             window, window_began, window_data = defaultdict(list), now, 0.0
         if rank == 0 and (step % cfg.save_every == 0 or step in (cfg.ground_steps, total)):
-            save_checkpoint(out, policy, ema, optimizers, step, cfg)
-            if step == cfg.ground_steps:
+            if step == cfg.ground_steps:  # first, because a resume does not come by here again
                 save_policy(out / "grounded", policy, asdict(cfg), policy.state_dict() | ema)
+            save_checkpoint(out, policy, ema, optimizers, step, cfg)
     report("after action training" if cfg.steps else "before action training")
     say(f"trained {step - first} steps in {(time.time() - began) / 60:.1f} min")
     if world > 1:  # the others need not wait for the evaluation; gloo aborts one who hangs up while another is still busy

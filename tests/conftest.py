@@ -1,5 +1,7 @@
 """What the tests share: the repository on sys.path, a policy with live weights, one debug data set, one debug run."""
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,17 @@ from model import PRESETS, Config, SyVLA
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only costs
 WORDS = [" put", " the", " red", " blue", " cube", " on", " pad", " where", " is", " left", " near"]
+
+
+def differences(a, b):
+    """Largest absolute difference between two structures of tensors and numbers; infinite if they are shaped differently."""
+    if isinstance(a, torch.Tensor):
+        return (a.double() - b.double()).abs().nan_to_num(math.inf).max().item() if a.shape == b.shape else math.inf
+    if isinstance(a, dict):
+        return max((differences(a[k], b[k]) for k in a), default=0) if a.keys() == b.keys() else math.inf
+    if isinstance(a, (list, tuple)):
+        return max((differences(x, y) for x, y in zip(a, b)), default=0) if len(a) == len(b) else math.inf
+    return 0 if a == b else math.inf
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +87,64 @@ def fails(capsys):
         return lines[0]
 
     return call
+
+
+STRIKER = """
+import contextlib, json, os, signal, sys, threading, traceback
+sys.path.insert(0, sys.argv[1])
+import prepare, rl, train, torch._dynamo
+with contextlib.suppress(ImportError):
+    import matplotlib.pyplot
+
+def strike(event, args):
+    global nth
+    changes = args[2] & (os.O_WRONLY | os.O_RDWR) if event == "open" else event in ("os.rename", "os.remove")
+    if changes and at in str(args[0]) and os.path.abspath(str(args[0])).startswith(folder):
+        nth -= 1
+        if nth == 0 and delay:
+            threading.Timer(delay, os.kill, (0, signal.SIGKILL)).start()
+        elif nth == 0:
+            os.kill(os.getpid() if alone else 0, signal.SIGKILL)
+
+for line in sys.stdin:
+    program, argv, folder, at, nth, delay, alone, settings = json.loads(line)
+    if not (child := os.fork()):
+        os.setsid()
+        os.chdir(folder)
+        for fd, path in ((0, os.devnull), (1, folder + ".log"), (2, folder + ".log")):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), fd)
+        signal.alarm(300)
+        sys.addaudithook(strike)
+        vars(globals()[program]).update(settings)
+        try:
+            globals()[program].main(argv)
+            os._exit(0)
+        except SystemExit as error:
+            os._exit(error.code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def strike():
+    """strike(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings) -> exit status and last words of a program that works in `folder`.
+
+    It is killed together with its children, by SIGKILL, right before the nth change on disk of a path below the folder that contains `at`, or
+    `delay` seconds after that moment (then perhaps too late: it is done); never if `at` is None. What is on disk changes by such calls only, so
+    no clock is needed to reach a moment. alone: only the process that would make the change is killed. settings: variables of the program's
+    module, set before it begins. All programs are forks of one process that has imported what takes long.
+    """
+    server = subprocess.Popen([sys.executable, "-c", STRIKER, ROOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings):
+        folder.mkdir(exist_ok=True)
+        print(json.dumps([program, argv, str(folder), at or "", nth if at is not None else 0, delay, alone, settings]), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return status, ([""] + folder.with_name(folder.name + ".log").read_text().splitlines())[-1]
+
+    yield run
+    server.stdin.close()
+    server.wait()

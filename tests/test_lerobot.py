@@ -13,7 +13,7 @@ import torch
 
 import prepare
 import train
-from data import Questions, Tokenizer
+from data import Episodes, Questions, Tokenizer
 from model import PRESETS, Config
 from sim_env import MOTORS
 
@@ -258,6 +258,39 @@ def test_a_conversion_goes_on_after_a_full_disk(tmp_path, fails, monkeypatch, ca
     assert "going on: 1 of 2" in capsys.readouterr().out
     assert read(out)[0]["episodes"] == bring(root, tmp_path / "again" / "out")[0]["episodes"]
     assert np.array_equal(read(out)[1]["wrist"], read(tmp_path / "again" / "out")[1]["wrist"]) and not (out / "parts").exists()
+
+
+@pytest.mark.parametrize("kind, moments", [
+    ("lerobot", [("settings.json", 2), (".npz", 2), (".npz", 2), ("set/wrist.npy", 1), ("set/meta.json", 2), (".npz", 1)]),
+    ("questions_from", [(".npz", 4), ("questions_val.tmp/front.npy", 1), ("set/questions.tmp", 4), (".npz", 1)]),
+    ("export", [("data/chunk-000/file-000", 1), ("episodes/chunk-000/file-001", 1), ("tasks.parquet", 1), ("info.json", 2), ("settings.json", 4)]),
+    ("export --video=av1", [("videos/observation.images.wrist", 1), ("info.json", 2), ("settings.json", 4)]),
+])  # fmt: skip
+def test_a_killed_conversion_counts_as_none_and_goes_on_to_the_same_bytes(strike, ours, tmp_path, fails, kind, moments):
+    """SIGKILL at one moment after the other; the last one comes when all is there and only the parts are still to be cleared away."""
+    kind, *more = kind.split()
+    if more:
+        pytest.importorskip("av")
+    source = {"lerobot": lambda: write_set(tmp_path / "theirs"), "questions_from": lambda: write_texts(tmp_path / "texts" / "train.parquet"), "export": lambda: ours}[kind]()
+    argv = [f"--{kind}={source}", "--out=set", "--workers=1", f"--image_size={PX}", "--held_out_scenes=6", *more]
+    go = lambda folder, at=None, nth=1: strike("prepare", argv, tmp_path / folder, at, nth, SHARD_BYTES=12 * PX * PX * 3 * 2)
+    assert go("alone")[0] == 0
+    expected, out = (tmp_path / name / "set" for name in ("alone", "killed"))
+    for at, nth in moments:
+        status, said = go("killed", at, nth)
+        assert status == -9, said
+        cfg = Config(**PRESETS["debug"] | {"cameras": "wrist" if kind == "lerobot" else "front"})
+        if (at, nth) == moments[-1]:
+            break
+        if kind == "export":
+            assert "it lacks info.json" in fails(prepare.main, [f"--lerobot={out}", f"--out={tmp_path / 'x'}"])
+        else:
+            with pytest.raises(FileNotFoundError, match=r"is no data set \(no meta.json\)"):
+                Episodes(out, cfg) if kind == "lerobot" else Questions(out / "questions", cfg)
+    status, said = go("killed")
+    assert status == 0, said
+    content = lambda folder: {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    assert content(out) == content(expected)
 
 
 def test_bad_data_sets_are_one_line(tmp_path, fails, monkeypatch, ours):

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -481,3 +482,92 @@ def test_practice_on_the_arm_with_a_person_who_judges(arm, trained, tmp_path, mo
     assert [line["success place"] for line in lines] == [0.5, 0.5] and arm.torque() == []
     assert json.loads((out / "config.json").read_text())["env"] == "sim"
     within_limits(arm)
+
+
+class Practice:
+    """rl.py on an emulated arm of its own, in a process with a pipe for a keyboard, until it is killed."""
+
+    script = """
+import functools, signal, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import feetech_emulator, real_env, rl, sim_env
+signal.alarm(300)
+sim = sim_env.SO100Env(px=48)
+sim.reset(seed=2_000_000)
+arm = feetech_emulator.Emulator(sim)
+feetech_emulator.install(arm, sys.argv[2])
+real_env.PracticeEnv = functools.partial(real_env.PracticeEnv, clock=arm, size=(64, 48), limit=10**6)
+rl.main([*sys.argv[3:], f"--port={arm.port}"])
+print("torque", arm.torque())
+"""
+
+    def __init__(self, root, folder, *argv):
+        words = [sys.executable, "-c", self.script, root, folder / "calibration", "--config", "debug", "--episodes=2", "--eval=0", "--eval_episodes=0",
+                 "--env=real", "--front=0", "--wrist=2", "--device=cpu", "--threads=1", f"--task={TASK['task']}", *argv]  # fmt: skip
+        folder.mkdir()
+        self.program = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                        start_new_session=True, env=os.environ | {"TMPDIR": str(folder)})  # fmt: skip
+
+    def asked(self):
+        """Wait until it asks for the next episode: the one before is on disk."""
+        said = []
+        while not said or "press Enter" not in said[-1]:
+            said.append(self.program.stdout.readline())
+            assert said[-1], "".join(said)
+
+    def press(self, keys):
+        self.program.stdin.write(keys)
+        self.program.stdin.flush()
+
+    def kill(self):
+        os.killpg(self.program.pid, signal.SIGKILL)
+        assert self.program.wait() == -signal.SIGKILL
+
+
+def test_practice_goes_on_after_kill_9(root, trained, tmp_path):
+    """SIGKILL in mid episode, between episodes and in an update: what was played is kept and whole, and only what is missing is played."""
+    out, rng, kept = tmp_path / "practised", random.Random(0), {}
+    begin = lambda name, *more: Practice(root, tmp_path / name, f"--init_from={trained}", f"--out={out}", *more)
+
+    def look(n):
+        """n episodes are on disk, those of before unchanged, and all are whole."""
+        there = {path.name: path.read_bytes() for path in (out / "episodes").glob("*.pt")}
+        assert len(there) == n and kept.items() <= there.items()
+        kept.update(there)
+        for path in (out / "episodes").glob("*.pt"):
+            episode = torch.load(path, weights_only=True)
+            assert {len(episode[name]) for name in rl.CHUNKS} == {len(episode["reward"])} and int(episode["executed"].sum()) == episode["steps"]
+        sample.load_policy(out)
+        assert torch.load(out / "train_state.pt", weights_only=True)["iteration"] in (0, 1)
+
+    practice = begin("first")
+    practice.asked()
+    practice.press("\nxxy")
+    practice.asked()
+    practice.press("\nxx")  # it goes on until somebody judges
+    time.sleep(0.5 + rng.random())
+    practice.kill()
+    look(1)
+
+    practice = begin("second", "--resume")
+    practice.asked()
+    practice.press("\nn")
+    while len(list((out / "episodes").glob("*.pt"))) < 2:  # then both of an iteration are there, and it learns
+        time.sleep(0.01)
+        assert practice.program.poll() is None
+    time.sleep(0.1 * rng.random())
+    practice.kill()
+    look(2)
+
+    practice = begin("third", "--resume")
+    practice.asked()  # for the third: nothing is played again
+    practice.kill()
+    look(2)
+
+    practice = begin("fourth", "--resume")
+    said, _ = practice.program.communicate("\nxy" "\nxxn", timeout=300)
+    assert practice.program.returncode == 0 and said.count("press Enter") == 2 and "torque []" in said, said
+    there = {path.name: path.read_bytes() for path in (out / "episodes").iterdir()}
+    assert len(there) == 4 and kept.items() <= there.items()
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["success place"]) for line in lines] == [(1, 0.5), (2, 0.5)]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from conftest import differences
 from data import Episodes, Questions, Tokenizer
 from model import SyVLA
 
@@ -32,17 +33,6 @@ def go(data, tmp_path):
 
 def arguments(data, out, *flags):
     return ["--config", "debug", f"--data={data}", f"--out={out}", "--device=cpu", "--threads=1", *flags]
-
-
-def differences(a, b):
-    """Largest absolute difference between two structures of tensors and numbers; infinite if they are shaped differently."""
-    if isinstance(a, torch.Tensor):
-        return (a.double() - b.double()).abs().nan_to_num(math.inf).max().item() if a.shape == b.shape else math.inf
-    if isinstance(a, dict):
-        return max((differences(a[k], b[k]) for k in a), default=0) if a.keys() == b.keys() else math.inf
-    if isinstance(a, (list, tuple)):
-        return max((differences(x, y) for x, y in zip(a, b)), default=0) if len(a) == len(b) else math.inf
-    return 0 if a == b else math.inf
 
 
 def weights(folder):

@@ -258,6 +258,8 @@ def save_policy(folder, policy, config, state=None):
     if policy.cfg.wrapped:
         policy.vlm.config.save_pretrained(folder / "backbone")
         policy.vlm.processor.save_pretrained(folder / "backbone")
+    for left in folder.glob(".tmp*"):  # safetensors writes under such a name, and a kill leaves it there
+        left.unlink()
     write_atomically(folder / "tokenizer.json", lambda path: path.write_text(policy.tokenizer.dumps()))
     write_atomically(folder / "model.safetensors", lambda path: policy.save_weights(path, state))
     write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config | {"torch": torch.__version__}, indent=1)))

@@ -22,6 +22,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -543,6 +544,10 @@ def build(cfg, device):
 def keep_states(cfg, policy, episodes, autocast, say):
     """--new_expert: the VLM does not learn, so what it makes of a frame is computed once and kept beside the data."""
     path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
+    need = 2 * cfg.queries * cfg.width * len(episodes.state)
+    there = path.is_file()
+    if not os.access(path if there else cfg.data, os.W_OK) or not there and shutil.disk_usage(cfg.data).free < need:
+        return say(f"the VLM is frozen, but what it makes of a frame cannot be kept: {cfg.data} is read-only or has less than {need / 2**20:.0f} MiB free; a step takes longer")
 
     @torch.no_grad()
     def see(batch):
@@ -551,7 +556,7 @@ def keep_states(cfg, policy, episodes, autocast, say):
             return policy.vlm(policy.vlm.see(batch["images"]), *(batch[k] for k in ("tokens", "segments", "positions")), True)[1].float()
 
     episodes.freeze(path, (cfg.queries, cfg.width), see)
-    say(f"the VLM is frozen: what it makes of a frame is kept in {path}, up to {2 * cfg.queries * cfg.width * len(episodes.state) / 2**20:.0f} MiB")
+    say(f"the VLM is frozen: what it makes of a frame is kept in {path}, up to {need / 2**20:.0f} MiB")
 
 
 def batches(step, cfg, policy, episodes, questions, rank, world, device):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,6 +332,14 @@ def test_what_a_frozen_vlm_makes_of_a_frame_is_kept(trained, data, tmp_path):
     again = Episodes(data, fresh.cfg)
     again.freeze(tmp_path / "states.npy", (policy.cfg.queries, policy.cfg.width), None)
     assert (again.samples(policy.tokenizer, picks, older)["states"] == batch["states"]).all()
+
+
+def test_no_room_to_keep_what_a_frozen_vlm_makes(trained, data, tmp_path, capsys, monkeypatch):
+    mine = tmp_path / "data"
+    shutil.copytree(data, mine, ignore=shutil.ignore_patterns("states_*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    train.main(arguments(mine, tmp_path / "new", "--stage=finetune", "--new_expert", f"--init_from={trained}"))
+    assert "cannot be kept" in capsys.readouterr().out and not list(mine.glob("states_*")) and (tmp_path / "new" / "model.safetensors").is_file()
 
 
 def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fails):

@@ -376,7 +376,7 @@ class Episodes:
         return pack(rows) | {"images": np.stack([view[[self.frames[i] for i in picks]] for view in self.images], axis=1)}  # (B, V, px, px, 3)
 
     def freeze(self, path, shape, see):
-        """Keep what a frozen VLM makes of frames, `see`(prompts() as tensors) -> (B, *shape), in a file: each is computed when first drawn."""
+        """Keep what a frozen VLM makes of frames in a file, each when it is first drawn. see: prompts() as tensors -> query states (B, Q, D); shape: (Q, D)."""
         kind = np.dtype([("known", bool), ("states", np.float16, shape)])  # one record a frame, so that no kill parts the two
         if not Path(path).is_file():
             temporary = f"{path}.tmp{os.getpid()}"  # several processes may come here at once

@@ -15,8 +15,8 @@ Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (Sy
 
 import ctypes
 import dataclasses
-import hashlib
 import difflib
+import hashlib
 import json
 import math
 import os

@@ -297,8 +297,13 @@ class RealEnv:
         return self._obs(), self._info(0, before)
 
     def instruct(self, task):
-        """Another instruction in mid motion, with a step limit of its own."""
+        """Another instruction, also in mid motion, with a step limit of its own -> obs: people may have moved things while the arm had nothing to do."""
         self.task, self.steps = task, 0
+        try:
+            self._read()
+        except ArmError as error:
+            self._give_up(error)
+        return self._obs()
 
     def rest(self):
         """Fold up, out of the way: no load on the motors while people lay out scenes and gradients are computed."""

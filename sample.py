@@ -54,7 +54,7 @@ MODES_AND_JOINS = [*MODES, *(f"{mode}+{join}" for mode in ("naive", "async") for
 class SampleConfig:
     config: str = opt("small", "preset whose run is used")
     run: str = opt("", "checkpoint folder (default out/<config>)")
-    env: str = opt("", "sim; real: an SO-100 or SO-101 (with a task; --eval=N to judge N episodes yourself); or package.module:Class (default: as trained for)")
+    env: str = opt("", "sim; real: an SO-100 or SO-101 (with a task, or --interactive; --eval=N to judge N episodes yourself); or package.module:Class (default: as trained for)")
     task: str = opt("", "instruction; without one the environment draws it")
     family: str = opt("", "task family when the environment draws the instruction (default: the first that the policy was trained on)")
     split: str = opt("id", "id, ood_position or ood_instruction, when the environment draws the instruction")
@@ -308,11 +308,11 @@ def rtc_pull(committed, rest, H):
     return np.where(i < committed, 1.0, np.where(i < rest, c * np.expm1(c) / (math.e - 1), 0.0))
 
 
-def runner_by_flags(policy, cfg, pool):
-    """In conversation and on the real arm a thought takes as long as it takes, in the threads of `pool`; else --delay steps, or none."""
+def runner_by_flags(policy, cfg):
+    """In conversation and on the real arm a thought takes as long as it takes, in threads; else --delay steps, or none."""
     live = cfg.interactive or cfg.env == "real"
     mode = cfg.mode or ("async" if policy.cfg.stale else "naive")  # an expert that never met old thoughts follows them badly
-    return Runner(policy, mode, int(cfg.delay) if cfg.delay else None if live else 0, cfg.refresh, cfg.commit, seed=cfg.seed, pool=pool if live else None)
+    return Runner(policy, mode, int(cfg.delay) if cfg.delay else None if live else 0, cfg.refresh, cfg.commit, seed=cfg.seed, pool=ThreadPoolExecutor(2) if live else None)
 
 
 def measures(arms):
@@ -475,6 +475,7 @@ def draw_frame(env, cameras, task, reasoning, weights, note="", px=256):
 
 def film(policy, cfg):
     """One episode -> GIF and contact sheet in cfg.out, and the reasoning on the screen."""
+    runner = runner_by_flags(policy, cfg)
     if cfg.task:
         policy.tokenizer.prompt(cfg.task)  # complain about the words before anything moves
     env = real_arm(policy, cfg) if cfg.env == "real" else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
@@ -487,20 +488,18 @@ def film(policy, cfg):
         obs, info = env.reset(seed=cfg.seed, options={"family": cfg.family, "split": cfg.split} | ({"task": cfg.task} if cfg.task else {}))
     print(f"instruction: {obs['task']}")
     frames, terminated, truncated, said, shown, weights = [], False, False, None, None, np.zeros(policy.cfg.queries)
-    with ThreadPoolExecutor(2) as pool:
-        runner = runner_by_flags(policy, cfg, pool)
-        while not terminated and not truncated:
-            actions, (reasoning,) = runner(batch_of_one(obs, policy))
-            arm = runner.arms[0]
-            if reasoning != said and arm.states is not None:
-                print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>")
-                said = reasoning
-            if arm.plans and arm.plans[-1] is not shown:
-                shown = arm.plans[-1]
-                weights = importance(policy, obs, shown.chunks.result()[0], arm.states[None])
-            waits = "" if arm.log[-1][1] else ", waiting"
-            frames.append(draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']}{waits})"))
-            obs, _, terminated, truncated, info = env.step(actions[0, 0])
+    while not terminated and not truncated:
+        actions, (reasoning,) = runner(batch_of_one(obs, policy))
+        arm = runner.arms[0]
+        if reasoning != said and arm.states is not None:
+            print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>")
+            said = reasoning
+        if arm.plans and arm.plans[-1] is not shown:
+            shown = arm.plans[-1]
+            weights = importance(policy, obs, shown.chunks.result()[0], arm.states[None])
+        waits = "" if arm.log[-1][1] else ", waiting"
+        frames.append(draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']}{waits})"))
+        obs, _, terminated, truncated, info = env.step(actions[0, 0])
     frames += [draw_frame(env, cameras, obs["task"], reasoning, weights, "success" if terminated else "out of time")] * sim_env.FPS
     env.close()  # the real arm does so at any exit
     path = save_film(frames, cfg, obs["task"])
@@ -539,7 +538,7 @@ def interactive(policy, cfg):
     It all happens at the arm's own pace, in a window where there is a display; else the last minute is written as a film. When
     the input ends (a pipe), so does the conversation, once the last instruction is carried out. The real arm moves when it is told to.
     """
-    real, cameras = cfg.env == "real", policy.cfg.cameras.split(",")
+    runner, real, cameras = runner_by_flags(policy, cfg), cfg.env == "real", policy.cfg.cameras.split(",")
     env = real_arm(policy, cfg) if real else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
     seed, scene, lines, frames = cfg.seed, {"family": cfg.family, "split": cfg.split}, queue.SimpleQueue(), deque(maxlen=60 * sim_env.FPS)
 
@@ -554,8 +553,7 @@ def interactive(policy, cfg):
     viewer = None if real else open_viewer(env)
     print('type an instruction, such as: put the red cube on the blue pad (another one interrupts it; "new": another scene; "quit")', flush=True)
     task, ended, listening, said, due = None, False, True, None, 0.0
-    with ThreadPoolExecutor(2) as pool, contextlib.suppress(KeyboardInterrupt):
-        runner = runner_by_flags(policy, cfg, pool)
+    with contextlib.suppress(KeyboardInterrupt):
         while (task or listening) and (viewer is None or viewer.is_running()):
             try:
                 line = lines.get(timeout=0 if task else 0.1)
@@ -579,7 +577,7 @@ def interactive(policy, cfg):
                     if obs is None:
                         obs, info = env.reset(options={"task": line})
                     elif hasattr(env, "instruct"):
-                        env.instruct(line)
+                        obs = env.instruct(line)
                     print(f"step {info['steps']:3d}  {'no, ' if task else ''}{line}", flush=True)
                     task, ended, said, due = line, False, None, max(due, time.perf_counter())
                     for arm in runner.arms.values():
@@ -643,9 +641,8 @@ def evaluate(policy, cfg):
 def evaluate_real(policy, cfg):
     """Episodes on the real arm, each judged by a person; eval_real.json in the run folder."""
     policy.tokenizer.prompt(cfg.task)
-    successes, steps = [], []
-    with real_arm(policy, cfg) as env, ThreadPoolExecutor(2) as pool:
-        runner = runner_by_flags(policy, cfg, pool)
+    runner, successes, steps = runner_by_flags(policy, cfg), [], []
+    with real_arm(policy, cfg) as env:
         while len(successes) < cfg.eval:
             input(f"episode {len(successes) + 1} of {cfg.eval}: lay out the scene, keep clear of the arm, press Enter. Ctrl-C ends the episode ")
             obs, info = env.reset(options={"task": cfg.task})

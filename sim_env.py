@@ -578,19 +578,19 @@ class SO100Env:
         for s in range(seed, seed + 200):
             self.reset(seed=s, options={"family": family})
             try:
-                self.instruct(task)
-                return self._obs(), self._info()
+                return self.instruct(task), self._info()
             except ValueError as error:
                 problem = error
         raise problem
 
     def instruct(self, task):
-        """From now on a person's own instruction holds, in the scene as it is, with the whole time for it; ValueError if it names
-        what is not there."""
+        """From now on a person's own instruction holds, in the scene as it is, with the whole time for it -> obs; ValueError if it
+        names what is not there."""
         self.goal, self.task = understand(task, self.scene()), task
         if self.family != "tiny":
             self.family = "sequence" if len(self.goal["legs"]) == 2 else "calculate" if self.goal["sum"] else "place"
         self.steps, self.failure, self.in_order = 0, "", False
+        return self._obs()
 
     def _place_things(self, rng, start=False):
         """Lay out cubes and pads."""
@@ -985,13 +985,14 @@ def environment(name):
 
     It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally splits and state
     (names of the state's numbers; without it they are the motors' positions), is made by Class(px=...), and has Gymnasium's
-    reset(*, seed, options), step(action) and close(). options hold family and split, observations
-    {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}; terminated means success.
+    reset(*, seed, options), step(action) and close(), optionally instruct(task) -> observation, for another instruction in mid
+    motion. options hold family and split, observations {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str};
+    terminated means success.
     """
     if name == "sim":
         return SO100Env
     if name == "real":
-        raise ValueError("the real arm is no simulation: only films, sample.py --eval and rl.py take --env=real, with a person beside it")
+        raise ValueError("the real arm is no simulation: only films, sample.py --eval and --interactive, and rl.py take --env=real, with a person beside it")
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"--env={name} is neither sim, real nor package.module:Class")
@@ -1201,8 +1202,8 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
     """Run one episode per seed; arms that finish take the next seed, so all stay busy.
 
     policy(obs of the busy arms) -> actions (n, h, 6), or (actions, extras) with one extra per arm; obs["episode"] says which
-    of the seeds each arm is playing, obs["reason"] what a teacher would think now. Returns a list of dicts in the order of seeds: seed, success, steps, failure, task, reason
-    (the true one at the start), extra (of the first decision), moved_at (as SO100Env tells it).
+    of the seeds each arm is playing, obs["reason"] what a teacher would think now. Returns a list of dicts in the order of seeds:
+    seed, success, steps, failure, task, reason (the true one at the start), extra (of the first decision), moved_at (as SO100Env tells it).
     """
     seeds = list(seeds)
     n_arms = min(n_arms, len(seeds))

@@ -58,7 +58,9 @@ class Tokenizer:
         A piece seen fewer than 20 times stays bytes: its embedding would hardly be trained.
         """
         counts = Counter(piece for text in texts for piece in cls.PIECES.findall(" " + text))
-        ranked = sorted((piece for piece in counts if counts[piece] >= 20), key=lambda piece: (-counts[piece], piece))
+        ranked = sorted(
+            (piece for piece in counts if counts[piece] >= 20), key=lambda piece: (-counts[piece], piece)
+        )
         return cls(ranked[: limit - len(cls.SPECIAL) - 256])
 
     def __len__(self):
@@ -94,7 +96,9 @@ class Tokenizer:
         if not text.strip():
             raise ValueError(f'the {what} is empty; try "put the red cube on the blue pad"')
         if len(ids) > self.LONGEST:
-            raise ValueError(f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words")
+            raise ValueError(
+                f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words"
+            )
         return ids
 
     def prompt(self, task, reasoning=True):
@@ -122,7 +126,9 @@ class Tokenizer:
         """The tokenizer of a checkpoint, or of a pretrained model: words, or what the package `tokenizers` writes."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no checkpoint: it has no tokenizer.json; run: python train.py --config small")
+            raise FileNotFoundError(
+                f"{folder} is no checkpoint: it has no tokenizer.json; run: python train.py --config small"
+            )
         text = path.read_text()
         return Tokenizer(json.loads(text)) if text.lstrip().startswith("[") else ChatTokenizer(text)
 
@@ -136,10 +142,23 @@ class ChatTokenizer:
 
     LONGEST = 512
     FORMATS = (  # START, OPEN, CLOSE, TURN, space before an answer, END; the first whose special tokens are all there
-        ("<|im_start|>User:", "<fake_token_around_image><global-img>", "<fake_token_around_image>", "<end_of_utterance>\nAssistant:", " ", "<end_of_utterance>"),  # SmolVLM
-        ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n", "<|vision_start|>", "<|vision_end|>",
-         "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>"),  # Qwen-VL
-    )  # fmt: skip
+        (
+            "<|im_start|>User:",
+            "<fake_token_around_image><global-img>",
+            "<fake_token_around_image>",
+            "<end_of_utterance>\nAssistant:",
+            " ",
+            "<end_of_utterance>",
+        ),  # SmolVLM
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|im_end|>\n<|im_start|>assistant\n",
+            "",
+            "<|im_end|>",
+        ),  # Qwen-VL
+    )
 
     def __init__(self, text):
         try:
@@ -150,10 +169,16 @@ class ChatTokenizer:
             self.text, self.pretrained = text, Pretrained.from_str(text)
         except Exception as e:  # the package raises nothing narrower
             raise ValueError(f"tokenizer.json cannot be read ({str(e)[:100]}); download it again") from None
-        known = lambda format: all(self.pretrained.token_to_id(token) is not None for piece in format for token in re.findall(r"<[^<>\s]+>", piece))
+        known = lambda format: all(
+            self.pretrained.token_to_id(token) is not None
+            for piece in format
+            for token in re.findall(r"<[^<>\s]+>", piece)
+        )
         format = next((f for f in self.FORMATS if known(f)), None)
         if format is None:
-            raise ValueError("the chat format of this tokenizer is unknown; add a line to ChatTokenizer.FORMATS in data.py")
+            raise ValueError(
+                "the chat format of this tokenizer is unknown; add a line to ChatTokenizer.FORMATS in data.py"
+            )
         ids = lambda piece: self.pretrained.encode(piece, add_special_tokens=False).ids
         self.start, self.image_open, self.image_close, self.turn, _, (self.end_answer,) = map(ids, format)
         self.end_thought, self.space = self.end_answer, format[4]
@@ -177,11 +202,17 @@ class ChatTokenizer:
         if not ids:
             raise ValueError(f'the {what} is empty; try "put the red cube on the blue pad"')
         if len(ids) > self.LONGEST:
-            raise ValueError(f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words")
+            raise ValueError(
+                f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words"
+            )
         return ids
 
     def prompt(self, task, reasoning=True):
-        return [*self.tidy(task, "instruction"), *self.turn, *(self.encode(self.space + "<reason>") if reasoning else [])]
+        return [
+            *self.tidy(task, "instruction"),
+            *self.turn,
+            *(self.encode(self.space + "<reason>") if reasoning else []),
+        ]
 
     def thought(self, reason):
         return [*self.encode(" " + reason if reason else ""), self.end_thought]
@@ -192,7 +223,11 @@ class ChatTokenizer:
         return [*self.tidy(question, "question"), *self.turn]
 
     def answer(self, question, answer):
-        return self.thought(answer) if question.startswith("<task>") else [*self.encode(self.space + answer), self.end_answer]
+        return (
+            self.thought(answer)
+            if question.startswith("<task>")
+            else [*self.encode(self.space + answer), self.end_answer]
+        )
 
     def dumps(self):
         return self.text
@@ -205,7 +240,9 @@ def pack(rows):
     -100), all (B, T) int64.
     """
     T = max(sum(len(p) + len(t) for p, t in row) for row in rows)
-    tokens, segments, positions, labels = (np.full((len(rows), T), fill, np.int64) for fill in (0, -1, 0, -100))
+    tokens, segments, positions, labels = (
+        np.full((len(rows), T), fill, np.int64) for fill in (0, -1, 0, -100)
+    )
     for b, row in enumerate(rows):
         i = 0
         for k, (prompt, target) in enumerate(row):
@@ -242,7 +279,9 @@ def save_episodes(folder, episodes, cameras, motors, fps=10, state=()):
     folder = Path(folder)
     if (folder / "meta.json").is_file():
         raise ValueError(f"{folder} already holds a data set; delete it or choose another folder")
-    arrays = {name: np.concatenate([e[name] for e in episodes]).astype(np.float32) for name in ("state", "action")}
+    arrays = {
+        name: np.concatenate([e[name] for e in episodes]).astype(np.float32) for name in ("state", "action")
+    }
     for name, names in (("state", state or motors), ("action", motors)):
         if arrays[name].shape[1:] != (len(names),):
             raise ValueError(f"{name} has shape {arrays[name].shape}, its names are {list(names)}")
@@ -254,9 +293,27 @@ def save_episodes(folder, episodes, cameras, motors, fps=10, state=()):
     entries, start = [], 0
     for i, e in enumerate(episodes):
         said = {k: v for k, v in e.items() if k not in ("images", "state", "action")}
-        entries.append({"start": start, "length": len(e["state"]), "reason": [], "success": True, "seed": i, "family": "demo", "kind": "demo"} | said)
+        entries.append(
+            {
+                "start": start,
+                "length": len(e["state"]),
+                "reason": [],
+                "success": True,
+                "seed": i,
+                "family": "demo",
+                "kind": "demo",
+            }
+            | said
+        )
         start += len(e["state"])
-    meta = {"cameras": list(cameras), "motors": list(motors), **({"state": list(state)} if state else {}), "fps": fps, "statistics": {k: statistics(v) for k, v in arrays.items()}, "episodes": entries}
+    meta = {
+        "cameras": list(cameras),
+        "motors": list(motors),
+        **({"state": list(state)} if state else {}),
+        "fps": fps,
+        "statistics": {k: statistics(v) for k, v in arrays.items()},
+        "episodes": entries,
+    }
     (folder / "meta.json.tmp").write_text(json.dumps(meta))
     (folder / "meta.json.tmp").replace(folder / "meta.json")  # last: a folder without it is no data set
 
@@ -272,14 +329,27 @@ def read_images(folder, meta, cfg):
     """The camera arrays of a data set, memory-mapped, in the model's order; an error that shows both sides if they do not fit."""
     wanted = cfg.cameras.split(",")
     if missing := [c for c in wanted if c not in meta["cameras"]]:
-        raise ValueError(f"{folder} has cameras {meta['cameras']}, the model wants {wanted} ({missing} missing); set --cameras or choose another --data")
+        raise ValueError(
+            f"{folder} has cameras {meta['cameras']}, the model wants {wanted} ({missing} missing); set --cameras or choose another --data"
+        )
     grey = meta.get("grey", [])
-    stored = {camera: np.load(Path(folder) / f"{camera}.npy", mmap_mode="r") for camera in wanted if camera not in grey}
+    stored = {
+        camera: np.load(Path(folder) / f"{camera}.npy", mmap_mode="r")
+        for camera in wanted
+        if camera not in grey
+    }
     if not stored:
-        raise ValueError(f"{folder} has pictures for {[c for c in meta['cameras'] if c not in grey]} alone, the model wants {wanted}; set --cameras or --mix=0")
-    images = [stored[c] if c in stored else np.broadcast_to(np.uint8(128), next(iter(stored.values())).shape) for c in wanted]
+        raise ValueError(
+            f"{folder} has pictures for {[c for c in meta['cameras'] if c not in grey]} alone, the model wants {wanted}; set --cameras or --mix=0"
+        )
+    images = [
+        stored[c] if c in stored else np.broadcast_to(np.uint8(128), next(iter(stored.values())).shape)
+        for c in wanted
+    ]
     if images[0].shape[1] != cfg.image_size:
-        raise ValueError(f"{folder} has images of {images[0].shape[1]} px, the model takes {cfg.image_size}; set --image_size={images[0].shape[1]}")
+        raise ValueError(
+            f"{folder} has images of {images[0].shape[1]} px, the model takes {cfg.image_size}; set --image_size={images[0].shape[1]}"
+        )
     return images
 
 
@@ -294,18 +364,31 @@ class Episodes:
     def __init__(self, folder, cfg, families=None):
         self.meta, self.cfg, self.frozen = read_json(folder, "meta.json"), cfg, None
         if missing := {"cameras", "motors", "statistics", "episodes"} - self.meta.keys():
-            raise ValueError(f"{folder}/meta.json lacks {', '.join(sorted(missing))}; the README lists what it must hold")
-        for what, theirs, own in (("motors", self.meta["motors"], cfg.motors.split(",")), ("state", self.meta.get("state") or self.meta["motors"], cfg.state_names)):
+            raise ValueError(
+                f"{folder}/meta.json lacks {', '.join(sorted(missing))}; the README lists what it must hold"
+            )
+        for what, theirs, own in (
+            ("motors", self.meta["motors"], cfg.motors.split(",")),
+            ("state", self.meta.get("state") or self.meta["motors"], cfg.state_names),
+        ):
             if theirs != own:
                 raise ValueError(f"{folder} has {what} {theirs}, the model {own}")
         self.images = read_images(folder, self.meta, cfg)
-        self.state, self.action = (np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("state", "action"))
+        self.state, self.action = (
+            np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("state", "action")
+        )
         if (self.state.shape[1], self.action.shape[1]) != (cfg.state_dim, cfg.action_dim):
-            raise ValueError(f"{folder} has states of {self.state.shape[1]} and actions of {self.action.shape[1]} numbers, its meta.json names {cfg.state_dim} and {cfg.action_dim}")
-        usable = [e for e in self.meta["episodes"] if e["success"] or e.get("kind") == "start"]  # a start is a few good steps
+            raise ValueError(
+                f"{folder} has states of {self.state.shape[1]} and actions of {self.action.shape[1]} numbers, its meta.json names {cfg.state_dim} and {cfg.action_dim}"
+            )
+        usable = [
+            e for e in self.meta["episodes"] if e["success"] or e.get("kind") == "start"
+        ]  # a start is a few good steps
         there = sorted({e.get("family", "") for e in usable})
         if not usable or (missing := [f for f in families or () if f not in there]):
-            raise ValueError(f"{folder} has no successful episode of family {', '.join(missing) if usable else 'any'}; it has {', '.join(there) or 'none'}: set --families")
+            raise ValueError(
+                f"{folder} has no successful episode of family {', '.join(missing) if usable else 'any'}; it has {', '.join(there) or 'none'}: set --families"
+            )
         self.episodes = [e for e in usable if families is None or e["family"] in families]
         self.frames, self.end, self.episode_of, weights = [], [], [], []
         for i, e in enumerate(self.episodes):
@@ -344,7 +427,10 @@ class Episodes:
         if cfg.committed:  # some first actions are given: clean, at flow time 0
             given = rng.integers(cfg.committed + 1, size=(n, cfg.noise_samples, 1))[rows]
             t = t[..., None] * (np.arange(H) >= given)  # (B, M, H)
-        return self.samples(tokenizer, picks, older) | {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in {"eps": eps, "t": t, "uniform": uniform}.items()}
+        return self.samples(tokenizer, picks, older) | {
+            k: torch.from_numpy(np.ascontiguousarray(v))
+            for k, v in {"eps": eps, "t": t, "uniform": uniform}.items()
+        }
 
     def samples(self, tokenizer, picks, older=None):
         """Frames by index -> images, text, state, actions, valid (False behind the episode's end) as tensors.
@@ -354,12 +440,19 @@ class Episodes:
         """
         H, seen = self.cfg.chunk, np.asarray(picks)  # seen: the frames whose pictures and text the VLM gets
         if older is not None:
-            age = np.array([min(k, self.frames[i] - self.episodes[self.episode_of[i]]["start"]) for i, k in zip(picks, older)])
+            age = np.array(
+                [
+                    min(k, self.frames[i] - self.episodes[self.episode_of[i]]["start"])
+                    for i, k in zip(picks, older)
+                ]
+            )
             seen = seen - age
         frames = np.array([self.frames[i] for i in picks])
         steps = frames[:, None] + np.arange(H)  # (B, H)
         last = np.array([self.end[i] for i in picks])[:, None] - 1
-        batch = self.prompts(tokenizer, seen) if self.frozen is None else {"states": self.states(tokenizer, seen)}
+        batch = (
+            self.prompts(tokenizer, seen) if self.frozen is None else {"states": self.states(tokenizer, seen)}
+        )
         batch |= {
             "state": self.state[frames],
             "actions": self.action[np.minimum(steps, last)],  # (B, H, A)
@@ -372,15 +465,28 @@ class Episodes:
         rows = []
         for i in picks:
             task, reason = self.reason_at(i)
-            rows.append([(tokenizer.prompt(task, self.cfg.reasoning), tokenizer.thought(reason) if self.cfg.reasoning else [])])
-        return pack(rows) | {"images": np.stack([view[[self.frames[i] for i in picks]] for view in self.images], axis=1)}  # (B, V, px, px, 3)
+            rows.append(
+                [
+                    (
+                        tokenizer.prompt(task, self.cfg.reasoning),
+                        tokenizer.thought(reason) if self.cfg.reasoning else [],
+                    )
+                ]
+            )
+        return pack(rows) | {
+            "images": np.stack([view[[self.frames[i] for i in picks]] for view in self.images], axis=1)
+        }  # (B, V, px, px, 3)
 
     def freeze(self, path, shape, see):
         """Keep what a frozen VLM makes of frames in a file, each when it is first drawn. see: prompts() as tensors -> query states (B, Q, D); shape: (Q, D)."""
-        kind = np.dtype([("known", bool), ("states", np.float16, shape)])  # one record a frame, so that no kill parts the two
+        kind = np.dtype(
+            [("known", bool), ("states", np.float16, shape)]
+        )  # one record a frame, so that no kill parts the two
         if not Path(path).is_file():
             temporary = f"{path}.tmp{os.getpid()}"  # several processes may come here at once
-            np.lib.format.open_memmap(temporary, "w+", kind, (len(self.state),))  # a sparse file: frames never drawn take no room
+            np.lib.format.open_memmap(
+                temporary, "w+", kind, (len(self.state),)
+            )  # a sparse file: frames never drawn take no room
             os.replace(temporary, path)
         self.frozen, self.see = np.load(path, mmap_mode="r+"), see
 
@@ -411,7 +517,9 @@ class Questions:
         """Leave out questions of more tokens than the model is made for, as sets of others have them, and pictures that have no other."""
 
         def fits(question):
-            if 2 * len(question.encode()) <= tokenizer.LONGEST:  # a byte, with a space before it, is two tokens at most
+            if (
+                2 * len(question.encode()) <= tokenizer.LONGEST
+            ):  # a byte, with a space before it, is two tokens at most
                 return True
             try:
                 return bool(tokenizer.question(question))
@@ -421,10 +529,17 @@ class Questions:
         self.questions = [[q for q in scene if fits(q[1])] for scene in self.questions]
         self.scenes = np.array([i for i, scene in enumerate(self.questions) if scene])
         if not len(self.scenes):
-            raise ValueError(f"no question of the set has at most {tokenizer.LONGEST} tokens; make it again with a smaller --longest")
+            raise ValueError(
+                f"no question of the set has at most {tokenizer.LONGEST} tokens; make it again with a smaller --longest"
+            )
 
     def texts(self):
-        return [text.removeprefix("<task>") for scene in self.questions for _, question, answer in scene for text in (question, answer)]
+        return [
+            text.removeprefix("<task>")
+            for scene in self.questions
+            for _, question, answer in scene
+            for text in (question, answer)
+        ]
 
     def batch(self, tokenizer, rng, n, room, kinds=None, rows=slice(None)):
         """n random pictures, each with as many random questions (of some kinds, or all) as fit into `room` tokens.
@@ -477,7 +592,11 @@ class Neighbours:
     """
 
     def __init__(self, keys, families, weights):
-        self.keys, self.families, self.weights = F.normalize(keys.float(), dim=-1).flatten(1), np.asarray(families), weights
+        self.keys, self.families, self.weights = (
+            F.normalize(keys.float(), dim=-1).flatten(1),
+            np.asarray(families),
+            weights,
+        )
 
     def queries(self, tokens):
         """Embeddings (n, V, E) -> (n, V * E), whose inner products with keys are the weighted sums of cosines."""
@@ -492,7 +611,9 @@ class Neighbours:
         """For every embedding (n, V, E) one of the k most similar frames of its family, drawn by uniform (n,) -> rows (n,), similarity (n,)."""
         k = min(k, *(int((self.families == family).sum()) for family in set(families)))
         if k == 0:
-            raise ValueError(f"no frame of family {', '.join(sorted(set(families) - set(self.families)))} can be retrieved; raise --index_frames")
+            raise ValueError(
+                f"no frame of family {', '.join(sorted(set(families) - set(self.families)))} can be retrieved; raise --index_frames"
+            )
         similarity = self.queries(tokens) @ self.keys.T  # (n, N)
         other = np.asarray(families)[:, None] != self.families[None]
         best, rows = similarity.masked_fill_(torch.from_numpy(other), -math.inf).topk(k, dim=1)  # (n, k)

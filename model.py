@@ -47,19 +47,33 @@ class Config:
     """What shapes the weights or the way a policy acts; saved in every checkpoint as config.json."""
 
     cameras: str = opt("front,wrist", "camera roles, in the order the model sees them")
-    motors: str = opt("shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper", "what an action moves, in order")
-    state: str = opt("", "what the state measures, in order; empty: the motors' positions (train.py: what the data set says)")
+    motors: str = opt(
+        "shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper",
+        "what an action moves, in order",
+    )
+    state: str = opt(
+        "",
+        "what the state measures, in order; empty: the motors' positions (train.py: what the data set says)",
+    )
     image_size: int = opt(96, "pixels per side of each camera image")
     patch_size: int = opt(6, "pixels per side of a vision patch")
-    conv_stem: bool = opt(True, "patches through two convolutions instead of SigLIP's single filter: learns to see far sooner")
+    conv_stem: bool = opt(
+        True, "patches through two convolutions instead of SigLIP's single filter: learns to see far sooner"
+    )
     vision_width: int = opt(48, "vision encoder width")
-    vision_depth: int = opt(0, "vision encoder blocks; from random weights the language model's attention does as well for less")
+    vision_depth: int = opt(
+        0, "vision encoder blocks; from random weights the language model's attention does as well for less"
+    )
     vision_heads: int = opt(2, "vision encoder attention heads")
     vision_mlp: int = opt(0, "vision encoder MLP width; 0: 4 x vision_width")
     vision_act: str = opt("relu2", "vision encoder activation: relu2, or gelu_pytorch_tanh (SigLIP's)")
     vision_eps: float = opt(1e-5, "vision encoder LayerNorm epsilon")
-    vision_size: int = opt(0, "pixels per side that the encoder takes, camera images are resized to it; 0: image_size")
-    vision_enlarge: int = opt(0, "SmolVLM's processor first brings the longest edge to this many pixels; 0: not")
+    vision_size: int = opt(
+        0, "pixels per side that the encoder takes, camera images are resized to it; 0: image_size"
+    )
+    vision_enlarge: int = opt(
+        0, "SmolVLM's processor first brings the longest edge to this many pixels; 0: not"
+    )
     pixel_shuffle: int = opt(4, "k: k x k neighbouring patches become one visual token")
     width: int = opt(128, "language model width D")
     depth: int = opt(3, "language model blocks")
@@ -71,9 +85,16 @@ class Config:
     tied: bool = opt(False, "the output layer is the token embedding")
     rope_theta: float = opt(10000.0, "rotary embedding base")
     vocab_size: int = opt(512, "rows of the token embedding")
-    backbone: str = opt("", "pretrained VLM, a hub name or a folder; it fixes the shapes above. Empty: from nothing")
-    wrapped: bool = opt(False, "the backbone runs in `transformers`, not in this file (everything but SmolVLM); set by --backbone")
-    lora: int = opt(0, "rank of LoRA on the language model, which is then frozen (needs peft); 0: trained whole")
+    backbone: str = opt(
+        "", "pretrained VLM, a hub name or a folder; it fixes the shapes above. Empty: from nothing"
+    )
+    wrapped: bool = opt(
+        False,
+        "the backbone runs in `transformers`, not in this file (everything but SmolVLM); set by --backbone",
+    )
+    lora: int = opt(
+        0, "rank of LoRA on the language model, which is then frozen (needs peft); 0: trained whole"
+    )
     queries: int = opt(20, "Q, number of feature query tokens (paper: 20)")
     expert_width: int = opt(128, "action expert width")
     expert_depth: int = opt(3, "action expert blocks")
@@ -81,44 +102,96 @@ class Config:
     chunk: int = opt(8, "H, control steps predicted at once")
     execute: int = opt(4, "control steps executed before looking again")
     denoise_steps: int = opt(5, "K, Euler steps of the flow sampler")
-    temperature: float = opt(0.0, "scale of the flow sampler's starting noise: 0 acts by its mode, 1 by the whole distribution")
-    reasoning: bool = opt(True, "write the chain of thought before the feature queries (paper: think before act)")
+    temperature: float = opt(
+        0.0, "scale of the flow sampler's starting noise: 0 acts by its mode, 1 by the whole distribution"
+    )
+    reasoning: bool = opt(
+        True, "write the chain of thought before the feature queries (paper: think before act)"
+    )
     max_thought: int = opt(24, "longest chain of thought generated, tokens")
     decouple: str = opt("gradient", "intention decoupling: gradient (the paper's) | random | attention | off")
-    decouple_percentile: float = opt(5.0, "query states whose score is under this percentile are masked to zero")
-    decouple_scope: str = opt("sample", "the percentile is taken per sample, or over the batch (of one process)")
-    decouple_samples: int = opt(1, "of the M noise samples, how many the first pass averages its gradient over")
+    decouple_percentile: float = opt(
+        5.0, "query states whose score is under this percentile are masked to zero"
+    )
+    decouple_scope: str = opt(
+        "sample", "the percentile is taken per sample, or over the batch (of one process)"
+    )
+    decouple_samples: int = opt(
+        1, "of the M noise samples, how many the first pass averages its gradient over"
+    )
     noise_samples: int = opt(4, "M, noise samples (eps, t) per observation")
-    stale: int = opt(0, "the expert also learns from query states up to this many control steps old, and is told their age (asynchronous inference)")
-    committed: int = opt(0, "the expert also learns to continue chunks whose first actions, up to this many, are given (real-time chunking)")
+    stale: int = opt(
+        0,
+        "the expert also learns from query states up to this many control steps old, and is told their age (asynchronous inference)",
+    )
+    committed: int = opt(
+        0,
+        "the expert also learns to continue chunks whose first actions, up to this many, are given (real-time chunking)",
+    )
 
     def __post_init__(self):
-        choices = {"decouple": ("gradient", "random", "attention", "off"), "decouple_scope": ("sample", "batch"), "vision_act": ("relu2", "gelu_pytorch_tanh")}
+        choices = {
+            "decouple": ("gradient", "random", "attention", "off"),
+            "decouple_scope": ("sample", "batch"),
+            "vision_act": ("relu2", "gelu_pytorch_tanh"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        may_be_zero = ("max_thought", "vision_depth", "vision_mlp", "vision_size", "vision_enlarge", "lora", "stale", "committed")
+        may_be_zero = (
+            "max_thought",
+            "vision_depth",
+            "vision_mlp",
+            "vision_size",
+            "vision_enlarge",
+            "lora",
+            "stale",
+            "committed",
+        )
         for f in dataclasses.fields(Config):
             if f.type in (int, "int") and getattr(self, f.name) < (f.name not in may_be_zero):
-                raise ValueError(f"{f.name} ({getattr(self, f.name)}) must be at least {int(f.name not in may_be_zero)}")
+                raise ValueError(
+                    f"{f.name} ({getattr(self, f.name)}) must be at least {int(f.name not in may_be_zero)}"
+                )
         if self.lora and not self.backbone:
-            raise ValueError("lora adapts a pretrained language model; add --backbone=... or leave --lora out")
-        if not self.wrapped and (self.vision_size or self.image_size) % (self.patch_size * self.pixel_shuffle):
+            raise ValueError(
+                "lora adapts a pretrained language model; add --backbone=... or leave --lora out"
+            )
+        if not self.wrapped and (self.vision_size or self.image_size) % (
+            self.patch_size * self.pixel_shuffle
+        ):
             name = "vision_size" if self.vision_size else "image_size"
-            raise ValueError(f"{name} {getattr(self, name)} must be a multiple of patch_size * pixel_shuffle = {self.patch_size * self.pixel_shuffle}")
-        for width, heads in (("width", "heads"), ("heads", "kv_heads"), ("vision_width", "vision_heads"), ("expert_width", "expert_heads")):
+            raise ValueError(
+                f"{name} {getattr(self, name)} must be a multiple of patch_size * pixel_shuffle = {self.patch_size * self.pixel_shuffle}"
+            )
+        for width, heads in (
+            ("width", "heads"),
+            ("heads", "kv_heads"),
+            ("vision_width", "vision_heads"),
+            ("expert_width", "expert_heads"),
+        ):
             if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})")
+                raise ValueError(
+                    f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})"
+                )
         if self.conv_stem and (self.patch_size % 2 or self.vision_width % 2):
-            raise ValueError(f"the convolution stem halves patch_size ({self.patch_size}) and vision_width ({self.vision_width}): make both even, or --conv_stem=false")
+            raise ValueError(
+                f"the convolution stem halves patch_size ({self.patch_size}) and vision_width ({self.vision_width}): make both even, or --conv_stem=false"
+            )
         if self.width // self.heads % 2 or self.expert_width % 2:
-            raise ValueError(f"width / heads ({self.width} / {self.heads}) and expert_width ({self.expert_width}) must be even: sines and cosines come in pairs")
+            raise ValueError(
+                f"width / heads ({self.width} / {self.heads}) and expert_width ({self.expert_width}) must be even: sines and cosines come in pairs"
+            )
         if not 1 <= self.execute <= self.chunk:
             raise ValueError(f"execute ({self.execute}) must lie between 1 and chunk ({self.chunk})")
         if not 1 <= self.decouple_samples <= self.noise_samples:
-            raise ValueError(f"decouple_samples ({self.decouple_samples}) must lie between 1 and noise_samples ({self.noise_samples})")
+            raise ValueError(
+                f"decouple_samples ({self.decouple_samples}) must lie between 1 and noise_samples ({self.noise_samples})"
+            )
         if self.stale < 0 or not 0 <= self.committed < self.chunk:
-            raise ValueError(f"stale ({self.stale}) must be 0 or more, committed ({self.committed}) must lie between 0 and chunk - 1 ({self.chunk - 1})")
+            raise ValueError(
+                f"stale ({self.stale}) must be 0 or more, committed ({self.committed}) must lie between 0 and chunk - 1 ({self.chunk - 1})"
+            )
         if self.temperature < 0:
             raise ValueError(f"temperature ({self.temperature}) must be 0 or more")
         if not 0 <= self.decouple_percentile < 100:
@@ -152,27 +225,108 @@ class Config:
 
 
 # SmolVLM2: SigLIP-B/16 at 512 px, 64 tokens a view, and SmolLM2. The shapes are those of the published config.json, which wins.
-SMOLVLM = dict(vision_width=768, vision_depth=12, vision_heads=12, patch_size=16, vision_size=512, vision_enlarge=2048, conv_stem=False,
-               vision_act="gelu_pytorch_tanh", vision_eps=1e-6, qk_norm=False, norm_eps=1e-5, rope_theta=1e5, vocab_size=49280, max_thought=64)  # fmt: skip
+SMOLVLM = dict(
+    vision_width=768,
+    vision_depth=12,
+    vision_heads=12,
+    patch_size=16,
+    vision_size=512,
+    vision_enlarge=2048,
+    conv_stem=False,
+    vision_act="gelu_pytorch_tanh",
+    vision_eps=1e-6,
+    qk_norm=False,
+    norm_eps=1e-5,
+    rope_theta=1e5,
+    vocab_size=49280,
+    max_thought=64,
+)
 
 PRESETS = {
     # for tests: every part present, nothing learnt
-    "debug": dict(image_size=32, patch_size=8, pixel_shuffle=2, vision_width=16, vision_depth=1, vision_heads=2, width=32, depth=2, heads=4, kv_heads=2, mlp_width=32,
-                  expert_width=32, expert_depth=1, expert_heads=2, queries=4, max_thought=6, decouple_percentile=25.0),
+    "debug": dict(
+        image_size=32,
+        patch_size=8,
+        pixel_shuffle=2,
+        vision_width=16,
+        vision_depth=1,
+        vision_heads=2,
+        width=32,
+        depth=2,
+        heads=4,
+        kv_heads=2,
+        mlp_width=32,
+        expert_width=32,
+        expert_depth=1,
+        expert_heads=2,
+        queries=4,
+        max_thought=6,
+        decouple_percentile=25.0,
+    ),
     # a newcomer's first success: one cube, one pad
-    "tiny": dict(reasoning=False, width=96, depth=2, heads=3, kv_heads=3, mlp_width=256, expert_width=96,
-                 expert_depth=2, expert_heads=3),
+    "tiny": dict(
+        reasoning=False,
+        width=96,
+        depth=2,
+        heads=3,
+        kv_heads=3,
+        mlp_width=256,
+        expert_width=96,
+        expert_depth=2,
+        expert_heads=3,
+    ),
     # the whole recipe from random weights on two CPU cores
     "small": dict(),
     # pretrained, one consumer GPU: 256 M + 55 M of expert, 507 M + 106 M
-    "base256": dict(SMOLVLM, backbone="HuggingFaceTB/SmolVLM2-256M-Video-Instruct", width=576, depth=30, heads=9, kv_heads=3, mlp_width=1536,
-                    expert_width=512, expert_depth=8, expert_heads=8),
-    "base": dict(SMOLVLM, backbone="HuggingFaceTB/SmolVLM2-500M-Video-Instruct", width=960, depth=32, heads=15, kv_heads=5, mlp_width=2560,
-                 expert_width=768, expert_depth=7, expert_heads=12),
+    "base256": dict(
+        SMOLVLM,
+        backbone="HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+        width=576,
+        depth=30,
+        heads=9,
+        kv_heads=3,
+        mlp_width=1536,
+        expert_width=512,
+        expert_depth=8,
+        expert_heads=8,
+    ),
+    "base": dict(
+        SMOLVLM,
+        backbone="HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        width=960,
+        depth=32,
+        heads=15,
+        kv_heads=5,
+        mlp_width=2560,
+        expert_width=768,
+        expert_depth=7,
+        expert_heads=12,
+    ),
     # the paper's: Qwen2.5-VL-3B through `transformers`, 20 queries, an expert of 0.69 B
-    "paper": dict(backbone="Qwen/Qwen2.5-VL-3B-Instruct", wrapped=True, lora=16, image_size=224, max_thought=64, width=2048, depth=36, heads=16, kv_heads=2,
-                  mlp_width=11008, vocab_size=151936, tied=True, vision_width=1280, vision_depth=32, vision_heads=16, vision_mlp=3420, patch_size=14, pixel_shuffle=2,
-                  conv_stem=False, expert_width=1280, expert_depth=17, expert_heads=20),
+    "paper": dict(
+        backbone="Qwen/Qwen2.5-VL-3B-Instruct",
+        wrapped=True,
+        lora=16,
+        image_size=224,
+        max_thought=64,
+        width=2048,
+        depth=36,
+        heads=16,
+        kv_heads=2,
+        mlp_width=11008,
+        vocab_size=151936,
+        tied=True,
+        vision_width=1280,
+        vision_depth=32,
+        vision_heads=16,
+        vision_mlp=3420,
+        patch_size=14,
+        pixel_shuffle=2,
+        conv_stem=False,
+        expert_width=1280,
+        expert_depth=17,
+        expert_heads=20,
+    ),
 }
 
 
@@ -249,7 +403,11 @@ def fast_cpu(threads=0):
     if sys.platform == "linux":
         try:
             mallopt = ctypes.CDLL(None).mallopt
-            for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+            for parameter, value in (
+                (-3, 1 << 30),
+                (-1, 2**31 - 1),
+                (-2, 1 << 28),
+            ):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
                 mallopt(parameter, value)
         except AttributeError:
             pass  # musl and others have no mallopt
@@ -280,7 +438,9 @@ class VisionBlock(nn.Module):
 
     def forward(self, x):
         n, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (n, nh, length, hd)
+        q, k, v = (
+            self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # 3 x (n, nh, length, hd)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
         x = x + self.proj(y)
         y = self.up(self.norm2(x))  # (n, length, hidden)
@@ -293,11 +453,20 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        side, self.shuffle, self.checkpointing = (cfg.vision_size or cfg.image_size) // cfg.patch_size, cfg.pixel_shuffle, False
-        if cfg.conv_stem:  # overlapping filters and a ReLU, same grid of patches (Xiao et al. 2021, arXiv 2106.14881)
+        side, self.shuffle, self.checkpointing = (
+            (cfg.vision_size or cfg.image_size) // cfg.patch_size,
+            cfg.pixel_shuffle,
+            False,
+        )
+        if (
+            cfg.conv_stem
+        ):  # overlapping filters and a ReLU, same grid of patches (Xiao et al. 2021, arXiv 2106.14881)
             half = cfg.patch_size // 2
-            self.patch = nn.Sequential(nn.Conv2d(3, cfg.vision_width // 2, 3, stride=2, padding=1), nn.ReLU(),
-                                       nn.Conv2d(cfg.vision_width // 2, cfg.vision_width, half + 2, stride=half, padding=1))  # fmt: skip
+            self.patch = nn.Sequential(
+                nn.Conv2d(3, cfg.vision_width // 2, 3, stride=2, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(cfg.vision_width // 2, cfg.vision_width, half + 2, stride=half, padding=1),
+            )
         else:
             self.patch = nn.Conv2d(3, cfg.vision_width, cfg.patch_size, stride=cfg.patch_size)
         self.position = nn.Parameter(torch.zeros(side * side, cfg.vision_width))
@@ -309,10 +478,18 @@ class VisionEncoder(nn.Module):
         """(n, 3, px, px) in [-1, 1] -> (n, tokens_per_view, D)."""
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position  # (n, side*side, vision_width)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and x.requires_grad else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.checkpointing and x.requires_grad
+                else block(x)
+            )
         x, k = self.norm(x), self.shuffle
         side = math.isqrt(x.shape[1])
-        x = x.view(len(x), side // k, k, side // k, k, -1).transpose(2, 3).reshape(len(x), (side // k) ** 2, -1)  # (n, side^2/k^2, k*k*vision_width)
+        x = (
+            x.view(len(x), side // k, k, side // k, k, -1)
+            .transpose(2, 3)
+            .reshape(len(x), (side // k) ** 2, -1)
+        )  # (n, side^2/k^2, k*k*vision_width)
         return self.connector(x)
 
 
@@ -320,7 +497,9 @@ class VisionEncoder(nn.Module):
 def lanczos(n, m):
     """Pillow's Lanczos filter from n to m pixels as a matrix (m, n)."""
     scale = max(n / m, 1.0)
-    x = (torch.arange(n) + 0.5 - (torch.arange(m, dtype=torch.float64)[:, None] + 0.5) * n / m) / scale  # (m, n) distance in filter units
+    x = (
+        torch.arange(n) + 0.5 - (torch.arange(m, dtype=torch.float64)[:, None] + 0.5) * n / m
+    ) / scale  # (m, n) distance in filter units
     weights = torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), 0.0)
     return (weights / weights.sum(1, keepdim=True)).float()
 
@@ -329,9 +508,13 @@ def resize(x, height, width):
     """Pillow's Lanczos resizing, columns first, each pass rounded to whole grey values. x (n, 3, h, w) fp32 of 0..255 -> (n, 3, height, width)."""
     with torch.autocast(x.device.type, enabled=False):
         if x.shape[3] != width:
-            x = (x @ lanczos(x.shape[3], width).T.to(x.device) + 0.5).floor().clamp(0, 255)  # (n, 3, h, width)
+            x = (
+                (x @ lanczos(x.shape[3], width).T.to(x.device) + 0.5).floor().clamp(0, 255)
+            )  # (n, 3, h, width)
         if x.shape[2] != height:
-            x = (lanczos(x.shape[2], height).to(x.device) @ x + 0.5).floor().clamp(0, 255)  # (n, 3, height, width)
+            x = (
+                (lanczos(x.shape[2], height).to(x.device) @ x + 0.5).floor().clamp(0, 255)
+            )  # (n, 3, height, width)
     return x
 
 
@@ -341,8 +524,12 @@ def fit(x, size, enlarge):
     if not enlarge:
         return resize(x, size, size)
     height, width = (int(enlarge / (w / h)), enlarge) if w >= h else (enlarge, int(enlarge * (w / h)))
-    height, width = (height + height % 2, width) if w >= h else (height, width + width % 2)  # the shorter side is made even
-    return torch.cat([resize(resize(one, height, width), size, size) for one in x.split(1)])  # one by one: 50 MB each on the way
+    height, width = (
+        (height + height % 2, width) if w >= h else (height, width + width % 2)
+    )  # the shorter side is made even
+    return torch.cat(
+        [resize(resize(one, height, width), size, size) for one in x.split(1)]
+    )  # one by one: 50 MB each on the way
 
 
 def rotation(positions, frequency):
@@ -363,7 +550,10 @@ class LanguageBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.nh, self.nkv, self.hd = cfg.heads, cfg.kv_heads, cfg.width // cfg.heads
-        self.norm1, self.norm2 = nn.RMSNorm(cfg.width, cfg.norm_eps or None), nn.RMSNorm(cfg.width, cfg.norm_eps or None)
+        self.norm1, self.norm2 = (
+            nn.RMSNorm(cfg.width, cfg.norm_eps or None),
+            nn.RMSNorm(cfg.width, cfg.norm_eps or None),
+        )
         self.qkv = nn.Linear(cfg.width, (self.nh + 2 * self.nkv) * self.hd, bias=False)
         self.proj = nn.Linear(cfg.width, cfg.width, bias=False)
         self.gate_up = nn.Linear(cfg.width, 2 * cfg.mlp_width, bias=False)
@@ -373,15 +563,25 @@ class LanguageBlock(nn.Module):
     def forward(self, x, cos, sin, mask, cache=None):
         """x (B, n, D); mask (B, 1, n, past + n) bool, True = may look; cache: [k, v] of the past, extended in place."""
         B, n, D = x.shape
-        qk, v = self.qkv(self.norm1(x)).view(B, n, -1, self.hd).transpose(1, 2).split([self.nh + self.nkv, self.nkv], dim=1)  # (B, heads, n, hd)
+        qk, v = (
+            self.qkv(self.norm1(x))
+            .view(B, n, -1, self.hd)
+            .transpose(1, 2)
+            .split([self.nh + self.nkv, self.nkv], dim=1)
+        )  # (B, heads, n, hd)
         if self.qk_gain is not None:
             qk = F.rms_norm(qk, (self.hd,)) * self.qk_gain
         q, k = rope(qk, cos, sin).split([self.nh, self.nkv], dim=1)  # (B, nh, n, hd), (B, kv_heads, n, hd)
         if cache is not None:
             if cache:
-                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)  # (B, kv_heads, past + n, hd)
+                k, v = (
+                    torch.cat((cache[0], k), dim=2),
+                    torch.cat((cache[1], v), dim=2),
+                )  # (B, kv_heads, past + n, hd)
             cache[:] = [k, v]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.nh != self.nkv)  # (B, nh, n, hd)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=self.nh != self.nkv
+        )  # (B, nh, n, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(B, n, D))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)  # 2 x (B, n, mlp_width)
         return x + self.down(F.silu(gate) * up)
@@ -405,7 +605,9 @@ class LanguageModel(nn.Module):
 
     def forward(self, x, positions, mask, caches=None):
         """x (B, n, D), positions (B, n), mask (B, n, past + n) -> hidden states (B, n, D)."""
-        cos, sin = (table.to(x.dtype) for table in rotation(positions[:, None], self.frequency.float()))  # (B, 1, n, hd)
+        cos, sin = (
+            table.to(x.dtype) for table in rotation(positions[:, None], self.frequency.float())
+        )  # (B, 1, n, hd)
         for i, block in enumerate(self.blocks):
             if self.checkpointing and x.requires_grad:
                 x = checkpoint(block, x, cos, sin, mask[:, None], use_reentrant=False)
@@ -443,7 +645,9 @@ class VLM(nn.Module):
     def set_frame(self, tokenizer):
         """Token ids of the chat format: what stands before the images, before each and behind each."""
         for name in ("start", "image_open", "image_close"):
-            self.register_buffer(name, torch.tensor(getattr(tokenizer, name), dtype=torch.int64), persistent=False)
+            self.register_buffer(
+                name, torch.tensor(getattr(tokenizer, name), dtype=torch.int64), persistent=False
+            )
 
     def parts(self):
         return {"vision": list(self.vision.parameters()), "language": list(self.lm.parameters())}
@@ -460,8 +664,13 @@ class VLM(nn.Module):
         """Visual tokens (B, V, n, D) -> what all texts follow: embeddings (B, P, D), positions (P,), position of the first text token."""
         x = visual.flatten(1, 2)
         if len(self.start) or len(self.image_open):
-            start, before, behind = (self.lm.embed(ids).expand(len(visual), -1, -1) for ids in (self.start, self.image_open, self.image_close))
-            x = torch.cat([start, *(part for view in visual.unbind(1) for part in (before, view, behind))], dim=1)  # (B, P, D)
+            start, before, behind = (
+                self.lm.embed(ids).expand(len(visual), -1, -1)
+                for ids in (self.start, self.image_open, self.image_close)
+            )
+            x = torch.cat(
+                [start, *(part for view in visual.unbind(1) for part in (before, view, behind))], dim=1
+            )  # (B, P, D)
         return x, torch.arange(x.shape[1], device=x.device), x.shape[1]
 
     @staticmethod
@@ -470,7 +679,9 @@ class VLM(nn.Module):
         n = segments.shape[1]
         theirs, mine = segments[:, None, :], segments[:, :, None]
         causal = torch.ones(n, n, dtype=torch.bool, device=segments.device).tril()
-        itself = torch.eye(n, dtype=torch.bool, device=segments.device)  # padding sees only itself, so that no softmax is empty
+        itself = torch.eye(
+            n, dtype=torch.bool, device=segments.device
+        )  # padding sees only itself, so that no softmax is empty
         return (((theirs == mine) & (theirs >= 0)) | (theirs == 0)) & causal | itself
 
     def forward(self, visual, tokens, segments, positions, with_queries):
@@ -490,7 +701,9 @@ class VLM(nn.Module):
             length = (segments == 1).sum(1, keepdim=True)  # (B, 1) tokens of instruction and thought
             pos.append(begin + length + torch.arange(Q, device=tokens.device))
         seg = torch.cat(seg, dim=1)  # (B, N)
-        hidden = self.lm(torch.cat(x, dim=1), self.places(places, torch.cat(pos, dim=1)), self.visible(seg))  # (B, N, D)
+        hidden = self.lm(
+            torch.cat(x, dim=1), self.places(places, torch.cat(pos, dim=1)), self.visible(seg)
+        )  # (B, N, D)
         text, queries = hidden[:, P : P + tokens.shape[1]], hidden[:, P + tokens.shape[1] :]
         return text, queries if with_queries else None
 
@@ -517,18 +730,24 @@ class VLM(nn.Module):
         segments = torch.cat((segments.new_zeros(B, P), segments), dim=1)  # (B, P + T)
         positions = self.places(places, begin + torch.arange(T, device=device).expand(B, -1))
         caches = self.lm.new_caches()
-        hidden = self.lm(torch.cat((prefix, self.lm.embed(tokens)), dim=1), positions, self.visible(segments), caches)
+        hidden = self.lm(
+            torch.cat((prefix, self.lm.embed(tokens)), dim=1), positions, self.visible(segments), caches
+        )
         last = hidden[torch.arange(B, device=device), P + length - 1]  # (B, D)
         past = segments >= 0  # (B, P + T): what every later token sees
         written = [[] for _ in range(B)]
         alive = torch.ones(B, dtype=torch.bool, device=device)
         for i in range(limit):
-            token = self.lm.logits(last).argmax(-1) if i < limit - 1 else torch.full((B,), stop, device=device)  # (B,), closed at the limit
+            token = (
+                self.lm.logits(last).argmax(-1) if i < limit - 1 else torch.full((B,), stop, device=device)
+            )  # (B,), closed at the limit
             for row, (word, live) in enumerate(zip(token.tolist(), alive.tolist())):
                 if live and word != stop:
                     written[row].append(word)
             past = torch.cat((past, alive[:, None]), dim=1)  # rows that ended write padding
-            last = self.lm(self.lm.embed(token)[:, None], (begin + length)[:, None], past[:, None], caches)[:, 0]
+            last = self.lm(self.lm.embed(token)[:, None], (begin + length)[:, None], past[:, None], caches)[
+                :, 0
+            ]
             length = length + alive
             alive = alive & (token != stop)
             if not alive.any():
@@ -538,7 +757,9 @@ class VLM(nn.Module):
         Q = len(self.queries)
         positions = (begin + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
         causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
-        mask = torch.cat((past[:, None].expand(-1, Q, -1), causal.expand(B, -1, -1)), dim=2)  # (B, Q, past + Q)
+        mask = torch.cat(
+            (past[:, None].expand(-1, Q, -1), causal.expand(B, -1, -1)), dim=2
+        )  # (B, Q, past + Q)
         states = self.lm(self.queries.expand(B, -1, -1), positions, mask, caches)
         return written, states
 
@@ -558,13 +779,23 @@ def fetch_backbone(name, weights=True):
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
+            )
+        )
     except GatedRepoError:
-        raise FileNotFoundError(f"{name} asks for its licence to be accepted: do so on its hub page, then run: hf auth login") from None
+        raise FileNotFoundError(
+            f"{name} asks for its licence to be accepted: do so on its hub page, then run: hf auth login"
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise FileNotFoundError(f"{name} is neither a folder nor a public model on the hub; check --backbone") from None
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor a public model on the hub; check --backbone"
+        ) from None
     except Exception as e:  # no network, a proxy, a full disk: the client has a dozen names for it
-        raise FileNotFoundError(f"cannot download {name} ({type(e).__name__}); check network and disk, or give a folder: --backbone=FOLDER") from None
+        raise FileNotFoundError(
+            f"cannot download {name} ({type(e).__name__}); check network and disk, or give a folder: --backbone=FOLDER"
+        ) from None
 
 
 def backbone_fields(folder):
@@ -573,17 +804,32 @@ def backbone_fields(folder):
     try:
         config = json.loads((folder / "config.json").read_text())
         text, vision = config.get("text_config", config), config["vision_config"]
-        fields = dict(width=text["hidden_size"], depth=text["num_hidden_layers"], heads=text["num_attention_heads"], mlp_width=text["intermediate_size"],
-                      vocab_size=text["vocab_size"], tied=config.get("tie_word_embeddings", False), qk_norm=False, conv_stem=False)  # fmt: skip
+        fields = dict(
+            width=text["hidden_size"],
+            depth=text["num_hidden_layers"],
+            heads=text["num_attention_heads"],
+            mlp_width=text["intermediate_size"],
+            vocab_size=text["vocab_size"],
+            tied=config.get("tie_word_embeddings", False),
+            qk_norm=False,
+            conv_stem=False,
+        )
         fields["kv_heads"] = text.get("num_key_value_heads") or fields["heads"]
     except (OSError, KeyError, json.JSONDecodeError) as e:
-        raise ValueError(f"{folder} is no vision-language model that this program reads (config.json: {type(e).__name__} {e})") from None
+        raise ValueError(
+            f"{folder} is no vision-language model that this program reads (config.json: {type(e).__name__} {e})"
+        ) from None
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     fields["rope_theta"] = float(text.get("rope_theta") or rope.get("rope_theta", 1e4))
     get = lambda *names, default: next((vision[n] for n in names if n in vision), default)
-    fields |= dict(vision_width=get("hidden_size", "embed_dim", default=1152), vision_depth=get("num_hidden_layers", "depth", default=12),
-                   vision_heads=get("num_attention_heads", "num_heads", default=16), vision_mlp=get("intermediate_size", default=3072), patch_size=get("patch_size", default=32),
-                   pixel_shuffle=config.get("scale_factor", vision.get("spatial_merge_size", 2)))  # fmt: skip
+    fields |= dict(
+        vision_width=get("hidden_size", "embed_dim", default=1152),
+        vision_depth=get("num_hidden_layers", "depth", default=12),
+        vision_heads=get("num_attention_heads", "num_heads", default=16),
+        vision_mlp=get("intermediate_size", default=3072),
+        patch_size=get("patch_size", default=32),
+        pixel_shuffle=config.get("scale_factor", vision.get("spatial_merge_size", 2)),
+    )
     if config.get("model_type") not in ("smolvlm", "idefics3"):
         return fields | {"wrapped": True}
     pictures = {}
@@ -592,15 +838,32 @@ def backbone_fields(folder):
             found = json.loads((folder / name).read_text())
             pictures |= found.get("image_processor", found)
     size = get("image_size", default=224)
-    here = {"text hidden_act": (text.get("hidden_act", "silu"), "silu"), "head_dim": (text.get("head_dim") or fields["width"] // fields["heads"], fields["width"] // fields["heads"]),
-            "rope_type": (rope.get("rope_type", "default"), "default"), "attention_bias": (text.get("attention_bias", False), False), "mlp_bias": (text.get("mlp_bias", False), False),
-            "qk_layer_norms": (text.get("qk_layer_norms", False), False), "resample": (pictures.get("resample", 1), 1), "image_mean": (set(pictures.get("image_mean", [0.5])), {0.5}),
-            "image_std": (set(pictures.get("image_std", [0.5])), {0.5}), "max_image_size": (pictures.get("max_image_size", {}).get("longest_edge", size), size)}  # fmt: skip
+    here = {
+        "text hidden_act": (text.get("hidden_act", "silu"), "silu"),
+        "head_dim": (
+            text.get("head_dim") or fields["width"] // fields["heads"],
+            fields["width"] // fields["heads"],
+        ),
+        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "attention_bias": (text.get("attention_bias", False), False),
+        "mlp_bias": (text.get("mlp_bias", False), False),
+        "qk_layer_norms": (text.get("qk_layer_norms", False), False),
+        "resample": (pictures.get("resample", 1), 1),
+        "image_mean": (set(pictures.get("image_mean", [0.5])), {0.5}),
+        "image_std": (set(pictures.get("image_std", [0.5])), {0.5}),
+        "max_image_size": (pictures.get("max_image_size", {}).get("longest_edge", size), size),
+    }
     for name, (theirs, ours) in here.items():
         if theirs != ours:
             raise ValueError(f"{folder} has {name} {theirs}, this program knows SmolVLM with {ours}")
-    return fields | dict(wrapped=False, vision_act=get("hidden_act", default="gelu_pytorch_tanh"), vision_eps=get("layer_norm_eps", default=1e-6), norm_eps=text.get("rms_norm_eps", 1e-6),
-                         vision_size=size, vision_enlarge=pictures.get("size", {}).get("longest_edge", 4 * size))  # fmt: skip
+    return fields | dict(
+        wrapped=False,
+        vision_act=get("hidden_act", default="gelu_pytorch_tanh"),
+        vision_eps=get("layer_norm_eps", default=1e-6),
+        norm_eps=text.get("rms_norm_eps", 1e-6),
+        vision_size=size,
+        vision_enlarge=pictures.get("size", {}).get("longest_edge", 4 * size),
+    )
 
 
 def read_safetensors(folder):
@@ -619,16 +882,46 @@ def read_safetensors(folder):
 def load_smolvlm(vlm, folder):
     """Every tensor of a SmolVLM checkpoint into `vlm`: q, k, v and gate, up are packed, every key and shape is checked. -> tensors read."""
     eye, text = "model.vision_model.", "model.text_model."
-    sources = {"vision.patch": [eye + "embeddings.patch_embedding"], "vision.position": [eye + "embeddings.position_embedding.weight"], "vision.norm": [eye + "post_layernorm"],
-               "vision.connector": ["model.connector.modality_projection.proj"], "lm.embed": [text + "embed_tokens"], "lm.norm": [text + "norm"], "lm.head": ["lm_head"]}  # fmt: skip
+    sources = {
+        "vision.patch": [eye + "embeddings.patch_embedding"],
+        "vision.position": [eye + "embeddings.position_embedding.weight"],
+        "vision.norm": [eye + "post_layernorm"],
+        "vision.connector": ["model.connector.modality_projection.proj"],
+        "lm.embed": [text + "embed_tokens"],
+        "lm.norm": [text + "norm"],
+        "lm.head": ["lm_head"],
+    }
     for ours, theirs, parts in (
-        ("vision.blocks.", eye + "encoder.layers.", {"norm1": "layer_norm1", "norm2": "layer_norm2", "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-                                                     "proj": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}),
-        ("lm.blocks.", text + "layers.", {"norm1": "input_layernorm", "norm2": "post_attention_layernorm", "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-                                          "proj": "self_attn.o_proj", "gate_up": "mlp.gate_proj mlp.up_proj", "down": "mlp.down_proj"}),
-    ):  # fmt: skip
+        (
+            "vision.blocks.",
+            eye + "encoder.layers.",
+            {
+                "norm1": "layer_norm1",
+                "norm2": "layer_norm2",
+                "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+                "proj": "self_attn.out_proj",
+                "up": "mlp.fc1",
+                "down": "mlp.fc2",
+            },
+        ),
+        (
+            "lm.blocks.",
+            text + "layers.",
+            {
+                "norm1": "input_layernorm",
+                "norm2": "post_attention_layernorm",
+                "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+                "proj": "self_attn.o_proj",
+                "gate_up": "mlp.gate_proj mlp.up_proj",
+                "down": "mlp.down_proj",
+            },
+        ),
+    ):
         for i in range(len(vlm.get_submodule(ours[:-1]))):
-            sources |= {f"{ours}{i}.{mine}": [f"{theirs}{i}.{name}" for name in names.split()] for mine, names in parts.items()}
+            sources |= {
+                f"{ours}{i}.{mine}": [f"{theirs}{i}.{name}" for name in names.split()]
+                for mine, names in parts.items()
+            }
     theirs, own = read_safetensors(folder), {k: v for k, v in vlm.state_dict().items() if k != "queries"}
     if "lm_head.weight" in theirs and vlm.lm.head is None:  # tied, and yet written out
         theirs.pop("lm_head.weight")
@@ -641,9 +934,13 @@ def load_smolvlm(vlm, folder):
         loaded[name] = torch.cat([theirs[key] for key in keys])
         read |= set(keys)
         if loaded[name].shape != tensor.shape:
-            raise ValueError(f"{folder} does not fit: {' + '.join(keys)} is {tuple(loaded[name].shape)} there, {name} {tuple(tensor.shape)} here")
+            raise ValueError(
+                f"{folder} does not fit: {' + '.join(keys)} is {tuple(loaded[name].shape)} there, {name} {tuple(tensor.shape)} here"
+            )
     if unknown := sorted(theirs.keys() - read):
-        raise ValueError(f"{folder} holds {len(unknown)} tensors that SmolVLM does not know, such as {unknown[0]}")
+        raise ValueError(
+            f"{folder} holds {len(unknown)} tensors that SmolVLM does not know, such as {unknown[0]}"
+        )
     vlm.load_state_dict(loaded | {"queries": vlm.queries.data})
     return len(read)
 
@@ -659,7 +956,13 @@ class WrappedLanguageModel:
 
     def __call__(self, x, positions, mask, caches=None):
         """x (B, n, D), positions (B, n) or (3, B, n), mask (B, n, past + n) -> hidden states (B, n, D)."""
-        out = self.text(inputs_embeds=x, position_ids=positions, attention_mask=mask[:, None], past_key_values=caches, use_cache=caches is not None)
+        out = self.text(
+            inputs_embeds=x,
+            position_ids=positions,
+            attention_mask=mask[:, None],
+            past_key_values=caches,
+            use_cache=caches is not None,
+        )
         return out.last_hidden_state
 
     def new_caches(self):
@@ -668,7 +971,9 @@ class WrappedLanguageModel:
         return DynamicCache()
 
     def logits(self, hidden):
-        return F.linear(hidden, self.head.weight if self.head is not None else self.text.get_input_embeddings().weight).float()
+        return F.linear(
+            hidden, self.head.weight if self.head is not None else self.text.get_input_embeddings().weight
+        ).float()
 
 
 class WrappedVLM(VLM):
@@ -683,26 +988,49 @@ class WrappedVLM(VLM):
         try:
             import transformers
         except ImportError:
-            raise ValueError(f"{cfg.backbone} runs in transformers: pip install transformers torchvision (or choose a SmolVLM)") from None
+            raise ValueError(
+                f"{cfg.backbone} runs in transformers: pip install transformers torchvision (or choose a SmolVLM)"
+            ) from None
         load = transformers.AutoModelForImageTextToText
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             self.processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-            self.whole = {"do_image_splitting": False} if hasattr(self.processor, "do_image_splitting") else {}
+            self.whole = (
+                {"do_image_splitting": False} if hasattr(self.processor, "do_image_splitting") else {}
+            )
             if pretrained:
-                whole, info = load.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True, local_files_only=True)
+                whole, info = load.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
+                    output_loading_info=True,
+                    local_files_only=True,
+                )
             else:
                 whole, info = load.from_config(config, attn_implementation="sdpa"), {}
         except ImportError as e:
-            raise ValueError(f"{folder} needs a further package ({str(e).strip().splitlines()[0]}): pip install torchvision") from None
+            raise ValueError(
+                f"{folder} needs a further package ({str(e).strip().splitlines()[0]}): pip install torchvision"
+            ) from None
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
             raise ValueError(f"transformers cannot load {folder}: {' '.join(str(e).split())[:200]}") from None
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(kind):
-                raise ValueError(f"{folder} does not fit its config.json: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}")
+                raise ValueError(
+                    f"{folder} does not fit its config.json: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}"
+                )
         self.model, self.config = whole.model, config
-        self.head = None if whole.get_output_embeddings().weight is whole.get_input_embeddings().weight else whole.get_output_embeddings()
-        text = next(getattr(self.model, name) for name in ("language_model", "text_model") if hasattr(self.model, name))
+        self.head = (
+            None
+            if whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
+            else whole.get_output_embeddings()
+        )
+        text = next(
+            getattr(self.model, name)
+            for name in ("language_model", "text_model")
+            if hasattr(self.model, name)
+        )
         self.lm = WrappedLanguageModel(text, self.head)
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
         self.set_frame(tokenizer)
@@ -715,8 +1043,14 @@ class WrappedVLM(VLM):
     def see(self, images):
         """(B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D), by the model's own image processor."""
         B, V = images.shape[:2]
-        inputs = self.processor(images=[[picture] for picture in images.flatten(0, 1).cpu().numpy()], return_tensors="pt", **self.whole)
-        features = self.model.get_image_features(**{k: v.to(self.queries.device) for k, v in inputs.items()}).pooler_output
+        inputs = self.processor(
+            images=[[picture] for picture in images.flatten(0, 1).cpu().numpy()],
+            return_tensors="pt",
+            **self.whole,
+        )
+        features = self.model.get_image_features(
+            **{k: v.to(self.queries.device) for k, v in inputs.items()}
+        ).pooler_output
         return torch.cat(list(features)).view(B, V, -1, self.queries.shape[-1])  # (B, V, n, D)
 
     def prefix(self, visual):
@@ -727,9 +1061,14 @@ class WrappedVLM(VLM):
         side, at, places = math.isqrt(visual.shape[2]), 0, []
         text = lambda n: (at + torch.arange(n, device=x.device)).expand(3, -1)  # (3, n)
         for view in range(visual.shape[1]):
-            places.append(text(len(self.image_open) + (len(self.start) if view == 0 else len(self.image_close))))
+            places.append(
+                text(len(self.image_open) + (len(self.start) if view == 0 else len(self.image_close)))
+            )
             at += places[-1].shape[1]
-            row, column = (at + torch.arange(side**2, device=x.device) // side), (at + torch.arange(side**2, device=x.device) % side)
+            row, column = (
+                (at + torch.arange(side**2, device=x.device) // side),
+                (at + torch.arange(side**2, device=x.device) % side),
+            )
             places.append(torch.stack((torch.full_like(row, at), row, column)))  # (3, side^2)
             at += side
         places.append(text(len(self.image_close)))
@@ -755,7 +1094,10 @@ class ExpertBlock(nn.Module):
         self.heads = heads
         self.modulate = nn.Linear(width, 9 * width)
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.cross_q, self.cross_proj = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.cross_q, self.cross_proj = (
+            nn.Linear(width, width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
         self.cross_kv = nn.Linear(width, 2 * width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
@@ -774,7 +1116,9 @@ class ExpertBlock(nn.Module):
         x = x + gate1 * self.proj(y)
 
         y = F.layer_norm(x, (De,)) * (1 + scale2) + shift2
-        q = self.cross_q(y).view(B, M * L, self.heads, -1).transpose(1, 2)  # (B, nh, M*L, hd): the noise samples share keys and values
+        q = (
+            self.cross_q(y).view(B, M * L, self.heads, -1).transpose(1, 2)
+        )  # (B, nh, M*L, hd): the noise samples share keys and values
         k, v = keys_values
         if attention is not None:
             attention.append((q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1))
@@ -808,10 +1152,17 @@ class Expert(nn.Module):
         (B, M, 1 or 1 + H, 9 De or 2 De). age: control steps since the pictures behind the query states, int64, any shape that
         broadcasts with (B, M); None is 0."""
         De = self.time[0].in_features
-        t = t[..., None] if t.ndim == 2 else torch.cat((t[..., -1:], t), dim=-1)  # (B, M, 1 or 1 + H): the joint state shares the last action's
+        t = (
+            t[..., None] if t.ndim == 2 else torch.cat((t[..., -1:], t), dim=-1)
+        )  # (B, M, 1 or 1 + H): the joint state shares the last action's
         c = self.time(time_embedding(t, De).to(self.position.dtype))  # (B, M, 1 or 1 + H, De)
         if self.age is not None:
-            c = c + self.age(torch.zeros(1, 1, dtype=torch.long, device=t.device) if age is None else age)[:, :, None]
+            c = (
+                c
+                + self.age(torch.zeros(1, 1, dtype=torch.long, device=t.device) if age is None else age)[
+                    :, :, None
+                ]
+            )
         c = F.silu(c)
         return [block.modulate(c) for block in self.blocks] + [self.modulate(c)]
 
@@ -841,22 +1192,39 @@ class SyVLA(nn.Module):
     def __init__(self, cfg, tokenizer, folder=None, pretrained=False):
         super().__init__()
         if len(tokenizer) > cfg.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but vocab_size is {cfg.vocab_size}; raise --vocab_size")
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens but vocab_size is {cfg.vocab_size}; raise --vocab_size"
+            )
         self.cfg, self.tokenizer = cfg, tokenizer
         self.vlm = WrappedVLM(cfg, tokenizer, folder, pretrained) if cfg.wrapped else VLM(cfg, tokenizer)
         # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the adapter.
-        self.adapter = nn.Sequential(nn.Linear(cfg.width, cfg.expert_width, bias=False), nn.SiLU(), nn.Linear(cfg.expert_width, cfg.expert_width, bias=False))
+        self.adapter = nn.Sequential(
+            nn.Linear(cfg.width, cfg.expert_width, bias=False),
+            nn.SiLU(),
+            nn.Linear(cfg.expert_width, cfg.expert_width, bias=False),
+        )
         self.expert = Expert(cfg)
-        for name, size in (("state_low", cfg.state_dim), ("state_high", cfg.state_dim), ("action_low", cfg.action_dim), ("action_high", cfg.action_dim)):
-            self.register_buffer(name, torch.full((size,), math.nan))  # NaN until set_statistics: never silently unnormalised
-        self.mark = lambda stage: None  # called after every stage; --bench and the latency table put a stopwatch here
+        for name, size in (
+            ("state_low", cfg.state_dim),
+            ("state_high", cfg.state_dim),
+            ("action_low", cfg.action_dim),
+            ("action_high", cfg.action_dim),
+        ):
+            self.register_buffer(
+                name, torch.full((size,), math.nan)
+            )  # NaN until set_statistics: never silently unnormalised
+        self.mark = lambda stage: (
+            None
+        )  # called after every stage; --bench and the latency table put a stopwatch here
         self._init_weights()
         if pretrained and not cfg.wrapped:
             count = load_smolvlm(self.vlm, folder)
             if os.environ.get("RANK", "0") == "0":
                 print(f"{folder}: {count} tensors read, every key and shape as expected")
         if pretrained:  # queries as loud as words
-            self.vlm.queries.data *= self.vlm.lm.embed(torch.arange(cfg.vocab_size)).std() / self.vlm.queries.std()
+            self.vlm.queries.data *= (
+                self.vlm.lm.embed(torch.arange(cfg.vocab_size)).std() / self.vlm.queries.std()
+            )
         if cfg.lora:
             self._add_lora()
 
@@ -869,11 +1237,17 @@ class SyVLA(nn.Module):
         for parameter in self.vlm.parts()["language"]:
             parameter.requires_grad_(False)
         text = self.vlm.lm.text if self.cfg.wrapped else self.vlm.lm
-        names = [name for name, module in text.named_modules() if isinstance(module, nn.Linear) and name != "head"]
-        inject_adapter_in_model(LoraConfig(r=self.cfg.lora, lora_alpha=2 * self.cfg.lora, target_modules=names), text)
+        names = [
+            name for name, module in text.named_modules() if isinstance(module, nn.Linear) and name != "head"
+        ]
+        inject_adapter_in_model(
+            LoraConfig(r=self.cfg.lora, lora_alpha=2 * self.cfg.lora, target_modules=names), text
+        )
 
     def _init_weights(self):
-        for module in [*self.adapter.modules(), *self.expert.modules()] if self.cfg.wrapped else self.modules():
+        for module in (
+            [*self.adapter.modules(), *self.expert.modules()] if self.cfg.wrapped else self.modules()
+        ):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_in = module.weight[0].numel()
                 nn.init.normal_(module.weight, std=fan_in**-0.5)
@@ -911,7 +1285,9 @@ class SyVLA(nn.Module):
         """LeRobot units -> 1st..99th percentile mapped to [-1, 1], clipped to +-1.5 (a constant joint maps to 0)."""
         low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
         span = high - low
-        return torch.where(span <= 1e-3, torch.zeros_like(x), 2 * (x - low) / span.clamp(min=1e-3) - 1).clamp(-1.5, 1.5)
+        return torch.where(span <= 1e-3, torch.zeros_like(x), 2 * (x - low) / span.clamp(min=1e-3) - 1).clamp(
+            -1.5, 1.5
+        )
 
     def denormalise(self, x):
         """Normalised action -> LeRobot units."""
@@ -929,7 +1305,13 @@ class SyVLA(nn.Module):
         a, time = actions[:, None], t[:, :, None, None] if t.ndim == 2 else t[..., None]
         x_t = time * eps + (1 - time) * a  # (B, M, H, A)
         keys_values = self.expert.condition(self.adapter(states))
-        v = self.expert(x_t, self.expert.modulation(t, None if age is None else age[:, None]), state, keys_values, attention)
+        v = self.expert(
+            x_t,
+            self.expert.modulation(t, None if age is None else age[:, None]),
+            state,
+            keys_values,
+            attention,
+        )
         error = (v.float() - (eps - a)).square().mean(-1)  # (B, M, H)
         weight = valid[:, None].float()  # (B, 1, H)
         if t.ndim == 3:
@@ -939,8 +1321,12 @@ class SyVLA(nn.Module):
     def gradient_norms(self, states, *flow_args, **more):
         """|| d loss / d h_i || of every feature query state: the paper's measure of what a state contributes. -> (B, Q)."""
         leaf = states.detach().requires_grad_()
-        loss = self.flow_loss(leaf, *flow_args, **more).mean(1).sum()  # a sum over the batch keeps per-sample gradients exact
-        (gradient,) = torch.autograd.grad(loss, leaf)  # only the expert is walked through, and no weight gradient is made
+        loss = (
+            self.flow_loss(leaf, *flow_args, **more).mean(1).sum()
+        )  # a sum over the batch keeps per-sample gradients exact
+        (gradient,) = torch.autograd.grad(
+            loss, leaf
+        )  # only the expert is walked through, and no weight gradient is made
         return gradient.float().norm(dim=-1)
 
     def keep_mask(self, states, state, actions, valid, eps, t, uniform, **more):
@@ -951,14 +1337,22 @@ class SyVLA(nn.Module):
         as many, drawn by `uniform` (B, Q) or by lowest attention mass.
         """
         m = self.cfg.decouple_samples
-        first = (state, actions, valid, eps[:, :m], t[:, :m])  # the same noise and times that the second pass sees
+        first = (
+            state,
+            actions,
+            valid,
+            eps[:, :m],
+            t[:, :m],
+        )  # the same noise and times that the second pass sees
         if self.cfg.decouple == "gradient":
             score = self.gradient_norms(states, *first, **more)
         elif self.cfg.decouple == "attention":
             attention = []
             with torch.no_grad():
                 self.flow_loss(states, *first, attention, **more)
-            score = torch.stack(attention).float().mean(dim=(0, 2, 3))  # (B, Q): mean over blocks, heads, action tokens
+            score = (
+                torch.stack(attention).float().mean(dim=(0, 2, 3))
+            )  # (B, Q): mean over blocks, heads, action tokens
         else:
             score = uniform
         q = self.cfg.decouple_percentile / 100
@@ -979,21 +1373,30 @@ class SyVLA(nn.Module):
         if states is None:
             visual = self.vlm.see(batch["images"])
             self.mark("vision")
-            text, states = self.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], with_actions)
+            text, states = self.vlm(
+                visual, batch["tokens"], batch["segments"], batch["positions"], with_actions
+            )
             labels = batch["labels"]
             rows, columns = (labels >= 0).nonzero(as_tuple=True)
-            nll = F.cross_entropy(self.vlm.lm.logits(text[rows, columns]), labels[rows, columns], reduction="none")
+            nll = F.cross_entropy(
+                self.vlm.lm.logits(text[rows, columns]), labels[rows, columns], reduction="none"
+            )
             # a mean per row, then over rows: unlike a mean over tokens it does not depend on how rows are spread over processes
             per_row = nll.new_zeros(len(labels)).index_add(0, rows, nll) / (labels >= 0).sum(1).clamp(min=1)
             losses["text"] = per_row.mean()
             self.mark("language")
         if with_actions:
-            state, actions = self.normalise(batch["state"], "state"), self.normalise(batch["actions"], "action")
+            state, actions = (
+                self.normalise(batch["state"], "state"),
+                self.normalise(batch["actions"], "action"),
+            )
             flow = (state, actions, batch["valid"], batch["eps"], batch["t"])
             more = {"age": batch["age"]} if "age" in batch else {}
             if self.cfg.decouple != "off":
                 keep = self.keep_mask(states, *flow, batch["uniform"], **more)
-                states = states * keep[..., None]  # h_masked = h_raw * 1(||g|| >= tau): no gradient reaches a masked state
+                states = (
+                    states * keep[..., None]
+                )  # h_masked = h_raw * 1(||g|| >= tau): no gradient reaches a masked state
                 losses["kept"] = keep.float().mean()
                 self.mark("decoupling")
             losses["action"] = self.flow_loss(states, *flow, **more).mean()
@@ -1024,7 +1427,9 @@ class SyVLA(nn.Module):
             held = torch.arange(noise.shape[1], device=noise.device) < given[:, None]  # (B, H)
             times = times[..., None] * ~held  # (K, B, H)
         ages = () if age is None else (age[None],)  # (1, B)
-        modulation = self.expert.modulation(times, *ages)  # each (K, 1 or B, 1 or 1 + H, ...): the times are known, so computed at once
+        modulation = self.expert.modulation(
+            times, *ages
+        )  # each (K, 1 or B, 1 or 1 + H, ...): the times are known, so computed at once
         keys_values = self.expert.condition(self.adapter(states))
         x = noise[:, None]  # (B, 1, H, A)
         for k in range(K):
@@ -1033,8 +1438,12 @@ class SyVLA(nn.Module):
             v = self.expert(x, [m[k][:, None] for m in modulation], state, keys_values)
             if pull is not None:
                 t = 1 - k / K
-                gain = min(K, (t * t + (1 - t) ** 2) / (t * (1 - t))) if k else K  # the paper's, at most the whole way in one step
-                v = v - gain * pull[:, None, :, None] * (running[:, None] - (x - t * v))  # x - t v: the chunk as it looks from here
+                gain = (
+                    min(K, (t * t + (1 - t) ** 2) / (t * (1 - t))) if k else K
+                )  # the paper's, at most the whole way in one step
+                v = v - gain * pull[:, None, :, None] * (
+                    running[:, None] - (x - t * v)
+                )  # x - t v: the chunk as it looks from here
             x = x - v / K
         x = x[:, 0] if given is None else torch.where(held[..., None], running, x[:, 0])  # (B, H, A)
         return x.clamp(-1.5, 1.5)
@@ -1050,8 +1459,13 @@ class SyVLA(nn.Module):
         prompts = [self.tokenizer.prompt(task, self.cfg.reasoning) for task in tasks]
         limit = self.cfg.max_thought if self.cfg.reasoning else 0
         if thoughts is not None:  # all that is left to write is the end of the thought
-            prompts, limit = [[*prompt, *self.tokenizer.encode(thought)] for prompt, thought in zip(prompts, thoughts)], 1
-        written, states = self.vlm.generate(visual, prompts, self.tokenizer.end_thought, limit, with_queries=True)
+            prompts, limit = (
+                [[*prompt, *self.tokenizer.encode(thought)] for prompt, thought in zip(prompts, thoughts)],
+                1,
+            )
+        written, states = self.vlm.generate(
+            visual, prompts, self.tokenizer.end_thought, limit, with_queries=True
+        )
         self.mark("thinking")
         return thoughts or [self.tokenizer.decode(ids) for ids in written], states
 
@@ -1074,14 +1488,24 @@ class SyVLA(nn.Module):
         only is not told their age. Arrays or tensors.
         """
         to = lambda x, kind: torch.as_tensor(x, dtype=kind, device=states.device)
-        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same noise on every device
-        noise = self.cfg.temperature * torch.randn(len(state), self.cfg.chunk, self.cfg.action_dim, generator=generator).to(states.device)
+        generator = torch.Generator().manual_seed(
+            seed
+        )  # on the CPU, so that a seed means the same noise on every device
+        noise = self.cfg.temperature * torch.randn(
+            len(state), self.cfg.chunk, self.cfg.action_dim, generator=generator
+        ).to(states.device)
         if age is not None and self.cfg.stale:
             joined["age"] = to(age, torch.long).clamp(0, self.cfg.stale)
         if running is not None:
             joined["running"] = self.normalise(to(running, torch.float32), "action")
-        joined |= {name: to(joined[name], kind) for name, kind in (("pull", torch.float32), ("given", torch.long)) if name in joined}
-        chunk = self.denormalise(self.sample_chunk(states, self.normalise(to(state, torch.float32), "state"), noise, **joined))
+        joined |= {
+            name: to(joined[name], kind)
+            for name, kind in (("pull", torch.float32), ("given", torch.long))
+            if name in joined
+        }
+        chunk = self.denormalise(
+            self.sample_chunk(states, self.normalise(to(state, torch.float32), "state"), noise, **joined)
+        )
         self.mark("expert")
         return chunk.float().cpu().numpy()
 
@@ -1097,17 +1521,30 @@ class SyVLA(nn.Module):
     def check_inputs(self, images, state, task):
         """Tensors on the model's device, or a ValueError that shows both sides of what does not fit."""
         device = self.vlm.queries.device
-        images, state = torch.as_tensor(np.asarray(images)).to(device), torch.as_tensor(np.asarray(state), dtype=torch.float32).to(device)
+        images, state = (
+            torch.as_tensor(np.asarray(images)).to(device),
+            torch.as_tensor(np.asarray(state), dtype=torch.float32).to(device),
+        )
         cfg = self.cfg
         expected = (cfg.views, cfg.image_size, cfg.image_size, 3)
         if tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
-            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}) uint8, cameras {cfg.cameras}; got {tuple(images.shape)} {images.dtype}")
+            raise ValueError(
+                f"images must be (B, {', '.join(map(str, expected))}) uint8, cameras {cfg.cameras}; got {tuple(images.shape)} {images.dtype}"
+            )
         if tuple(state.shape[1:]) != (cfg.state_dim,):
-            raise ValueError(f"state must be (B, {cfg.state_dim}), {','.join(cfg.state_names)}; got {tuple(state.shape)}")
+            raise ValueError(
+                f"state must be (B, {cfg.state_dim}), {','.join(cfg.state_names)}; got {tuple(state.shape)}"
+            )
         if isinstance(task, str) or not len(task) == len(images) == len(state):
-            raise ValueError(f"one task string per row: got {len(images)} images, {len(state)} states, tasks {task!r}"[:300])
+            raise ValueError(
+                f"one task string per row: got {len(images)} images, {len(state)} states, tasks {task!r}"[
+                    :300
+                ]
+            )
         if not torch.isfinite(self.state_low).all():
-            raise ValueError("the policy has no normalisation statistics; train it with train.py or call set_statistics")
+            raise ValueError(
+                "the policy has no normalisation statistics; train it with train.py or call set_statistics"
+            )
         return images, state
 
     # -- on disk ------------------------------------------------------------------------------------------------
@@ -1119,7 +1556,10 @@ class SyVLA(nn.Module):
     def load_weights(self, path, part=""):
         """Strict: a missing, unknown or misshapen tensor is an error that names it. `part`: only what begins so, as in "vlm."."""
         try:
-            loaded, own = ({k: v for k, v in weights.items() if k.startswith(part)} for weights in (load_file(path), self.state_dict()))
+            loaded, own = (
+                {k: v for k, v in weights.items() if k.startswith(part)}
+                for weights in (load_file(path), self.state_dict())
+            )
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged ({e})") from None
         missing, unknown = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
@@ -1127,7 +1567,9 @@ class SyVLA(nn.Module):
             raise ValueError(f"{path} does not fit: missing {missing[:3]}, unknown {unknown[:3]}")
         for name, tensor in loaded.items():
             if tensor.shape != own[name].shape:
-                raise ValueError(f"{path} does not fit: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here")
+                raise ValueError(
+                    f"{path} does not fit: {name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+                )
         self.load_state_dict(self.state_dict() | loaded)
 
     @classmethod
@@ -1140,7 +1582,11 @@ class SyVLA(nn.Module):
 
     def parameter_table(self):
         """{part: number of parameters}."""
-        parts = self.vlm.parts() | {"adapter": self.adapter.parameters(), "expert": self.expert.parameters(), "queries": [self.vlm.queries]}
+        parts = self.vlm.parts() | {
+            "adapter": self.adapter.parameters(),
+            "expert": self.expert.parameters(),
+            "queries": [self.vlm.queries],
+        }
         return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
 
@@ -1148,5 +1594,7 @@ def read_checkpoint_config(folder):
     """config.json of a checkpoint folder as a dict; an error that says what to type where there is none."""
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{folder} is no checkpoint (needs config.json and model.safetensors); run: python train.py --config small --out={folder}")
+        raise FileNotFoundError(
+            f"{folder} is no checkpoint (needs config.json and model.safetensors); run: python train.py --config small --out={folder}"
+        )
     return json.loads((folder / "config.json").read_text())

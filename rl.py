@@ -35,7 +35,17 @@ import real_env
 import sim_env
 from data import Episodes, Neighbours, Tokenizer, flow_times
 from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
-from train import Stopwatch, average_gradients, averaged_weights, check_resume, choose_device, explain_errors, save_policy, trim_log, write_atomically
+from train import (
+    Stopwatch,
+    average_gradients,
+    averaged_weights,
+    check_resume,
+    choose_device,
+    explain_errors,
+    save_policy,
+    trim_log,
+    write_atomically,
+)
 
 
 @dataclass
@@ -45,20 +55,30 @@ class RLConfig:
     data: str = opt("", "data set that expert samples come from (default: the one the policy was trained on)")
     out: str = opt("", "run folder (default out/<config>_rl)")
     resume: bool = opt(False, "go on with the run in --out")
-    env: str = opt("", "sim; real: an SO-100 or SO-101 and a person who judges; or package.module:Class (default: as trained for)")
+    env: str = opt(
+        "",
+        "sim; real: an SO-100 or SO-101 and a person who judges; or package.module:Class (default: as trained for)",
+    )
     port: str = opt("", "real: serial port of the arm (lerobot-find-port)")
     id: str = opt("", "real: LeRobot's robot id, whose calibration is used; not needed if there is only one")
     front: str = opt("", "real: front camera, number or path (lerobot-find-cameras opencv)")
     wrist: str = opt("", "real: wrist camera")
     task: str = opt("", "real: the instruction of every episode")
-    families: str = opt("", "task families to practise, with commas (default: those the policy was trained on)")
+    families: str = opt(
+        "", "task families to practise, with commas (default: those the policy was trained on)"
+    )
     iterations: int = opt(50, "rounds of rollouts and update")
     episodes: int = opt(192, "episodes per iteration, over all families and processes")
     arms: int = opt(32, "arms simulated at once")
-    sampler: str = opt("chain", "noisy denoising: chain (Gaussian Euler steps of fixed --sigma) or sde (Flow-SDE)")
+    sampler: str = opt(
+        "chain", "noisy denoising: chain (Gaussian Euler steps of fixed --sigma) or sde (Flow-SDE)"
+    )
     sigma: float = opt(0.04, "standard deviation of the chain's noisy steps; normalised action units")
     noisy: str = opt("last", "which denoising steps have noise: last | one (drawn for every chunk) | all")
-    noise: str = opt("chunk", "draws of a noisy step: chunk (one per joint, for the whole chunk) or step (one per joint and control step)")
+    noise: str = opt(
+        "chunk",
+        "draws of a noisy step: chunk (one per joint, for the whole chunk) or step (one per joint and control step)",
+    )
     sde_level: float = opt(0.5, "a, noise level of Flow-SDE")
     epochs: int = opt(1, "passes of the policy over the rollouts of an iteration")
     critic_epochs: int = opt(3, "passes of the value model over them")
@@ -69,23 +89,43 @@ class RLConfig:
     gamma: float = opt(0.9, "discount per chunk")
     lam: float = opt(0.5, "lambda of GAE, for the advantages")
     clip: float = opt(0.2, "PPO clip of the probability ratio")
-    target_kl: float = opt(0.02, "the policy rests for the remainder of an iteration in which it has moved this far")
+    target_kl: float = opt(
+        0.02, "the policy rests for the remainder of an iteration in which it has moved this far"
+    )
     grad_clip: float = opt(1.0, "gradient norm limit")
-    ppo: bool = opt(True, "false: imitation of the expert samples alone, in as many updates of as many chunks")
+    ppo: bool = opt(
+        True, "false: imitation of the expert samples alone, in as many updates of as many chunks"
+    )
     experts: str = opt("similar", "expert samples in every minibatch: similar (retrieved) | random | none")
     expert_weight: float = opt(10.0, "weight of the expert term")
-    expert_form: str = opt("cfm", "cfm (flow-matching loss) | ratio (clipped ratio of it) | chain (likelihood of a noised path to the expert's chunk)")
-    expert_advantage: str = opt("one", "one (the paper's 1.0) | gae (from the value model: the paper's failing control)")
+    expert_form: str = opt(
+        "cfm",
+        "cfm (flow-matching loss) | ratio (clipped ratio of it) | chain (likelihood of a noised path to the expert's chunk)",
+    )
+    expert_advantage: str = opt(
+        "one", "one (the paper's 1.0) | gae (from the value model: the paper's failing control)"
+    )
     noise_samples: int = opt(2, "M, noise samples (eps, t) of every expert sample")
     neighbours: int = opt(4, "a decision draws one of its most similar expert frames")
     view_weights: str = opt("", "w_v of every camera in the similarity, with commas (default: 1 each)")
     index_frames: int = opt(6000, "expert frames that can be retrieved")
-    decouple: str = opt("gradient", "intention decoupling in the expert term: gradient | random | attention | off")
-    proximal: float = opt(0.5, "weight of the KL divergence from the policy that played, over the whole chunk and all denoising steps")
-    anchor: float = opt(0.0, "weight of the KL divergence from the starting policy, a baseline in place of experts")
+    decouple: str = opt(
+        "gradient", "intention decoupling in the expert term: gradient | random | attention | off"
+    )
+    proximal: float = opt(
+        0.5,
+        "weight of the KL divergence from the policy that played, over the whole chunk and all denoising steps",
+    )
+    anchor: float = opt(
+        0.0, "weight of the KL divergence from the starting policy, a baseline in place of experts"
+    )
     ema: float = opt(0.9, "decay per iteration of the weight average that is evaluated and saved")
-    eval_every: int = opt(10, "iterations between evaluations without noise on validation seeds; the best is kept")
-    eval_episodes: int = opt(150, "validation episodes per family in each of them; 0 for none, the last policy is kept")
+    eval_every: int = opt(
+        10, "iterations between evaluations without noise on validation seeds; the best is kept"
+    )
+    eval_episodes: int = opt(
+        150, "validation episodes per family in each of them; 0 for none, the last policy is kept"
+    )
     eval: int = opt(100, "report episodes per family and split for the tables before and after; 0 for none")
     seed: int = opt(0, "seed of scenes and noise")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
@@ -93,36 +133,89 @@ class RLConfig:
 
     def __post_init__(self):
         self.init_from, self.out = self.init_from or f"out/{self.config}", self.out or f"out/{self.config}_rl"
-        choices = {"sampler": ("chain", "sde"), "noisy": ("last", "one", "all"), "noise": ("chunk", "step"), "experts": ("similar", "random", "none"), "expert_form": ("cfm", "ratio", "chain"),
-                   "expert_advantage": ("one", "gae"), "decouple": ("gradient", "random", "attention", "off")}  # fmt: skip
+        choices = {
+            "sampler": ("chain", "sde"),
+            "noisy": ("last", "one", "all"),
+            "noise": ("chunk", "step"),
+            "experts": ("similar", "random", "none"),
+            "expert_form": ("cfm", "ratio", "chain"),
+            "expert_advantage": ("one", "gae"),
+            "decouple": ("gradient", "random", "attention", "off"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("iterations", "episodes", "arms", "epochs", "critic_epochs", "minibatch", "noise_samples", "neighbours", "index_frames", "eval_every"):
+        for name in (
+            "iterations",
+            "episodes",
+            "arms",
+            "epochs",
+            "critic_epochs",
+            "minibatch",
+            "noise_samples",
+            "neighbours",
+            "index_frames",
+            "eval_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         for name in ("sigma", "sde_level", "lr", "critic_lr", "clip", "target_kl", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be greater than 0")
-        if self.seed < 0 or FIRST_SEED + (self.seed + 1) * self.iterations * self.episodes > len(sim_env.SEEDS["train"]):
-            raise ValueError(f"--seed={self.seed} with {self.iterations} iterations of {self.episodes} episodes leaves the training seeds; choose less")
+        if self.seed < 0 or FIRST_SEED + (self.seed + 1) * self.iterations * self.episodes > len(
+            sim_env.SEEDS["train"]
+        ):
+            raise ValueError(
+                f"--seed={self.seed} with {self.iterations} iterations of {self.episodes} episodes leaves the training seeds; choose less"
+            )
         try:
             [float(w) for w in self.view_weights.split(",") if self.view_weights]
         except ValueError:
-            raise ValueError(f"view_weights must be numbers with commas between them, not {self.view_weights!r}") from None
+            raise ValueError(
+                f"view_weights must be numbers with commas between them, not {self.view_weights!r}"
+            ) from None
         if min(self.eval, self.eval_episodes) < 0:
             raise ValueError("eval and eval_episodes count episodes: 0 or more")
         if self.env == "real" and (self.eval or self.eval_episodes):
-            raise ValueError("practice on the real arm is judged episode by episode: add --eval=0 --eval_episodes=0, and try the policy with sample.py")
+            raise ValueError(
+                "practice on the real arm is judged episode by episode: add --eval=0 --eval_episodes=0, and try the policy with sample.py"
+            )
         if not self.ppo and self.experts == "none":
             raise ValueError("--ppo=false needs expert samples to imitate; leave out --experts=none")
 
 
 PRESETS = {
-    "debug": dict(iterations=2, episodes=4, arms=2, epochs=2, minibatch=8, critic_warmup=1, index_frames=20, eval_every=1, eval_episodes=1, eval=0, families="place"),
+    "debug": dict(
+        iterations=2,
+        episodes=4,
+        arms=2,
+        epochs=2,
+        minibatch=8,
+        critic_warmup=1,
+        index_frames=20,
+        eval_every=1,
+        eval_episodes=1,
+        eval=0,
+        families="place",
+    ),
     **{name: {} for name in ("tiny", "small", "base256", "base", "paper")},
 }
-HARMLESS = {"config", "out", "resume", "init_from", "data", "device", "threads", "arms", "eval", "eval_every", "port", "id", "front", "wrist"}
+HARMLESS = {
+    "config",
+    "out",
+    "resume",
+    "init_from",
+    "data",
+    "device",
+    "threads",
+    "arms",
+    "eval",
+    "eval_every",
+    "port",
+    "id",
+    "front",
+    "wrist",
+}
 FIRST_SEED = 600_000  # of the training range: no scene of the data set is practised on
 
 
@@ -145,7 +238,9 @@ def step(x, v, t, d, cfg):
     x, v = x.float(), v.float()
     if cfg.sampler == "chain":
         return x - d * v, torch.full_like(t, cfg.sigma)
-    variance = cfg.sde_level**2 * t / (1 - t.clamp(max=1 - d))  # at t = 1 the next time stands in the denominator
+    variance = (
+        cfg.sde_level**2 * t / (1 - t.clamp(max=1 - d))
+    )  # at t = 1 the next time stands in the denominator
     mean = (x - t * v) * (1 - t + d) + (x + (1 - t) * v) * (t - d - variance * d / (2 * t))
     return mean, (variance * d).sqrt()
 
@@ -176,7 +271,9 @@ def sample_chain(policy, states, state, noise, noisy, cfg):
     chain = [policy.cfg.temperature * noise[:, 0]]
     for k in range(K):
         x = chain[-1]
-        v = policy.expert(x[:, None], [m[k : k + 1] for m in modulation], state, keys_values)[:, 0]  # (B, H, A)
+        v = policy.expert(x[:, None], [m[k : k + 1] for m in modulation], state, keys_values)[
+            :, 0
+        ]  # (B, H, A)
         mean, std = step(x, v, times[k].view(1, 1, 1), 1 / K, cfg)
         here = (noisy == k).any(1)[:, None, None]  # (B, 1, 1)
         chain.append(torch.where(here, mean + std * noise[:, k + 1], x - v / K))
@@ -194,9 +291,14 @@ def chain_logp(policy, b, cfg):
     """
     K, m = b["chain"].shape[1] - 1, b["noisy"].shape[1]
     steps = torch.cat((b["noisy"], b["other"]), dim=1) if "other" in b else b["noisy"]  # (B, m+o)
-    rows, t = torch.arange(len(b["chain"]), device=b["chain"].device)[:, None], timesteps(K, b["chain"].device)[steps]  # (B, m+o)
+    rows, t = (
+        torch.arange(len(b["chain"]), device=b["chain"].device)[:, None],
+        timesteps(K, b["chain"].device)[steps],
+    )  # (B, m+o)
     x, following = b["chain"][rows, steps], b["chain"][rows, steps + 1]  # (B, m+o, H, A)
-    modulation = policy.expert.modulation(t[:1] if (t == t[:1]).all() else t)  # the same steps in every row: computed once
+    modulation = policy.expert.modulation(
+        t[:1] if (t == t[:1]).all() else t
+    )  # the same steps in every row: computed once
     v = policy.expert(x, modulation, b["state"], policy.expert.condition(policy.adapter(b["states"])))
     mean, std = step(x, v, t[..., None, None], 1 / K, cfg)
     weight = b["executed"][:, None, :, None].float()
@@ -273,15 +375,30 @@ def play(policy, jobs, vec, cfg, clock, keep=lambda episode: None):
         if free:
             for arm in free:
                 seed, family = waiting.pop(0)
-                running[arm] = {"seed": seed, "family": family, "final": None, "reward": []} | {name: [] for name in CHUNKS}
+                running[arm] = {"seed": seed, "family": family, "final": None, "reward": []} | {
+                    name: [] for name in CHUNKS
+                }
                 episodes.append(running[arm])
-            vec.reset([running[arm]["seed"] for arm in free], [running[arm]["family"] for arm in free], "id", free)
+            vec.reset(
+                [running[arm]["seed"] for arm in free], [running[arm]["family"] for arm in free], "id", free
+            )
             clock.mark("simulation")
         busy = sorted(running)
         states, state, views = observe(policy, vec.observations(busy), cameras)
         clock.mark("VLM")
-        drawn = [draw(np.random.default_rng([cfg.seed, running[arm]["seed"], len(running[arm]["reward"])]), K, H, A, cfg) for arm in busy]
-        noise, noisy = (torch.from_numpy(np.stack(x)).to(device) for x in zip(*drawn))  # (B, K+1, H, A), (B, m)
+        drawn = [
+            draw(
+                np.random.default_rng([cfg.seed, running[arm]["seed"], len(running[arm]["reward"])]),
+                K,
+                H,
+                A,
+                cfg,
+            )
+            for arm in busy
+        ]
+        noise, noisy = (
+            torch.from_numpy(np.stack(x)).to(device) for x in zip(*drawn)
+        )  # (B, K+1, H, A), (B, m)
         chain = sample_chain(policy, states, state, noise, noisy, cfg)
         chunk = policy.denormalise(chain[:, -1].clamp(-1.5, 1.5)).cpu().numpy()  # (B, H, A)
         clock.mark("expert")
@@ -293,7 +410,10 @@ def play(policy, jobs, vec, cfg, clock, keep=lambda episode: None):
             episode = running[arm]
             executed = np.arange(H) < infos[arm]["executed"]
             episode["reward"].append(float(reward[arm]))
-            for name, value in zip(CHUNKS, (states[row], state[row], views[row], chain[row], noisy[row], torch.from_numpy(executed))):
+            for name, value in zip(
+                CHUNKS,
+                (states[row], state[row], views[row], chain[row], noisy[row], torch.from_numpy(executed)),
+            ):
                 episode[name].append(value.cpu())
         ended = [arm for arm in busy if terminated[arm] or truncated[arm]]
         cut = [arm for arm in ended if truncated[arm]]
@@ -340,15 +460,26 @@ class Experts:
 
     def __init__(self, policy, cfg, families, device):
         self.policy, self.cfg, self.device = policy, cfg, device
-        weights = torch.tensor([float(w) for w in cfg.view_weights.split(",")] if cfg.view_weights else [1.0] * policy.cfg.views)
+        weights = torch.tensor(
+            [float(w) for w in cfg.view_weights.split(",")] if cfg.view_weights else [1.0] * policy.cfg.views
+        )
         if len(weights) != policy.cfg.views:
-            raise ValueError(f"view_weights {cfg.view_weights} must be one number for each of the cameras {policy.cfg.cameras}")
+            raise ValueError(
+                f"view_weights {cfg.view_weights} must be one number for each of the cameras {policy.cfg.cameras}"
+            )
         episodes = Episodes(cfg.data, policy.cfg, families)
         frames = np.sort(np.random.default_rng(0).permutation(len(episodes))[: cfg.index_frames])
-        made_of = policy.fingerprint(policy.cfg.cameras, families, cfg.index_frames, policy.cfg.chunk, policy.cfg.reasoning)
+        made_of = policy.fingerprint(
+            policy.cfg.cameras, families, cfg.index_frames, policy.cfg.chunk, policy.cfg.reasoning
+        )
         path = Path(cfg.data, f"similarity_{made_of}.safetensors")
         if not path.is_file():
-            parts = tqdm(np.array_split(frames, math.ceil(len(frames) / 64)), desc="similarity index", leave=False, disable=not sys.stderr.isatty())
+            parts = tqdm(
+                np.array_split(frames, math.ceil(len(frames) / 64)),
+                desc="similarity index",
+                leave=False,
+                disable=not sys.stderr.isatty(),
+            )
             parts = [self.embed(episodes.samples(policy.tokenizer, part)) for part in parts]
             temporary = Path(f"{path}.tmp{os.getpid()}")  # several processes may come here at once
             save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, temporary)
@@ -356,9 +487,14 @@ class Experts:
         table = load_file(path)
         demonstrations = [episodes.episodes[episodes.episode_of[i]] for i in frames]
         self.index = Neighbours(table.pop("keys"), [e["family"] for e in demonstrations], weights)
-        table["state"], table["actions"] = policy.normalise(table["state"].to(device), "state"), policy.normalise(table["actions"].to(device), "action")
+        table["state"], table["actions"] = (
+            policy.normalise(table["state"].to(device), "state"),
+            policy.normalise(table["actions"].to(device), "action"),
+        )
         steps = [e["start"] + e["length"] - episodes.frames[i] for e, i in zip(demonstrations, frames)]
-        table["left"] = torch.tensor(np.ceil(np.array(steps) / policy.cfg.execute), dtype=torch.float32)  # decisions to the end
+        table["left"] = torch.tensor(
+            np.ceil(np.array(steps) / policy.cfg.execute), dtype=torch.float32
+        )  # decisions to the end
         self.table = {name: x.to(device) for name, x in table.items()}
 
     @torch.inference_mode()
@@ -366,13 +502,22 @@ class Experts:
         """What the frozen VLM makes of demonstrated frames, once -> keys (B, V, E), feature query states after the teacher's own
         thought (B, Q, D), and what the flow loss takes besides."""
         visual = self.policy.vlm.see(samples["images"].to(self.device))  # (B, P, D)
-        _, states = self.policy.vlm(visual, *(samples[k].to(self.device) for k in ("tokens", "segments", "positions")), True)
-        return {"keys": visual.view(len(visual), self.policy.cfg.views, -1).half().cpu(), "states": states.float().cpu(),
-                "state": samples["state"], "actions": samples["actions"], "valid": samples["valid"]}  # fmt: skip
+        _, states = self.policy.vlm(
+            visual, *(samples[k].to(self.device) for k in ("tokens", "segments", "positions")), True
+        )
+        return {
+            "keys": visual.view(len(visual), self.policy.cfg.views, -1).half().cpu(),
+            "states": states.float().cpu(),
+            "state": samples["state"],
+            "actions": samples["actions"],
+            "valid": samples["valid"],
+        }
 
     def retrieve(self, episodes):
         """Every decision of these episodes looks up a frame: adds "experts" and "similarity" (T,) to each, consumes "views"."""
-        uniform = np.concatenate([np.random.default_rng([self.cfg.seed, e["seed"], 1]).random(len(e["reward"])) for e in episodes])
+        uniform = np.concatenate(
+            [np.random.default_rng([self.cfg.seed, e["seed"], 1]).random(len(e["reward"])) for e in episodes]
+        )
         views = torch.cat([e.pop("views") for e in episodes])  # (n, V, E)
         if self.cfg.experts == "random":
             rows, similarity = self.index.random(views, uniform)
@@ -388,7 +533,12 @@ class Experts:
         rng, c = np.random.default_rng([self.cfg.seed, iteration, 1]), self.policy.cfg
         rows = torch.cat([e["experts"] for e in episodes])
         n, M, K, H, A = len(rows), self.cfg.noise_samples, c.denoise_steps, c.chunk, c.action_dim
-        drawn = {"t": flow_times(rng, (n, M)), "eps": rng.standard_normal((n, M, H, A)), "uniform": rng.random((n, c.queries)), "path": rng.standard_normal((n, K + 1, H, A))}
+        drawn = {
+            "t": flow_times(rng, (n, M)),
+            "eps": rng.standard_normal((n, M, H, A)),
+            "uniform": rng.random((n, c.queries)),
+            "path": rng.standard_normal((n, K + 1, H, A)),
+        }
         e = {name: x[rows.to(self.device)] for name, x in self.table.items()}
         return e | {k: torch.as_tensor(v, dtype=torch.float32, device=self.device) for k, v in drawn.items()}
 
@@ -439,7 +589,9 @@ def expert_term(policy, critic, e, scale, cfg):
     scale: mean and standard deviation of the rollouts' advantages; used by the GAE control alone.
     """
     advantage = torch.ones_like(e["left"])
-    if cfg.expert_advantage == "gae":  # lambda = 1: the demonstration's discounted return minus the value model's guess
+    if (
+        cfg.expert_advantage == "gae"
+    ):  # lambda = 1: the demonstration's discounted return minus the value model's guess
         with torch.no_grad():
             advantage = (cfg.gamma ** (e["left"] - 1) - critic(e["states"], e["state"]) - scale[0]) / scale[1]
     if cfg.expert_form == "cfm":
@@ -447,8 +599,16 @@ def expert_term(policy, critic, e, scale, cfg):
     K = policy.cfg.denoise_steps
     if cfg.expert_form == "chain":
         steps = torch.arange(K, device=e["left"].device).expand(len(e["left"]), K)
-        path = {"chain": bridge(e["actions"], e["path"], K, cfg), "noisy": steps, "executed": e["valid"], "states": e["states"], "state": e["state"]}
-        return -(advantage * chain_logp(policy, path, replace(cfg, noise="step"))[0]).mean()  # the path's draws are one per control step
+        path = {
+            "chain": bridge(e["actions"], e["path"], K, cfg),
+            "noisy": steps,
+            "executed": e["valid"],
+            "states": e["states"],
+            "state": e["state"],
+        }
+        return -(
+            advantage * chain_logp(policy, path, replace(cfg, noise="step"))[0]
+        ).mean()  # the path's draws are one per control step
     beta = 1 / (K * cfg.sigma) ** 2 / 2 if cfg.sampler == "chain" else 1.0  # to log-probability; or FPO's
     ratio = (beta * (e["old"] - expert_loss(policy, e))).clamp(-3, 3).exp()
     return ppo_loss(ratio.log(), torch.zeros_like(ratio), advantage, cfg.clip)[0].mean()
@@ -466,9 +626,15 @@ def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, worl
     pieces = [slice(i, i + cfg.minibatch) for i in range(0, n, cfg.minibatch)]
     K, rng = b["chain"].shape[1] - 1, np.random.default_rng([cfg.seed, iteration, 2])
     if cfg.proximal and b["noisy"].shape[1] == 1 < K:  # besides the noisy step one of the others, drawn
-        b["other"] = (b["noisy"] + 1 + torch.from_numpy(rng.integers(K - 1, size=(n, 1))).to(b["noisy"])) % K  # (n, 1)
-    with torch.no_grad():  # by the function that the update uses, not remembered from the rollout: ratios start at exactly 1
-        b["old"], b["mean"] = (torch.cat(x) for x in zip(*[chain_logp(policy, rows_of(b, piece), cfg)[:2] for piece in pieces]))
+        b["other"] = (
+            b["noisy"] + 1 + torch.from_numpy(rng.integers(K - 1, size=(n, 1))).to(b["noisy"])
+        ) % K  # (n, 1)
+    with (
+        torch.no_grad()
+    ):  # by the function that the update uses, not remembered from the rollout: ratios start at exactly 1
+        b["old"], b["mean"] = (
+            torch.cat(x) for x in zip(*[chain_logp(policy, rows_of(b, piece), cfg)[:2] for piece in pieces])
+        )
         if start is not None:
             b["start"] = torch.cat([chain_logp(start, rows_of(b, piece), cfg)[1] for piece in pieces])
     if e is not None and cfg.expert_form == "ratio":
@@ -485,14 +651,20 @@ def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, worl
             if moving:
                 logp, mean, std = chain_logp(policy, part, cfg)
                 losses, ratio = ppo_loss(logp, part["old"], part["advantage"], cfg.clip)
-                logs |= {"kl": (ratio - 1 - ratio.log()).mean(), "clipped": ((ratio - 1).abs() > cfg.clip).float().mean()}
+                logs |= {
+                    "kl": (ratio - 1 - ratio.log()).mean(),
+                    "clipped": ((ratio - 1).abs() > cfg.clip).float().mean(),
+                }
                 if cfg.ppo:
                     loss = loss + losses.mean()
                 if e is not None:
                     logs["expert_loss"] = expert_term(policy, critic, rows_of(e, mine), scale, cfg)
                     loss = loss + cfg.expert_weight * logs["expert_loss"]
                 # KL divergences between Gaussian steps of equal spread, from the policy before this iteration and from the first one
-                for name, reference, weight in (("proximal", "mean", cfg.proximal), ("anchor", "start", cfg.anchor)):
+                for name, reference, weight in (
+                    ("proximal", "mean", cfg.proximal),
+                    ("anchor", "start", cfg.anchor),
+                ):
                     if weight:
                         logs[name] = 0.5 * ((mean - part[reference]) / std).square().mean()
                         loss = loss + weight * logs[name]
@@ -505,18 +677,30 @@ def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, worl
                 dist.all_reduce(values)
                 values /= world
             logs = dict(zip(logs, values.tolist()))
-            for name, learns, modules in (("gnorm", moving, (learner["adapter"], learner["expert"])), ("critic_gnorm", judging, (critic,))):
+            for name, learns, modules in (
+                ("gnorm", moving, (learner["adapter"], learner["expert"])),
+                ("critic_gnorm", judging, (critic,)),
+            ):
                 if learns:
-                    logs[name] = nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], cfg.grad_clip).item()
+                    logs[name] = nn.utils.clip_grad_norm_(
+                        [p for module in modules for p in module.parameters()], cfg.grad_clip
+                    ).item()
             if not all(math.isfinite(v) for v in logs.values()):
-                raise FloatingPointError(f"non-finite number in iteration {iteration}: {logs}; lower --lr, then --resume")
+                raise FloatingPointError(
+                    f"non-finite number in iteration {iteration}: {logs}; lower --lr, then --resume"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            moving = moving and (not cfg.ppo or logs["kl"] <= cfg.target_kl)  # the same decision on every process
+            moving = moving and (
+                not cfg.ppo or logs["kl"] <= cfg.target_kl
+            )  # the same decision on every process
             for k, v in logs.items():
                 numbers[k].append(v)
     explained = 1 - (b["return"] - b["value"]).var() / b["return"].var().clamp(min=1e-8)
-    return {k: float(np.mean(v)) for k, v in numbers.items()} | {"updates": len(numbers["kl"]), "explained": explained.item()}
+    return {k: float(np.mean(v)) for k, v in numbers.items()} | {
+        "updates": len(numbers["kl"]),
+        "explained": explained.item(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -531,7 +715,13 @@ def twin(cfg):
 def connect(policy, cfg):
     """The real arm in VecEnv's place; a ValueError of one line where it does not answer."""
     try:
-        arm = real_env.by_flags(real_env.PracticeEnv, cfg, policy.cfg.cameras.split(","), instruction=cfg.task, px=policy.cfg.image_size)
+        arm = real_env.by_flags(
+            real_env.PracticeEnv,
+            cfg,
+            policy.cfg.cameras.split(","),
+            instruction=cfg.task,
+            px=policy.cfg.image_size,
+        )
     except RuntimeError as e:
         raise ValueError(str(e)) from None
     return sim_env.Alone(arm, policy.cfg.image_size)
@@ -566,9 +756,25 @@ def validate(policy, ema, families, cfg, rank=0, world=1):
         return {}
     seeds, workers = sim_env.SEEDS["val"][50_000 : 50_000 + cfg.eval_episodes], os.cpu_count() // world or 1
     with averaged_weights(policy, ema):
-        runs = [sim_env.rollout(sim_env.driver(policy, cfg.env), seeds[rank::world], f, "id", cfg.arms, policy.cfg.image_size, workers, f"validation, {f}", cfg.env)
-                for f in families]  # fmt: skip
-    wins = torch.tensor([sum(e["success"] for e in episodes) for episodes in runs], dtype=torch.float32, device=policy.vlm.queries.device)
+        runs = [
+            sim_env.rollout(
+                sim_env.driver(policy, cfg.env),
+                seeds[rank::world],
+                f,
+                "id",
+                cfg.arms,
+                policy.cfg.image_size,
+                workers,
+                f"validation, {f}",
+                cfg.env,
+            )
+            for f in families
+        ]
+    wins = torch.tensor(
+        [sum(e["success"] for e in episodes) for episodes in runs],
+        dtype=torch.float32,
+        device=policy.vlm.queries.device,
+    )
     if world > 1:
         dist.all_reduce(wins)
     return {family: n / len(seeds) for family, n in zip(families, wins.tolist())}
@@ -586,9 +792,16 @@ def practise(cfg):
     device, *_ = choose_device(cfg.device)
     out = Path(cfg.out)
     if (out / "train_state.pt").is_file() != cfg.resume:
-        raise ValueError(f"nothing to resume in {out}; leave --resume out" if cfg.resume else f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+        raise ValueError(
+            f"nothing to resume in {out}; leave --resume out"
+            if cfg.resume
+            else f"{out} already holds a run; add --resume to go on with it, or choose another --out"
+        )
     began_with = read_checkpoint_config(cfg.init_from)
-    cfg.data, cfg.families = cfg.data or began_with.get("data", ""), cfg.families or began_with.get("families", "place")
+    cfg.data, cfg.families = (
+        cfg.data or began_with.get("data", ""),
+        cfg.families or began_with.get("families", "place"),
+    )
     cfg.env, families = cfg.env or began_with.get("env", "sim"), cfg.families.split(",")
     if cfg.env != "real":
         sim_env.check_families(families, cfg.env)
@@ -599,14 +812,22 @@ def practise(cfg):
 
     policy = SyVLA.load(cfg.init_from, Tokenizer.load(cfg.init_from), device)
     if not torch.isfinite(policy.state_low).all():
-        raise ValueError(f"{cfg.init_from} has no normalisation statistics; choose a checkpoint that train.py wrote")
+        raise ValueError(
+            f"{cfg.init_from} has no normalisation statistics; choose a checkpoint that train.py wrote"
+        )
     policy.cfg.decouple = cfg.decouple
     policy.requires_grad_(False)
     start = copy.deepcopy(policy) if cfg.anchor else None
     torch.manual_seed(cfg.seed)
-    learner = nn.ModuleDict({"adapter": policy.adapter, "expert": policy.expert, "critic": Critic(policy.cfg).to(device)}).requires_grad_(True)
+    learner = nn.ModuleDict(
+        {"adapter": policy.adapter, "expert": policy.expert, "critic": Critic(policy.cfg).to(device)}
+    ).requires_grad_(True)
     moving = [p for name, p in learner.named_parameters() if not name.startswith("critic")]
-    optimizer = torch.optim.AdamW([{"params": moving}, {"params": learner["critic"].parameters(), "weight_decay": 0.1}], betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": moving}, {"params": learner["critic"].parameters(), "weight_decay": 0.1}],
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
     first, best = 0, -1.0
@@ -617,12 +838,25 @@ def practise(cfg):
         first, best, ema = saved["iteration"], saved["best"], saved["ema"]
     experts = Experts(policy, cfg, families, device) if cfg.experts != "none" else None
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
-    say(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es); {sum(p.numel() for p in moving):,} parameters learn, {sum(p.numel() for p in learner['critic'].parameters()):,} judge")
+    say(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es); {sum(p.numel() for p in moving):,} parameters learn, {sum(p.numel() for p in learner['critic'].parameters()):,} judge"
+    )
     out.mkdir(parents=True, exist_ok=True)
-    settings = asdict(policy.cfg) | {"data": cfg.data, "env": twin(cfg), "families": cfg.families, "rl": asdict(cfg)}
+    settings = asdict(policy.cfg) | {
+        "data": cfg.data,
+        "env": twin(cfg),
+        "families": cfg.families,
+        "rl": asdict(cfg),
+    }
 
     def keep(iteration):
-        state = {"iteration": iteration, "best": best, "learner": learner.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
+        state = {
+            "iteration": iteration,
+            "best": best,
+            "learner": learner.state_dict(),
+            "ema": ema,
+            "optimizer": optimizer.state_dict(),
+        }
         write_atomically(out / "train_state.pt", lambda path: torch.save(state, path))
 
     if rank == 0 and cfg.resume:
@@ -639,11 +873,23 @@ def practise(cfg):
         if rank == 0:
             keep(0)
     arms = min(cfg.arms, math.ceil(cfg.episodes / world))
-    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, unit="iteration", disable=rank > 0 or not sys.stderr.isatty())
-    with connect(policy, cfg) if cfg.env == "real" else sim_env.VecEnv(arms, os.cpu_count() // world or 1, cfg.env, policy.cfg.image_size) as vec:
+    bar = tqdm(
+        range(first, cfg.iterations),
+        initial=first,
+        total=cfg.iterations,
+        unit="iteration",
+        disable=rank > 0 or not sys.stderr.isatty(),
+    )
+    with (
+        connect(policy, cfg)
+        if cfg.env == "real"
+        else sim_env.VecEnv(arms, os.cpu_count() // world or 1, cfg.env, policy.cfg.image_size) as vec
+    ):
         for iteration in bar:
             factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * iteration / cfg.iterations))
-            rise = min(1, (iteration + 1 - cfg.critic_warmup) / 5)  # AdamW's first steps are of full size however small the gradient
+            rise = min(
+                1, (iteration + 1 - cfg.critic_warmup) / 5
+            )  # AdamW's first steps are of full size however small the gradient
             for group, lr in zip(optimizer.param_groups, (cfg.lr * max(0, rise), cfg.critic_lr)):
                 group["lr"] = lr * factor
             spent, clock, began = vec.spent(), Stopwatch(device), time.time()
@@ -652,7 +898,9 @@ def practise(cfg):
             rollout = sum(clock.seconds.values()) or math.inf  # no time: every episode was on disk already
             for stage, seconds in vec.spent().items():
                 clock.seconds[stage] = seconds - spent[stage]
-                clock.seconds["simulation"] -= clock.seconds[stage]  # what is left: resets, pipes, waiting for the slower worker
+                clock.seconds["simulation"] -= clock.seconds[
+                    stage
+                ]  # what is left: resets, pipes, waiting for the slower worker
             if experts:
                 experts.retrieve(episodes)
             for episode in episodes:
@@ -665,7 +913,10 @@ def practise(cfg):
             e, line = None, {"iteration": iteration + 1}
             if experts:
                 e = experts.batch(episodes, iteration)
-                line |= {"similarity": torch.cat([e["similarity"] for e in episodes]).mean().item(), "expert_frames": len(torch.cat([e["experts"] for e in episodes]).unique())}
+                line |= {
+                    "similarity": torch.cat([e["similarity"] for e in episodes]).mean().item(),
+                    "expert_frames": len(torch.cat([e["experts"] for e in episodes]).unique()),
+                }
             clock.mark("retrieval")
             try:
                 line |= update(policy, start, learner, b, e, optimizer, cfg, iteration, rank, world)
@@ -677,9 +928,18 @@ def practise(cfg):
             for name, average in ema.items():
                 average.lerp_(trained[name].detach(), 1 - cfg.ema)
             steps, seconds = sum(e["steps"] for e in episodes), time.time() - began
-            line |= {f"success {f}": float(np.mean([e["success"] for e in episodes if e["family"] == f])) for f in families}
-            line |= {"return": b["return"].mean().item(), "chunks": len(b["return"]), "steps_per_s": steps / rollout,
-                     "chunks_per_s": len(b["return"]) / rollout, "seconds": seconds, "time": dict(clock.seconds)}  # fmt: skip
+            line |= {
+                f"success {f}": float(np.mean([e["success"] for e in episodes if e["family"] == f]))
+                for f in families
+            }
+            line |= {
+                "return": b["return"].mean().item(),
+                "chunks": len(b["return"]),
+                "steps_per_s": steps / rollout,
+                "chunks_per_s": len(b["return"]) / rollout,
+                "seconds": seconds,
+                "time": dict(clock.seconds),
+            }
             if not cfg.eval_episodes:
                 if rank == 0:
                     save_policy(out, policy, settings, policy.state_dict() | ema)
@@ -697,7 +957,10 @@ def practise(cfg):
                 bar.clear()
                 say(describe(line, families, cfg), flush=True)
     untouched = load_file(Path(cfg.init_from, "model.safetensors"))
-    assert all(torch.equal(x.cpu(), untouched[f"vlm.{name}"].to(x.dtype)) for name, x in policy.vlm.state_dict().items())
+    assert all(
+        torch.equal(x.cpu(), untouched[f"vlm.{name}"].to(x.dtype))
+        for name, x in policy.vlm.state_dict().items()
+    )
     say(f"practised {cfg.iterations - first} iterations; the VLM is the same bit for bit, so its answers are")
     if rank == 0:
         plot(out, say)
@@ -721,12 +984,20 @@ def describe(line, families, cfg):
     """The log line that a person reads."""
     total = sum(line["time"].values())
     noisy = " ".join(f"{line[f'success {f}']:.2f}" for f in families)
-    parts = [f"iteration {line['iteration']}/{cfg.iterations}", f"noisy success {noisy}", f"return {line['return']:.3f}", f"value explains {line['explained']:.2f}"]
+    parts = [
+        f"iteration {line['iteration']}/{cfg.iterations}",
+        f"noisy success {noisy}",
+        f"return {line['return']:.3f}",
+        f"value explains {line['explained']:.2f}",
+    ]
     if "kl" in line:
         parts += [f"kl {line['kl']:.4f}", f"clipped {line['clipped']:.2f}", f"gnorm {line['gnorm']:.2f}"]
     if "similarity" in line:
         parts += [f"similarity {line['similarity']:.3f} ({line['expert_frames']} frames)"]
-    parts += [f"{line['steps_per_s']:.0f} steps/s", f"{line['seconds']:.1f} s: " + " ".join(f"{k} {v / total:.0%}" for k, v in line["time"].items())]
+    parts += [
+        f"{line['steps_per_s']:.0f} steps/s",
+        f"{line['seconds']:.1f} s: " + " ".join(f"{k} {v / total:.0%}" for k, v in line["time"].items()),
+    ]
     if "validation" in line:
         parts += ["validation without noise " + " ".join(f"{v:.2f}" for v in line["validation"].values())]
     return " | ".join(parts)
@@ -748,7 +1019,12 @@ def plot(out, say):
     for name in [k for k in lines[0] if k.startswith("success ")]:
         (drawn,) = axes[0].plot(at, [line[name] for line in lines], alpha=0.4)
         checked = [line for line in lines if "validation" in line]
-        axes[0].plot([line["iteration"] for line in checked], [line["validation"][name.removeprefix("success ")] for line in checked], color=drawn.get_color(), label=name.removeprefix("success "))
+        axes[0].plot(
+            [line["iteration"] for line in checked],
+            [line["validation"][name.removeprefix("success ")] for line in checked],
+            color=drawn.get_color(),
+            label=name.removeprefix("success "),
+        )
     for axis, name in ((axes[1], "kl"), (axes[2], "gnorm")):
         axis.plot(at, [line.get(name, math.nan) for line in lines])
         axis.set_title(name)

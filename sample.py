@@ -54,26 +54,54 @@ MODES_AND_JOINS = [*MODES, *(f"{mode}+{join}" for mode in ("naive", "async") for
 class SampleConfig:
     config: str = opt("small", "preset whose run is used")
     run: str = opt("", "checkpoint folder (default out/<config>)")
-    env: str = opt("", "sim; real: an SO-100 or SO-101 (with a task, or --interactive; --eval=N to judge N episodes yourself); or package.module:Class (default: as trained for)")
+    env: str = opt(
+        "",
+        "sim; real: an SO-100 or SO-101 (with a task, or --interactive; --eval=N to judge N episodes yourself); or package.module:Class (default: as trained for)",
+    )
     task: str = opt("", "instruction; without one the environment draws it")
-    family: str = opt("", "task family when the environment draws the instruction (default: the first that the policy was trained on)")
+    family: str = opt(
+        "",
+        "task family when the environment draws the instruction (default: the first that the policy was trained on)",
+    )
     split: str = opt("id", "id, ood_position or ood_instruction, when the environment draws the instruction")
     seed: int = opt(2_000_000, "scene seed (report seeds start at 2000000), and of the sampler's noise")
     eval: int = opt(0, "closed-loop episodes per family and split; writes eval.json and prints the table")
     families: str = opt("", "families for --eval, with commas (default: those the run was trained on)")
-    seeds: str = opt("report", "scenes of --eval: report, for numbers to publish, or val, to choose between policies")
-    thoughts: str = opt("own", "own, or for --eval in simulation teacher: at every look what a teacher would think, to tell failures of thinking from the hand's")
-    splits: str = opt("", "splits for --eval, with commas (default: all three; id for a table of modes and delays)")
-    mode: str = opt("", f"thinking while acting: {', '.join(MODES_AND_JOINS)}; several with commas make --eval a table")
-    delay: str = opt("", "control steps from a picture to the thought about it, on a simulated clock; several with commas for --eval")
-    refresh: int = opt(0, "control steps between the pictures that the VLM thinks about, one at a time (default: the policy's execute)")
-    commit: int = opt(0, "control steps that the expert may take: so long a new plan leaves the arm to the running one")
+    seeds: str = opt(
+        "report", "scenes of --eval: report, for numbers to publish, or val, to choose between policies"
+    )
+    thoughts: str = opt(
+        "own",
+        "own, or for --eval in simulation teacher: at every look what a teacher would think, to tell failures of thinking from the hand's",
+    )
+    splits: str = opt(
+        "", "splits for --eval, with commas (default: all three; id for a table of modes and delays)"
+    )
+    mode: str = opt(
+        "", f"thinking while acting: {', '.join(MODES_AND_JOINS)}; several with commas make --eval a table"
+    )
+    delay: str = opt(
+        "",
+        "control steps from a picture to the thought about it, on a simulated clock; several with commas for --eval",
+    )
+    refresh: int = opt(
+        0,
+        "control steps between the pictures that the VLM thinks about, one at a time (default: the policy's execute)",
+    )
+    commit: int = opt(
+        0, "control steps that the expert may take: so long a new plan leaves the arm to the running one"
+    )
     execute: int = opt(0, "control steps between plans (default: the policy's)")
-    moved: int = opt(0, "the simulation moves the cube to be fetched at about this control step; 0 never. --eval then measures reaction time")
+    moved: int = opt(
+        0,
+        "the simulation moves the cube to be fetched at about this control step; 0 never. --eval then measures reaction time",
+    )
     patience: float = opt(1.0, "step limit of the simulation, as a multiple of the family's")
     interactive: bool = opt(False, "type instructions, also in mid motion")
     ask: str = opt("", "a question about the scene of --seed, or about --image")
-    image: str = opt("", "picture files for --ask, with commas; models trained from nothing want one for every camera")
+    image: str = opt(
+        "", "picture files for --ask, with commas; models trained from nothing want one for every camera"
+    )
     replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot")
     data: str = opt("", "data set for --replay (default: the one the run was trained on)")
     out: str = opt("", "folder for pictures (default out/<config>/sample)")
@@ -91,11 +119,15 @@ class SampleConfig:
         if self.eval < 0 or self.arms < 1:
             raise ValueError("eval counts episodes (0 or more), arms at least 1")
         if min(self.refresh, self.commit, self.execute, self.moved) < 0 or self.patience <= 0:
-            raise ValueError("refresh, commit, execute and moved count control steps (0 or more); patience is more than 0")
+            raise ValueError(
+                "refresh, commit, execute and moved count control steps (0 or more); patience is more than 0"
+            )
         if unknown := [m for m in self.mode.split(",") if m not in ("", *MODES_AND_JOINS)]:
             raise ValueError(f"unknown mode {', '.join(unknown)}; choose from {', '.join(MODES_AND_JOINS)}")
         if not all(d.isdigit() for d in self.delay.split(",") if self.delay):
-            raise ValueError(f"delay counts control steps, as in --delay=4 or --delay=0,1,2,4,8, not {self.delay!r}")
+            raise ValueError(
+                f"delay counts control steps, as in --delay=4 or --delay=0,1,2,4,8, not {self.delay!r}"
+            )
         if not self.eval and "," in self.mode + self.delay:
             raise ValueError("several modes or delays make a table: add --eval=300")
         if self.seeds not in ("report", "val"):
@@ -103,7 +135,9 @@ class SampleConfig:
         if self.thoughts not in ("own", "teacher"):
             raise ValueError(f"thoughts must be own or teacher, not {self.thoughts!r}")
         if self.thoughts == "teacher" and (not self.eval or self.mode or self.env == "real"):
-            raise ValueError("the teacher thinks in simulation and for --eval without --mode alone: add --eval=300")
+            raise ValueError(
+                "the teacher thinks in simulation and for --eval without --mode alone: add --eval=300"
+            )
         if self.image and not self.ask:
             raise ValueError("image goes with a question: add --ask=...")
         if unknown := [s for s in self.splits.split(",") if s not in ("", *sim_env.SPLITS)]:
@@ -127,12 +161,16 @@ def look(obs, policy):
     """One observation of the environment -> the policy's batch of one: images (1, V, px, px, 3), state (1, S), [task]."""
     views = policy.cfg.cameras.split(",")
     if missing := [v for v in views if v not in obs["images"]]:
-        raise ValueError(f"the policy looks through {views}, the environment has {list(obs['images'])}: {missing} missing")
+        raise ValueError(
+            f"the policy looks through {views}, the environment has {list(obs['images'])}: {missing} missing"
+        )
     return np.stack([obs["images"][v] for v in views])[None], obs["state"][None], [obs["task"]]
 
 
 def real_arm(policy, cfg):
-    return real_env.by_flags(real_env.RealEnv, cfg, policy.cfg.cameras.split(","), px=policy.cfg.image_size, dry_run=cfg.dry_run)
+    return real_env.by_flags(
+        real_env.RealEnv, cfg, policy.cfg.cameras.split(","), px=policy.cfg.image_size, dry_run=cfg.dry_run
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,22 +210,46 @@ class Runner:
     at its last target or, before the first one, where its state says that its motors are.
     """
 
-    def __init__(self, policy, mode="async", delay=0, refresh=0, commit=0, views=slice(None), seed=0, pool=None):
+    def __init__(
+        self, policy, mode="async", delay=0, refresh=0, commit=0, views=slice(None), seed=0, pool=None
+    ):
         cfg, (mode, _, join) = policy.cfg, mode.partition("+")
-        self.policy, self.mode, self.join, self.delay, self.views, self.seed, self.pool = policy, mode, join, delay, views, seed, pool
-        self.refresh, self.commit = refresh or cfg.execute, max(commit, int(mode == "async" and join in ("rtc", "prefix")))  # these need something to join
+        self.policy, self.mode, self.join, self.delay, self.views, self.seed, self.pool = (
+            policy,
+            mode,
+            join,
+            delay,
+            views,
+            seed,
+            pool,
+        )
+        self.refresh, self.commit = (
+            refresh or cfg.execute,
+            max(commit, int(mode == "async" and join in ("rtc", "prefix"))),
+        )  # these need something to join
         if self.commit + cfg.execute > cfg.chunk:
-            raise ValueError(f"commit ({self.commit}) and execute ({cfg.execute}) together must fit into a chunk of {cfg.chunk}; lower --commit or --execute")
+            raise ValueError(
+                f"commit ({self.commit}) and execute ({cfg.execute}) together must fit into a chunk of {cfg.chunk}; lower --commit or --execute"
+            )
         given = self.commit + (delay or 0 if mode == "naive" else 0)
         if join == "prefix" and given > cfg.committed:
-            raise ValueError(f"the expert was trained to continue {cfg.committed} given actions, not {given}; train one with --committed={given} or more")
+            raise ValueError(
+                f"the expert was trained to continue {cfg.committed} given actions, not {given}; train one with --committed={given} or more"
+            )
         names, motors = cfg.state_names, cfg.motors.split(",")
-        self.held = [names.index(motor) for motor in motors if motor in names]  # where in the state the motors' positions are
+        self.held = [
+            names.index(motor) for motor in motors if motor in names
+        ]  # where in the state the motors' positions are
         if len(self.held) < len(motors) and (delay != 0 or self.commit):
-            raise ValueError(f"an arm that waits for its first plan holds its motors {motors} where they are, and its state {names} does not tell of all: "
-                             "leave out --mode, --delay and --commit; for --interactive add --delay=0")  # fmt: skip
+            raise ValueError(
+                f"an arm that waits for its first plan holds its motors {motors} where they are, and its state {names} does not tell of all: "
+                "leave out --mode, --delay and --commit; for --interactive add --delay=0"
+            )
         self.life = cfg.execute if mode == "wait" else cfg.chunk  # how many actions of a plan are followed
-        self.arms, self.seconds = {}, defaultdict(list)  # seconds: wall clock of every call of the VLM and of the expert
+        self.arms, self.seconds = (
+            {},
+            defaultdict(list),
+        )  # seconds: wall clock of every call of the VLM and of the expert
 
     def __call__(self, obs):
         """obs as sim_env.rollout gives it -> (commands (n, 1, A), the n thoughts seen so far)."""
@@ -236,14 +298,22 @@ class Runner:
             if arm.thinking is None and in_time:
                 due.append(i)
         if due:
-            thoughts = self._call("VLM", self._think, obs["images"][due][:, self.views], obs["state"][due], [arms[i].task for i in due])
+            thoughts = self._call(
+                "VLM",
+                self._think,
+                obs["images"][due][:, self.views],
+                obs["state"][due],
+                [arms[i].task for i in due],
+            )
             for row, i in enumerate(due):
                 arms[i].looked, arms[i].thinking = arms[i].now, (thoughts, row, obs["state"][i])
 
     def _see(self, arms):
         """Thoughts that are ready become what the expert goes by."""
         for arm in arms:
-            if arm.thinking and (arm.thinking[0].done() if self.delay is None else arm.now >= arm.looked + self.delay):
+            if arm.thinking and (
+                arm.thinking[0].done() if self.delay is None else arm.now >= arm.looked + self.delay
+            ):
                 thoughts, row, arm.posture = arm.thinking
                 reasons, states = thoughts.result()
                 arm.reason, arm.states, arm.seen, arm.thinking = reasons[row], states[row], arm.looked, None
@@ -254,15 +324,23 @@ class Runner:
         wanting = []
         for i, arm in enumerate(arms):
             idle = not arm.plans or arm.plans[-1].ready <= arm.now
-            if arm.states is not None and idle and (arm.seen != arm.planned or not steady and arm.now >= arm.asked + self.policy.cfg.execute):
+            if (
+                arm.states is not None
+                and idle
+                and (arm.seen != arm.planned or not steady and arm.now >= arm.asked + self.policy.cfg.execute)
+            ):
                 wanting.append(i)
         if not wanting:
             return
         chosen = [arms[i] for i in wanting]
-        joints = np.stack([arm.posture if self.mode == "naive" else state[i] for i, arm in zip(wanting, chosen)])  # (n, S)
+        joints = np.stack(
+            [arm.posture if self.mode == "naive" else state[i] for i, arm in zip(wanting, chosen)]
+        )  # (n, S)
         # An arm that stood still since the picture is where the picture shows it: for the expert the thought is as good as fresh.
         more = {"age": [0 if steady else arm.now - arm.seen for arm in chosen]}
-        since = [arm.seen if self.mode == "naive" else arm.now for arm in chosen]  # the moment of the joint state that a plan starts from
+        since = [
+            arm.seen if self.mode == "naive" else arm.now for arm in chosen
+        ]  # the moment of the joint state that a plan starts from
         moving = [arm.moved >= start or bool(self._live(arm)) for arm, start in zip(chosen, since)]
         if self.join in ("rtc", "prefix"):
             more |= self._join(chosen, since, moving)
@@ -271,7 +349,9 @@ class Runner:
         self.seed += 1
         for row, arm in enumerate(chosen):
             arm.asked, arm.planned, ready = arm.now, arm.seen, arm.now + self.commit
-            begin = since[row] if moving[row] else ready  # an arm at rest can start whenever the plan is there
+            begin = (
+                since[row] if moving[row] else ready
+            )  # an arm at rest can start whenever the plan is there
             arm.plans.append(Plan(chunks, row, begin, ready, arm.seen))
 
     def _live(self, arm):
@@ -280,11 +360,19 @@ class Runner:
     def _join(self, arms, since, moving):
         """What plans that start from the moments `since` are to continue: arguments of SyVLA.plan."""
         n, H = len(arms), self.policy.cfg.chunk
-        running, pull, given = np.zeros((n, H, self.policy.cfg.action_dim)), np.zeros((n, H)), np.zeros(n, int)
+        running, pull, given = (
+            np.zeros((n, H, self.policy.cfg.action_dim)),
+            np.zeros((n, H)),
+            np.zeros(n, int),
+        )
         for row, (arm, start) in enumerate(zip(arms, since)):
             if moving[row]:
                 done = [command for command, _ in arm.log[start:]]
-                ahead = [action for p in self._live(arm)[-1:] for action in p.chunks.result()[p.row, arm.now - p.begin :]]
+                ahead = [
+                    action
+                    for p in self._live(arm)[-1:]
+                    for action in p.chunks.result()[p.row, arm.now - p.begin :]
+                ]
                 rest = np.stack(done + ahead)[:H]
                 running[row, : len(rest)], given[row] = rest, min(len(done) + min(self.commit, len(ahead)), H)
                 pull[row] = rtc_pull(given[row], len(rest), H)
@@ -293,8 +381,14 @@ class Runner:
     def _command(self, arm):
         live = self._live(arm)
         if live:
-            said = np.stack([p.chunks.result()[p.row, arm.now - p.begin] for p in live])  # (plans, A), the oldest first
-            arm.command = np.average(said, axis=0, weights=np.exp(-0.01 * np.arange(len(live)))) if self.join == "ensemble" else said[-1]  # ACT's weights
+            said = np.stack(
+                [p.chunks.result()[p.row, arm.now - p.begin] for p in live]
+            )  # (plans, A), the oldest first
+            arm.command = (
+                np.average(said, axis=0, weights=np.exp(-0.01 * np.arange(len(live))))
+                if self.join == "ensemble"
+                else said[-1]
+            )  # ACT's weights
             arm.moved = arm.now
         arm.log.append((arm.command, live[-1] if live else None))
         return arm.command
@@ -311,8 +405,18 @@ def rtc_pull(committed, rest, H):
 def runner_by_flags(policy, cfg):
     """In conversation and on the real arm a thought takes as long as it takes, in threads; else --delay steps, or none."""
     live = cfg.interactive or cfg.env == "real"
-    mode = cfg.mode or ("async" if policy.cfg.stale else "naive")  # an expert that never met old thoughts follows them badly
-    return Runner(policy, mode, int(cfg.delay) if cfg.delay else None if live else 0, cfg.refresh, cfg.commit, seed=cfg.seed, pool=ThreadPoolExecutor(2) if live else None)
+    mode = cfg.mode or (
+        "async" if policy.cfg.stale else "naive"
+    )  # an expert that never met old thoughts follows them badly
+    return Runner(
+        policy,
+        mode,
+        int(cfg.delay) if cfg.delay else None if live else 0,
+        cfg.refresh,
+        cfg.commit,
+        seed=cfg.seed,
+        pool=ThreadPoolExecutor(2) if live else None,
+    )
 
 
 def measures(arms):
@@ -333,8 +437,14 @@ def measures(arms):
                 before, previous = arm.log[now - 1]
                 (inside if previous is plan else border).append(np.abs(command - before).mean())
     mean = lambda x: float(np.mean(x)) if x else None
-    return {"waiting": waited / steps, "waiting_later": (waited - opening) / max(1, steps - opening), "jerk_border": mean(border), "jerk_inside": mean(inside),
-            "staleness": {str(age): ages[age] / ages.total() for age in sorted(ages)}, "age": mean(list(ages.elements()))}  # fmt: skip
+    return {
+        "waiting": waited / steps,
+        "waiting_later": (waited - opening) / max(1, steps - opening),
+        "jerk_border": mean(border),
+        "jerk_inside": mean(inside),
+        "staleness": {str(age): ages[age] / ages.total() for age in sorted(ages)},
+        "age": mean(list(ages.elements())),
+    }
 
 
 def reaction(moved, unmoved, episodes, threshold=2.0):
@@ -344,47 +454,120 @@ def reaction(moved, unmoved, episodes, threshold=2.0):
     for i, episode in enumerate(episodes):
         if (at := episode["moved_at"]) is not None:
             pairs = zip(moved.arms[i].log[at:], unmoved.arms[i].log[at:])
-            times.append(next((n for n, ((a, _), (b, _)) in enumerate(pairs) if np.abs(a - b).max() > threshold), None))
+            times.append(
+                next((n for n, ((a, _), (b, _)) in enumerate(pairs) if np.abs(a - b).max() > threshold), None)
+            )
     seen = [t for t in times if t is not None]
     quantile = lambda q: float(np.quantile(seen, q)) if seen else None
-    return {"median": quantile(0.5), "p90": quantile(0.9), "reacted": len(seen) / max(1, len(times)), "moved": len(times)}
+    return {
+        "median": quantile(0.5),
+        "p90": quantile(0.9),
+        "reacted": len(seen) / max(1, len(times)),
+        "moved": len(times),
+    }
 
 
 def compare(policy, cfg):
     """Success against the VLM's delay, for each mode on the same seeds: a printed table, and async.json in the run folder, where the
     cells of several commands gather (the same cell again replaces itself)."""
-    families = (cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))).split(",")
+    families = (
+        cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))
+    ).split(",")
     sim_env.check_families(families, cfg.env)
     if cfg.eval > len(sim_env.SEEDS[cfg.seeds]):
         raise ValueError(f"there are {len(sim_env.SEEDS[cfg.seeds])} {cfg.seeds} seeds, not {cfg.eval}")
     began, views, path = time.time(), sim_env.views_of(policy, cfg.env), Path(cfg.run, "async.json")
     cells = json.loads(path.read_text())["cells"] if path.is_file() else []
     now = live(policy, cfg, families[0])
-    calls = ", ".join(f"{part} {now[part]['p50']:.0f} ms (p95 {now[part]['p95']:.0f})" for part in ("VLM", "expert"))
-    print(f"live, {sim_env.FPS} control steps a second: {calls}, picture behind an action {now['age']:.1f} steps old, "
-          f"the arm waits {now['waiting']:.1%} of the time, {now['late']:.1%} of the steps late")  # fmt: skip
+    calls = ", ".join(
+        f"{part} {now[part]['p50']:.0f} ms (p95 {now[part]['p95']:.0f})" for part in ("VLM", "expert")
+    )
+    print(
+        f"live, {sim_env.FPS} control steps a second: {calls}, picture behind an action {now['age']:.1f} steps old, "
+        f"the arm waits {now['waiting']:.1%} of the time, {now['late']:.1%} of the steps late"
+    )
 
     def play(mode, delay, family, split, **options):
         runner = Runner(policy, mode, delay, cfg.refresh, cfg.commit, views)
         seeds, name = sim_env.SEEDS[cfg.seeds][: cfg.eval], f"{mode} {delay} {family}"
-        return runner, sim_env.rollout(runner, seeds, family, split, cfg.arms, policy.cfg.image_size, name=name, env=cfg.env, **options)
+        return runner, sim_env.rollout(
+            runner, seeds, family, split, cfg.arms, policy.cfg.image_size, name=name, env=cfg.env, **options
+        )
 
-    print(COLUMNS.format("mode", "delay", "family", "split", "success %", "95 % interval", "steps", "waits %", "later %", "jerk border", "inside", "age", "reaction"))
-    for family, split, delay, mode in itertools.product(families, (cfg.splits or "id").split(","), map(int, (cfg.delay or "0").split(",")), (cfg.mode or "async").split(",")):
+    print(
+        COLUMNS.format(
+            "mode",
+            "delay",
+            "family",
+            "split",
+            "success %",
+            "95 % interval",
+            "steps",
+            "waits %",
+            "later %",
+            "jerk border",
+            "inside",
+            "age",
+            "reaction",
+        )
+    )
+    for family, split, delay, mode in itertools.product(
+        families,
+        (cfg.splits or "id").split(","),
+        map(int, (cfg.delay or "0").split(",")),
+        (cfg.mode or "async").split(","),
+    ):
         runner, episodes = play(mode, delay, family, split, **scene_options(cfg))
-        what = {"mode": mode, "delay": delay, "family": family, "split": split, "seeds": cfg.seeds, "n": cfg.eval, "execute": policy.cfg.execute,
-                "refresh": runner.refresh, "commit": runner.commit, "moved": cfg.moved, "patience": cfg.patience}  # fmt: skip
+        what = {
+            "mode": mode,
+            "delay": delay,
+            "family": family,
+            "split": split,
+            "seeds": cfg.seeds,
+            "n": cfg.eval,
+            "execute": policy.cfg.execute,
+            "refresh": runner.refresh,
+            "commit": runner.commit,
+            "moved": cfg.moved,
+            "patience": cfg.patience,
+        }
         wins = [e["steps"] for e in episodes if e["success"]]
         low, high = sim_env.wilson(len(wins), cfg.eval)
-        c = what | {"success": len(wins) / cfg.eval, "low": low, "high": high, "steps": float(np.mean(wins)) if wins else None} | measures(runner.arms.values())
+        c = (
+            what
+            | {
+                "success": len(wins) / cfg.eval,
+                "low": low,
+                "high": high,
+                "steps": float(np.mean(wins)) if wins else None,
+            }
+            | measures(runner.arms.values())
+        )
         if cfg.moved:  # the same seeds once more, with nothing moved: the first difference is the reaction
-            c["reaction"] = reaction(runner, play(mode, delay, family, split, **scene_options(cfg) | {"moved": 0})[0], episodes)
+            c["reaction"] = reaction(
+                runner, play(mode, delay, family, split, **scene_options(cfg) | {"moved": 0})[0], episodes
+            )
         cells = [old for old in cells if any(old.get(k) != v for k, v in what.items())] + [c]
         write_json(path, {"live": now, "cells": cells})  # after every cell: a table takes a while
         number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
-        print(COLUMNS.format(mode, delay, family, split, number(100 * c["success"]), f"{100 * low:.1f} - {100 * high:.1f}", number(c["steps"]), number(100 * c["waiting"]),
-                             number(100 * c["waiting_later"]), number(c["jerk_border"], 2), number(c["jerk_inside"], 2), number(c["age"]),
-                             number(c["reaction"]["median"]) if cfg.moved else "-"), flush=True)  # fmt: skip
+        print(
+            COLUMNS.format(
+                mode,
+                delay,
+                family,
+                split,
+                number(100 * c["success"]),
+                f"{100 * low:.1f} - {100 * high:.1f}",
+                number(c["steps"]),
+                number(100 * c["waiting"]),
+                number(100 * c["waiting_later"]),
+                number(c["jerk_border"], 2),
+                number(c["jerk_inside"], 2),
+                number(c["age"]),
+                number(c["reaction"]["median"]) if cfg.moved else "-",
+            ),
+            flush=True,
+        )
     print(f"{time.time() - began:.0f} s; wrote {path}")
 
 
@@ -393,7 +576,9 @@ COLUMNS = "{:<14} {:>5} {:<10} {:<16} {:>9} {:>13} {:>6} {:>8} {:>8} {:>12} {:>7
 
 def scene_options(cfg):
     """What the simulation is asked for beyond its task; other environments know nothing of it."""
-    return ({"moved": cfg.moved} if cfg.moved else {}) | ({"patience": cfg.patience} if cfg.patience != 1 else {})
+    return ({"moved": cfg.moved} if cfg.moved else {}) | (
+        {"patience": cfg.patience} if cfg.patience != 1 else {}
+    )
 
 
 def live(policy, cfg, family, n=3):
@@ -401,7 +586,9 @@ def live(policy, cfg, family, n=3):
     env, late, ticks = sim_env.make_env(cfg.env, policy.cfg.image_size), 0, 0
     with ThreadPoolExecutor(2) as pool:
         runner = Runner(policy, "async", None, cfg.refresh, cfg.commit, pool=pool)
-        policy.act(*look(env.reset(seed=sim_env.SEEDS["val"][0], options={"family": family})[0], policy))  # the first call is slower
+        policy.act(
+            *look(env.reset(seed=sim_env.SEEDS["val"][0], options={"family": family})[0], policy)
+        )  # the first call is slower
         for episode in range(n):
             obs, _ = env.reset(seed=sim_env.SEEDS["val"][episode], options={"family": family})
             due, done = time.perf_counter(), False
@@ -411,7 +598,10 @@ def live(policy, cfg, family, n=3):
                 done, ticks, due = terminated or truncated, ticks + 1, due + 1 / sim_env.FPS
                 late += not wait_until(due)
     env.close()
-    calls = {part: {f"p{q}": float(np.percentile(seconds, q)) * 1e3 for q in (50, 95)} for part, seconds in runner.seconds.items()}
+    calls = {
+        part: {f"p{q}": float(np.percentile(seconds, q)) * 1e3 for q in (50, 95)}
+        for part, seconds in runner.seconds.items()
+    }
     told = measures(runner.arms.values())
     return calls | {"age": told["age"], "waiting": told["waiting"], "late": late / ticks, "steps": ticks}
 
@@ -443,7 +633,14 @@ def importance(policy, obs, chunk, states=None):
     generator = torch.Generator().manual_seed(0)
     eps, t = torch.randn(1, 8, *chunk.shape, generator=generator), torch.linspace(0.1, 0.9, 8)[None]
     action = policy.normalise(torch.as_tensor(chunk)[None], "action")
-    norms = policy.gradient_norms(states.clone(), policy.normalise(state, "state").clone(), action, torch.ones(1, len(chunk), dtype=torch.bool), eps, t)[0]
+    norms = policy.gradient_norms(
+        states.clone(),
+        policy.normalise(state, "state").clone(),
+        action,
+        torch.ones(1, len(chunk), dtype=torch.bool),
+        eps,
+        t,
+    )[0]
     return (norms / norms.max().clamp(min=1e-9)).numpy()
 
 
@@ -462,14 +659,24 @@ def draw_frame(env, cameras, task, reasoning, weights, note="", px=256):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
     pen, font = ImageDraw.Draw(frame), ImageFont.load_default(13)
     y = px + 4
-    for text, colour in ((task, (20, 20, 20)), (f"<reason> {reasoning} </reason>" if reasoning else "", (170, 60, 20))):
+    for text, colour in (
+        (task, (20, 20, 20)),
+        (f"<reason> {reasoning} </reason>" if reasoning else "", (170, 60, 20)),
+    ):
         for line in wrap_text(text, font, 2 * px - 12)[:3]:
             pen.text((6, y), line, fill=colour, font=font)
             y += 16
-    pen.text((6, px + 92), f"{'query states ' if len(weights) else ''}{note}", fill=(120, 120, 120), font=ImageFont.load_default(11))
+    pen.text(
+        (6, px + 92),
+        f"{'query states ' if len(weights) else ''}{note}",
+        fill=(120, 120, 120),
+        font=ImageFont.load_default(11),
+    )
     left, step = 6 + 90 + 110, (2 * px - 218) / max(1, len(weights))
     for i, w in enumerate(weights):
-        pen.rectangle((left + i * step, px + 106 - 24 * float(w), left + (i + 0.7) * step, px + 106), fill=(40, 90, 170))
+        pen.rectangle(
+            (left + i * step, px + 106 - 24 * float(w), left + (i + 0.7) * step, px + 106), fill=(40, 90, 170)
+        )
     return frame
 
 
@@ -478,16 +685,30 @@ def film(policy, cfg):
     runner = runner_by_flags(policy, cfg)
     if cfg.task:
         policy.tokenizer.prompt(cfg.task)  # complain about the words before anything moves
-    env = real_arm(policy, cfg) if cfg.env == "real" else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
+    env = (
+        real_arm(policy, cfg)
+        if cfg.env == "real"
+        else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
+    )
     cameras = policy.cfg.cameras.split(",")
     if cfg.env == "real":
         obs, info = env.reset(options={"task": cfg.task})
     elif cfg.env == "sim" and cfg.task:
         obs, info = env.reset_for(cfg.task, cfg.seed, "tiny" if cfg.family == "tiny" else "sequence")
     else:
-        obs, info = env.reset(seed=cfg.seed, options={"family": cfg.family, "split": cfg.split} | ({"task": cfg.task} if cfg.task else {}))
+        obs, info = env.reset(
+            seed=cfg.seed,
+            options={"family": cfg.family, "split": cfg.split} | ({"task": cfg.task} if cfg.task else {}),
+        )
     print(f"instruction: {obs['task']}")
-    frames, terminated, truncated, said, shown, weights = [], False, False, None, None, np.zeros(policy.cfg.queries)
+    frames, terminated, truncated, said, shown, weights = (
+        [],
+        False,
+        False,
+        None,
+        None,
+        np.zeros(policy.cfg.queries),
+    )
     while not terminated and not truncated:
         actions, (reasoning,) = runner(batch_of_one(obs, policy))
         arm = runner.arms[0]
@@ -498,12 +719,18 @@ def film(policy, cfg):
             shown = arm.plans[-1]
             weights = importance(policy, obs, shown.chunks.result()[0], arm.states[None])
         waits = "" if arm.log[-1][1] else ", waiting"
-        frames.append(draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']}{waits})"))
+        frames.append(
+            draw_frame(env, cameras, obs["task"], reasoning, weights, f"(step {info['steps']}{waits})")
+        )
         obs, _, terminated, truncated, info = env.step(actions[0, 0])
-    frames += [draw_frame(env, cameras, obs["task"], reasoning, weights, "success" if terminated else "out of time")] * sim_env.FPS
+    frames += [
+        draw_frame(env, cameras, obs["task"], reasoning, weights, "success" if terminated else "out of time")
+    ] * sim_env.FPS
     env.close()  # the real arm does so at any exit
     path = save_film(frames, cfg, obs["task"])
-    print(f"{'success' if terminated else 'stopped' if cfg.env == 'real' else 'no success'} after {info['steps']} steps; wrote {path}.gif and .png")
+    print(
+        f"{'success' if terminated else 'stopped' if cfg.env == 'real' else 'no success'} after {info['steps']} steps; wrote {path}.gif and .png"
+    )
     return terminated
 
 
@@ -513,7 +740,9 @@ def save_film(frames, cfg, title):
     out.mkdir(parents=True, exist_ok=True)
     name = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in title).split())[:60] or "task"
     palette = [f.quantize(128, dither=Image.Dither.NONE) for f in frames]
-    palette[0].save(out / f"{name}.gif", save_all=True, append_images=palette[1:], duration=1000 // sim_env.FPS, loop=0)
+    palette[0].save(
+        out / f"{name}.gif", save_all=True, append_images=palette[1:], duration=1000 // sim_env.FPS, loop=0
+    )
     contact_sheet(frames).save(out / f"{name}.png")
     return out / name
 
@@ -539,11 +768,22 @@ def interactive(policy, cfg):
     the input ends (a pipe), so does the conversation, once the last instruction is carried out. The real arm moves when it is told to.
     """
     runner, real, cameras = runner_by_flags(policy, cfg), cfg.env == "real", policy.cfg.cameras.split(",")
-    env = real_arm(policy, cfg) if real else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
-    seed, scene, lines, frames = cfg.seed, {"family": cfg.family, "split": cfg.split}, queue.SimpleQueue(), deque(maxlen=60 * sim_env.FPS)
+    env = (
+        real_arm(policy, cfg)
+        if real
+        else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
+    )
+    seed, scene, lines, frames = (
+        cfg.seed,
+        {"family": cfg.family, "split": cfg.split},
+        queue.SimpleQueue(),
+        deque(maxlen=60 * sim_env.FPS),
+    )
 
     def listen():
-        with open(sys.stdin.fileno(), closefd=False) as words:  # not sys.stdin: a thread that waits inside it would break the exit
+        with open(
+            sys.stdin.fileno(), closefd=False
+        ) as words:  # not sys.stdin: a thread that waits inside it would break the exit
             for line in words:
                 lines.put(line.strip())
         lines.put(None)
@@ -551,7 +791,10 @@ def interactive(policy, cfg):
     threading.Thread(target=listen, daemon=True).start()
     obs, info = (None, {"steps": 0}) if real else env.reset(seed=seed, options=scene)
     viewer = None if real else open_viewer(env)
-    print('type an instruction, such as: put the red cube on the blue pad (another one interrupts it; "new": another scene; "quit")', flush=True)
+    print(
+        'type an instruction, such as: put the red cube on the blue pad (another one interrupts it; "new": another scene; "quit")',
+        flush=True,
+    )
     task, ended, listening, said, due = None, False, True, None, 0.0
     with contextlib.suppress(KeyboardInterrupt):
         while (task or listening) and (viewer is None or viewer.is_running()):
@@ -563,7 +806,9 @@ def interactive(policy, cfg):
                 listening = False
             elif line == "quit":
                 break
-            elif line == "new" or line and ended and not hasattr(env, "instruct"):  # what cannot be told anew begins anew
+            elif (
+                line == "new" or line and ended and not hasattr(env, "instruct")
+            ):  # what cannot be told anew begins anew
                 seed, task, ended = seed + 1, None, False
                 if real:
                     env.rest()
@@ -590,14 +835,25 @@ def interactive(policy, cfg):
                     print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>", flush=True)
                     said = reasoning
                 if viewer is None:
-                    frames.append(draw_frame(env, cameras, task, reasoning, (), "" if runner.arms[0].log[-1][1] else "(waiting)"))
+                    frames.append(
+                        draw_frame(
+                            env,
+                            cameras,
+                            task,
+                            reasoning,
+                            (),
+                            "" if runner.arms[0].log[-1][1] else "(waiting)",
+                        )
+                    )
                 with viewer.lock() if viewer else contextlib.nullcontext():
                     obs, _, terminated, truncated, info = env.step(actions[0, 0])
                 ended = terminated or truncated
                 if ended:
                     print(f"step {info['steps']:3d}  {'done' if terminated else 'out of time'}", flush=True)
                     task = None
-                due = max(due + 1 / sim_env.FPS, time.perf_counter() - 1)  # late steps are caught up with, but no more than a second
+                due = max(
+                    due + 1 / sim_env.FPS, time.perf_counter() - 1
+                )  # late steps are caught up with, but no more than a second
                 wait_until(due)
             if viewer:
                 viewer.sync()
@@ -610,7 +866,9 @@ def interactive(policy, cfg):
 
 def open_viewer(env):
     """MuJoCo's window on a simulated arm where there is a display, else None."""
-    if not hasattr(env, "model") or not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32")):
+    if not hasattr(env, "model") or not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32")
+    ):
         return None
     import mujoco.viewer
 
@@ -628,11 +886,35 @@ def evaluate(policy, cfg):
     """Success by family and split; eval.json in the run folder, or eval_<teacher>_<seeds>_<splits>.json where they are not all report ones, or not its own thoughts."""
     taught = cfg.thoughts == "teacher"
     if taught and not (policy.cfg.reasoning and cfg.env == "sim"):
-        raise ValueError(f"there is no teacher's thought: --env is {cfg.env} and the policy {'thinks' if policy.cfg.reasoning else 'does not think'}; leave --thoughts out")
-    families = (cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))).split(",")
+        raise ValueError(
+            f"there is no teacher's thought: --env is {cfg.env} and the policy {'thinks' if policy.cfg.reasoning else 'does not think'}; leave --thoughts out"
+        )
+    families = (
+        cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))
+    ).split(",")
     began = time.time()
-    results = sim_env.evaluate(policy, families, cfg.eval, cfg.arms, cfg.seeds, cfg.splits.split(",") if cfg.splits else sim_env.SPLITS, cfg.env, taught)
-    path = Path(cfg.run, "_".join(["eval", *(["teacher"] if taught else []), *([cfg.seeds] if cfg.seeds != "report" else []), *cfg.splits.split(",")]).rstrip("_") + ".json")
+    results = sim_env.evaluate(
+        policy,
+        families,
+        cfg.eval,
+        cfg.arms,
+        cfg.seeds,
+        cfg.splits.split(",") if cfg.splits else sim_env.SPLITS,
+        cfg.env,
+        taught,
+    )
+    path = Path(
+        cfg.run,
+        "_".join(
+            [
+                "eval",
+                *(["teacher"] if taught else []),
+                *([cfg.seeds] if cfg.seeds != "report" else []),
+                *cfg.splits.split(","),
+            ]
+        ).rstrip("_")
+        + ".json",
+    )
     write_json(path, results)
     print(sim_env.table(results))
     print(f"{time.time() - began:.0f} s; wrote {path}")
@@ -644,7 +926,9 @@ def evaluate_real(policy, cfg):
     runner, successes, steps = runner_by_flags(policy, cfg), [], []
     with real_arm(policy, cfg) as env:
         while len(successes) < cfg.eval:
-            input(f"episode {len(successes) + 1} of {cfg.eval}: lay out the scene, keep clear of the arm, press Enter. Ctrl-C ends the episode ")
+            input(
+                f"episode {len(successes) + 1} of {cfg.eval}: lay out the scene, keep clear of the arm, press Enter. Ctrl-C ends the episode "
+            )
             obs, info = env.reset(options={"task": cfg.task})
             truncated = False
             try:
@@ -658,13 +942,27 @@ def evaluate_real(policy, cfg):
             successes.append(answer == "y")
             steps += [info["steps"]] * successes[-1]
     low, high = sim_env.wilson(sum(successes), cfg.eval)
-    results = {"real": {"id": {"success": sum(successes) / cfg.eval, "n": cfg.eval, "low": low, "high": high, "target_at_0": None, "reasoning": None,
-                               "steps": float(np.mean(steps)) if steps else None, "task": cfg.task}}}  # fmt: skip
+    results = {
+        "real": {
+            "id": {
+                "success": sum(successes) / cfg.eval,
+                "n": cfg.eval,
+                "low": low,
+                "high": high,
+                "target_at_0": None,
+                "reasoning": None,
+                "steps": float(np.mean(steps)) if steps else None,
+                "task": cfg.task,
+            }
+        }
+    }
     path = Path(cfg.run, "eval_real.json")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1))
     os.replace(temporary, path)
-    print(f"{100 * sum(successes) / cfg.eval:.1f} % of {cfg.eval} (95 % interval {100 * low:.1f} - {100 * high:.1f}); wrote {path}")
+    print(
+        f"{100 * sum(successes) / cfg.eval:.1f} % of {cfg.eval} (95 % interval {100 * low:.1f} - {100 * high:.1f}); wrote {path}"
+    )
 
 
 def replay(policy, cfg):
@@ -681,7 +979,9 @@ def replay(policy, cfg):
         errors.append(np.abs(chunk - batch["actions"].numpy()))
         valid.append(batch["valid"].numpy())
     errors, valid = np.concatenate(errors), np.concatenate(valid)  # (n, H, A), (n, H)
-    print(f"mean absolute error of the predicted chunk on {len(picks)} recorded frames, by step of the chunk:")
+    print(
+        f"mean absolute error of the predicted chunk on {len(picks)} recorded frames, by step of the chunk:"
+    )
     print(f"{'':14s}" + "".join(f"{'t+' + str(h):>8s}" for h in range(errors.shape[1])) + "    mean")
     for j, motor in enumerate(motors):
         row = [errors[valid[:, h], h, j].mean() for h in range(errors.shape[1])]
@@ -705,8 +1005,14 @@ def plot_replay(truth, chunks, every, motors, title, width=640, height=110):
     pen.text((6, 4), title, fill="black")
     for j, motor in enumerate(motors):
         top = 24 + j * height
-        low, high = min(truth[:, j].min(), chunks[..., j].min()), max(truth[:, j].max(), chunks[..., j].max()) + 1e-6
-        point = lambda step, value: (90 + step / len(truth) * (width - 100), top + height - 10 - (value - low) / (high - low) * (height - 20))  # noqa: B023
+        low, high = (
+            min(truth[:, j].min(), chunks[..., j].min()),
+            max(truth[:, j].max(), chunks[..., j].max()) + 1e-6,
+        )
+        point = lambda step, value: (
+            90 + step / len(truth) * (width - 100),
+            top + height - 10 - (value - low) / (high - low) * (height - 20),
+        )  # noqa: B023
         pen.text((6, top + height // 2 - 6), motor, fill="black")
         pen.line([point(s, v) for s, v in enumerate(truth[:, j])], fill=(150, 150, 150), width=4)
         for k, chunk in enumerate(chunks):
@@ -726,26 +1032,34 @@ def read_pictures(policy, paths):
             raise ValueError(f"{path} is no picture that can be read ({str(e).splitlines()[0]})") from None
     c = policy.cfg
     if not c.backbone and len(pictures) != c.views:
-        raise ValueError(f"this policy looks through {c.cameras}: give {c.views} pictures, --image={','.join(f'{name}.png' for name in c.cameras.split(','))}")
+        raise ValueError(
+            f"this policy looks through {c.cameras}: give {c.views} pictures, --image={','.join(f'{name}.png' for name in c.cameras.split(','))}"
+        )
     side = min(1024, max(pictures[0].size))
     if not c.backbone:  # SmolVLM's own preparation takes any shape; a wrapped model gets a square
         shape = (c.image_size, c.image_size)
     else:
         shape = (side, side) if c.wrapped else pictures[0].size
-    return np.stack([np.asarray(p if p.size == shape else p.resize(shape, Image.Resampling.LANCZOS)) for p in pictures])[None]
+    return np.stack(
+        [np.asarray(p if p.size == shape else p.resize(shape, Image.Resampling.LANCZOS)) for p in pictures]
+    )[None]
 
 
 def ask(policy, cfg):
     """Answer a question about pictures, or about the scene of --seed; its picture is saved so that the answer can be checked."""
     if cfg.image:
-        (answer,) = policy.answer(read_pictures(policy, cfg.image.split(",")), [cfg.ask], limit=max(24, policy.cfg.max_thought))
+        (answer,) = policy.answer(
+            read_pictures(policy, cfg.image.split(",")), [cfg.ask], limit=max(24, policy.cfg.max_thought)
+        )
         return print(f"{cfg.ask}\n{answer}")
     env = sim_env.make_env(cfg.env, policy.cfg.image_size)
     obs, _ = env.reset(seed=cfg.seed, options={"family": "sequence" if cfg.env == "sim" else cfg.family})
     (answer,) = policy.answer(look(obs, policy)[0], [cfg.ask])
     path = Path(cfg.out) / f"scene_{cfg.seed}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.hstack([env.render(384, camera) for camera in sim_env.environment(cfg.env).cameras])).save(path)
+    Image.fromarray(
+        np.hstack([env.render(384, camera) for camera in sim_env.environment(cfg.env).cameras])
+    ).save(path)
     env.close()
     print(f"{cfg.ask}\n{answer}\n(the scene is in {path})")
 
@@ -765,8 +1079,24 @@ def main(argv=None):
             raise ValueError(f"--moved and --patience are the simulation's, --env={cfg.env} has none")
         if cfg.execute:
             policy.cfg = dataclasses.replace(policy.cfg, execute=cfg.execute)
-        table = evaluate_real if cfg.env == "real" else compare if cfg.mode or cfg.delay or cfg.moved else evaluate
-        (table if cfg.eval else replay if cfg.replay else ask if cfg.ask else interactive if cfg.interactive else film)(policy, cfg)
+        table = (
+            evaluate_real
+            if cfg.env == "real"
+            else compare
+            if cfg.mode or cfg.delay or cfg.moved
+            else evaluate
+        )
+        (
+            table
+            if cfg.eval
+            else replay
+            if cfg.replay
+            else ask
+            if cfg.ask
+            else interactive
+            if cfg.interactive
+            else film
+        )(policy, cfg)
     except (ValueError, FileNotFoundError, RuntimeError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -10,6 +10,7 @@ the table are polar about it: `phi` in degrees, 0 straight ahead, positive towar
 metres. The front camera looks back at the arm, so phi grows from left to right in its image and pads 1..5 read left to
 right there. LeRobot's shoulder_pan is -phi.
 """
+
 import contextlib
 import importlib
 import itertools
@@ -25,8 +26,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-GL_HELP = ("MuJoCo cannot draw: no working OpenGL library. On Debian or Ubuntu type: apt-get install libegl1 libgl1 "
-           "(or, without EGL: apt-get install libosmesa6, then MUJOCO_GL=osmesa)")
+GL_HELP = (
+    "MuJoCo cannot draw: no working OpenGL library. On Debian or Ubuntu type: apt-get install libegl1 libgl1 "
+    "(or, without EGL: apt-get install libosmesa6, then MUJOCO_GL=osmesa)"
+)
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # must be set before mujoco is imported
 try:
@@ -39,9 +42,17 @@ except (ImportError, AttributeError) as error:  # what PyOpenGL raises when libE
 MOTORS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 CAMERAS = ("front", "wrist")
-FAMILIES = ("place", "calculate", "sequence")  # and "tiny": one cube, one pad, one sentence; a first success in minutes
+FAMILIES = (
+    "place",
+    "calculate",
+    "sequence",
+)  # and "tiny": one cube, one pad, one sentence; a first success in minutes
 SPLITS = ("id", "ood_position", "ood_instruction")
-SEEDS = {"train": range(0, 1_000_000), "val": range(1_000_000, 2_000_000), "report": range(2_000_000, 3_000_000)}
+SEEDS = {
+    "train": range(0, 1_000_000),
+    "val": range(1_000_000, 2_000_000),
+    "report": range(2_000_000, 3_000_000),
+}
 FPS = 10
 LIMIT = {"place": 60, "calculate": 60, "sequence": 110, "tiny": 60}  # control steps before truncation
 
@@ -158,13 +169,20 @@ SUBSTEPS = 25  # physics steps of 4 ms in one control step
 PAN_AXIS = np.array([0.0, -0.0452])
 CUBE = 0.012  # half size of a cube, metres
 PAD = 0.03  # half size of a pad
-RGB = {"red": (.86, .1, .1), "green": (.1, .62, .15), "blue": (.08, .25, .9), "yellow": (.97, .82, .08),
-       "purple": (.62, .15, .7)}
-TABLE, LINK = (.72, .70, .66), (.93, .92, .88)
+RGB = {
+    "red": (0.86, 0.1, 0.1),
+    "green": (0.1, 0.62, 0.15),
+    "blue": (0.08, 0.25, 0.9),
+    "yellow": (0.97, 0.82, 0.08),
+    "purple": (0.62, 0.15, 0.7),
+}
+TABLE, LINK = (0.72, 0.70, 0.66), (0.93, 0.92, 0.88)
 
-JOINT_RANGE = np.array([(-1.92, 1.92), (-3.32, .174), (-.174, 3.14), (-1.66, 1.66), (-2.79, 2.79), (-.174, 1.75)])
+JOINT_RANGE = np.array(
+    [(-1.92, 1.92), (-3.32, 0.174), (-0.174, 3.14), (-1.66, 1.66), (-2.79, 2.79), (-0.174, 1.75)]
+)
 SCALE = np.array([-180 / np.pi] + [180 / np.pi] * 4 + [100 / 1.924])  # LeRobot = radians * SCALE + OFFSET
-OFFSET = np.array([0, 90, -90, 0, 0, 100 * .174 / 1.924])
+OFFSET = np.array([0, 90, -90, 0, 0, 100 * 0.174 / 1.924])
 
 
 def to_position(qpos):
@@ -203,24 +221,36 @@ def direction_bin(phi):
 
 def distance_bin(r):
     """Word for a distance: r0..r7, 8 bins of 15 mm over [.12, .24]."""
-    return f"r{min(max(int((r - .12) // .015), 0), 7)}"
+    return f"r{min(max(int((r - 0.12) // 0.015), 0), 7)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Language. A goal is a plain dict {"legs": [(cube colour, vague name or None, pad colour, pad number), ...],
 # "sum": "3 + 1" or None}. One leg is "place" (or "calculate", with a sum), two legs are "sequence".
 
-VAGUE_NAMES = {"red": ("tomato", "strawberry", "cherry", "fire", "blood", "ketchup"),
-               "green": ("grass", "frog", "leaf", "lime", "cucumber", "broccoli"),
-               "blue": ("sky", "sea", "sapphire", "blueberry", "ocean", "jeans"),
-               "yellow": ("banana", "lemon", "sun", "corn", "butter", "canary"),
-               "purple": ("grape", "plum", "lavender", "lilac", "eggplant", "amethyst")}
-HELD_OUT_NAMES = {colour: names[-2:] for colour, names in VAGUE_NAMES.items()}  # instructions say them in ood_instruction only
-ARTICLE = {"the": ("sky", "sea", "sun", "ocean"),
-           "": ("grass", "fire", "blood", "ketchup", "jeans", "corn", "butter", "lavender", "lilac", "broccoli")}
+VAGUE_NAMES = {
+    "red": ("tomato", "strawberry", "cherry", "fire", "blood", "ketchup"),
+    "green": ("grass", "frog", "leaf", "lime", "cucumber", "broccoli"),
+    "blue": ("sky", "sea", "sapphire", "blueberry", "ocean", "jeans"),
+    "yellow": ("banana", "lemon", "sun", "corn", "butter", "canary"),
+    "purple": ("grape", "plum", "lavender", "lilac", "eggplant", "amethyst"),
+}
+HELD_OUT_NAMES = {
+    colour: names[-2:] for colour, names in VAGUE_NAMES.items()
+}  # instructions say them in ood_instruction only
+ARTICLE = {
+    "the": ("sky", "sea", "sun", "ocean"),
+    "": ("grass", "fire", "blood", "ketchup", "jeans", "corn", "butter", "lavender", "lilac", "broccoli"),
+}
 
-ALL_SUMS = [f"{a} {op} {b}" for result in range(1, 6) for op in "+-" for a in range(10) for b in range(10)
-            if result == (a + b if op == "+" else a - b)]  # 11 for each result 1..5
+ALL_SUMS = [
+    f"{a} {op} {b}"
+    for result in range(1, 6)
+    for op in "+-"
+    for a in range(10)
+    for b in range(10)
+    if result == (a + b if op == "+" else a - b)
+]  # 11 for each result 1..5
 HELD_OUT_SUMS = ALL_SUMS[2::5]  # two or three for each result, never trained on
 SUMS = [s for s in ALL_SUMS if s not in HELD_OUT_SUMS]
 
@@ -229,32 +259,48 @@ FRAMES = ("{v} {c} {p} {d}", "{v} {c} {p} {d}", "{p} {d} {v} {c}", "{c} goes {p}
 VERBS = ("put", "place", "move", "set", "bring", "lay")
 PREPOSITIONS = ("on", "onto", "on top of", "to")
 PREFIXES, SUFFIXES = ("now ,", "robot ,", "hello robot ,"), (", please", "now", ", robot", ", robot , please")
-JOINS = ("{a} , then {b}", "{a} and then {b}", "first {a} , then {b}", "{a} , after that {b}", "first {a} , after that {b}")
-NEW_FRAMES = ("i want {c} on {d}", "make sure {c} ends up on {d}", "{d} should hold {c}", "drop {c} onto {d}",
-              "could you carry {c} over to {d}", "{c} has to be on {d}", "take {c} and leave it on {d}", "let {c} rest on {d}")
+JOINS = (
+    "{a} , then {b}",
+    "{a} and then {b}",
+    "first {a} , then {b}",
+    "{a} , after that {b}",
+    "first {a} , after that {b}",
+)
+NEW_FRAMES = (
+    "i want {c} on {d}",
+    "make sure {c} ends up on {d}",
+    "{d} should hold {c}",
+    "drop {c} onto {d}",
+    "could you carry {c} over to {d}",
+    "{c} has to be on {d}",
+    "take {c} and leave it on {d}",
+    "let {c} rest on {d}",
+)
 
 
 def number_of(expression):
-    """"3 + 1" -> 4."""
+    """ "3 + 1" -> 4."""
     a, op, b = expression.split()
     return int(a) + int(b) if op == "+" else int(a) - int(b)
 
 
 def cube_phrase(colour, vague, rng, plain):
-    """"the red cube", "the red block" or "the one that looks like a tomato"."""
+    """ "the red cube", "the red block" or "the one that looks like a tomato"."""
     if vague is None:
-        return f"the {colour} cube" if plain or rng.random() < .6 else f"the {colour} block"
-    article = next((a for a, names in ARTICLE.items() if vague in names), "an" if vague[0] in "aeiou" else "a")
+        return f"the {colour} cube" if plain or rng.random() < 0.6 else f"the {colour} block"
+    article = next(
+        (a for a, names in ARTICLE.items() if vague in names), "an" if vague[0] in "aeiou" else "a"
+    )
     return " ".join(f"the one that looks like {article} {vague}".split())
 
 
 def pad_phrase(colour, expression, rng, plain):
-    """"the blue pad", or for a sum "pad 3 + 1", "pad number 3 plus 1", ..."""
+    """ "the blue pad", or for a sum "pad 3 + 1", "pad number 3 plus 1", ..."""
     if expression is None:
-        return f"the {colour} pad" if plain or rng.random() < .6 else f"the {colour} square"
-    if not plain and rng.random() < .5:
+        return f"the {colour} pad" if plain or rng.random() < 0.6 else f"the {colour} square"
+    if not plain and rng.random() < 0.5:
         expression = expression.replace("+", "plus").replace("-", "minus")
-    return ("pad " if plain or rng.random() < .6 else "pad number ") + expression
+    return ("pad " if plain or rng.random() < 0.6 else "pad number ") + expression
 
 
 def instruction(family, goal, rng, split="id"):
@@ -265,13 +311,13 @@ def instruction(family, goal, rng, split="id"):
     """
     new = split == "ood_instruction" and family != "tiny"
     if new:
-        new = rng.random() < .5 if goal["sum"] else not any(vague for _, vague, _, _ in goal["legs"])
-    plain = family == "tiny" or (not new and rng.random() < .3)
+        new = rng.random() < 0.5 if goal["sum"] else not any(vague for _, vague, _, _ in goal["legs"])
+    plain = family == "tiny" or (not new and rng.random() < 0.3)
     clauses = []
     for i, (cube, vague, pad, _) in enumerate(goal["legs"]):
         c, d = cube_phrase(cube, vague, rng, plain), pad_phrase(pad, goal["sum"], rng, plain)
         frame = rng.choice(NEW_FRAMES) if new else FRAMES[0] if plain else rng.choice(FRAMES)
-        if i == 1 and not new and (plain or rng.random() < .3):
+        if i == 1 and not new and (plain or rng.random() < 0.3):
             frame = "{c} {p} {d}"  # "... , then the green cube on the yellow pad"
         verb, preposition = ("put", "on") if plain else (rng.choice(VERBS), rng.choice(PREPOSITIONS))
         clauses.append(frame.format(v=verb, p=preposition, c=c, d=d))
@@ -279,8 +325,8 @@ def instruction(family, goal, rng, split="id"):
         join = JOINS[0] if plain else rng.choice(JOINS)
         clauses = [join.format(a=clauses[0], b=clauses[1])]
     text = clauses[0]
-    if not plain and not new and rng.random() < .4:
-        text = f"{rng.choice(PREFIXES)} {text}" if rng.random() < .5 else f"{text} {rng.choice(SUFFIXES)}"
+    if not plain and not new and rng.random() < 0.4:
+        text = f"{rng.choice(PREFIXES)} {text}" if rng.random() < 0.5 else f"{text} {rng.choice(SUFFIXES)}"
     return text
 
 
@@ -308,8 +354,10 @@ def sample_goal(scene, family, rng, split="id"):
     """
     n = 2 if family == "sequence" else 1
     if len(scene["cubes"]) < n or len(scene["pads"]) < n:
-        raise ValueError(f"family {family!r} needs {n} cubes and {n} pads, the scene has "
-                         f"{len(scene['cubes'])} and {len(scene['pads'])}")
+        raise ValueError(
+            f"family {family!r} needs {n} cubes and {n} pads, the scene has "
+            f"{len(scene['cubes'])} and {len(scene['pads'])}"
+        )
     colours = [cube["colour"] for cube in scene["cubes"]]
     colours = colours[:n] if split == "ood_position" else [str(c) for c in rng.permutation(colours)[:n]]
     lying = {cube["pad"]: cube["colour"] for cube in scene["cubes"] if cube["pad"]}
@@ -317,22 +365,33 @@ def sample_goal(scene, family, rng, split="id"):
     expression = None
     if family == "calculate":
         numbers = {pad["number"]: pad for pad in pads}
-        pads = [numbers[int(rng.choice(list(numbers)))]]  # pads equally often, whatever the number of sums that name them
+        pads = [
+            numbers[int(rng.choice(list(numbers)))]
+        ]  # pads equally often, whatever the number of sums that name them
     else:
         pads = [pads[i] for i in rng.permutation(len(pads))[:n]]
-    if lying and rng.random() < (.5 if n == 2 else .2):  # as if the first leg were done
+    if lying and rng.random() < (0.5 if n == 2 else 0.2):  # as if the first leg were done
         number = int(rng.choice(list(lying)))
         others = [colour for colour in colours if colour != lying[number]]
-        colours, pads[0] = [lying[number], *others][:n], next(pad for pad in scene["pads"] if pad["number"] == number)
+        colours, pads[0] = (
+            [lying[number], *others][:n],
+            next(pad for pad in scene["pads"] if pad["number"] == number),
+        )
     if family == "calculate":
         sums = HELD_OUT_SUMS if split == "ood_instruction" else SUMS
         expression = str(rng.choice([s for s in sums if number_of(s) == pads[0]["number"]]))
-    chance = {"id": .15, "ood_position": .15, "ood_instruction": 0 if expression else float(rng.random() < .5)}[split]
+    chance = {
+        "id": 0.15,
+        "ood_position": 0.15,
+        "ood_instruction": 0 if expression else float(rng.random() < 0.5),
+    }[split]
     legs = []
     for colour, pad in zip(colours, pads):
         vague = None
         if family != "tiny" and rng.random() < chance:
-            vague = str(rng.choice(HELD_OUT_NAMES[colour] if split == "ood_instruction" else VAGUE_NAMES[colour][:-2]))
+            vague = str(
+                rng.choice(HELD_OUT_NAMES[colour] if split == "ood_instruction" else VAGUE_NAMES[colour][:-2])
+            )
         legs.append((colour, vague, pad["colour"], pad["number"]))
     return {"legs": legs, "sum": expression}
 
@@ -342,12 +401,22 @@ def parse(task):
     words = " ".join(re.findall(r"\w+|[^\w\s]", task.lower()))
     vague = {name: colour for colour, names in VAGUE_NAMES.items() for name in names}
     colours, names = "|".join(COLOURS), "|".join(vague)
-    cubes = [(c or vague[v], v or None) for c, v in re.findall(rf"\b({colours}) (?:cube|block)\b|looks like (?:an? |the )?({names})\b", words)]
-    sums = [f"{a} {'+' if op in ('+', 'plus') else '-'} {b}" for a, op, b in re.findall(r"pad (?:number )?(\d) (\+|-|plus|minus) (\d)\b", words)]
-    pads = [(c, None) for c in re.findall(rf"\b({colours}) (?:pad|square)\b", words)] + [(None, s) for s in sums]
+    cubes = [
+        (c or vague[v], v or None)
+        for c, v in re.findall(rf"\b({colours}) (?:cube|block)\b|looks like (?:an? |the )?({names})\b", words)
+    ]
+    sums = [
+        f"{a} {'+' if op in ('+', 'plus') else '-'} {b}"
+        for a, op, b in re.findall(r"pad (?:number )?(\d) (\+|-|plus|minus) (\d)\b", words)
+    ]
+    pads = [(c, None) for c in re.findall(rf"\b({colours}) (?:pad|square)\b", words)] + [
+        (None, s) for s in sums
+    ]
     different = len({c for c, _ in cubes}) == len(cubes) and len(set(pads)) == len(pads)
     if not cubes or len(cubes) != len(pads) or len(cubes) > 2 or (sums and len(cubes) != 1) or not different:
-        raise ValueError(f"cannot tell which cube goes where in {task[:80]!r}; say it like: put the red cube on the blue pad")
+        raise ValueError(
+            f"cannot tell which cube goes where in {task[:80]!r}; say it like: put the red cube on the blue pad"
+        )
     return cubes, pads
 
 
@@ -358,10 +427,14 @@ def understand(task, scene):
     number_with = {colour: number for number, colour in colour_of.items()}
     present = {cube["colour"] for cube in scene["cubes"]}
     if missing := [c for c, _ in cubes if c not in present]:
-        raise ValueError(f"there is no {missing[0]} cube in this scene, only {', '.join(sorted(present))}; choose another --seed")
+        raise ValueError(
+            f"there is no {missing[0]} cube in this scene, only {', '.join(sorted(present))}; choose another --seed"
+        )
     numbers = [number_with.get(colour) if colour else number_of(s) for colour, s in pads]
     if missing := [p for p, n in zip(pads, numbers) if n not in colour_of]:
-        raise ValueError(f"there is no pad {missing[0][0] or missing[0][1]} in this scene; pads are {', '.join(f'{n} {c}' for n, c in colour_of.items())}")
+        raise ValueError(
+            f"there is no pad {missing[0][0] or missing[0][1]} in this scene; pads are {', '.join(f'{n} {c}' for n, c in colour_of.items())}"
+        )
     return {"legs": [(c, v, colour_of[n], n) for (c, v), n in zip(cubes, numbers)], "sum": pads[0][1]}
 
 
@@ -374,18 +447,21 @@ def random_task(scene, family, rng, split="id"):
 # ---------------------------------------------------------------------------------------------------------------
 # Where things lie.
 
-PAD_R, PAD_PHI = .265, (-40, -20, 0, 20, 40)
-CUBE_AREA = ((-42, 42), (.13, .21))  # phi, r
-TINY_AREA = ((-25, 25), (.15, .20))
-DROPPED_AREA = ((-50, 50), (.13, .30))
-HELD_OUT_AREA = ((9, 25), (.165, .21))  # no training scene has a cube there; in ood_position every target cube is
-CUBE_GAP = .055  # between centres: room for an open jaw between two cubes
+PAD_R, PAD_PHI = 0.265, (-40, -20, 0, 20, 40)
+CUBE_AREA = ((-42, 42), (0.13, 0.21))  # phi, r
+TINY_AREA = ((-25, 25), (0.15, 0.20))
+DROPPED_AREA = ((-50, 50), (0.13, 0.30))
+HELD_OUT_AREA = (
+    (9, 25),
+    (0.165, 0.21),
+)  # no training scene has a cube there; in ood_position every target cube is
+CUBE_GAP = 0.055  # between centres: room for an open jaw between two cubes
 
 
 def sample_place(rng, area):
     """Uniform on an arc-shaped area ((phi, phi), (r, r)) -> (phi, r)."""
     (phi0, phi1), (r0, r1) = area
-    return rng.uniform(phi0, phi1), math.sqrt(rng.uniform(r0 ** 2, r1 ** 2))
+    return rng.uniform(phi0, phi1), math.sqrt(rng.uniform(r0**2, r1**2))
 
 
 def held_out(phi, r):
@@ -404,11 +480,13 @@ def sample_cubes(rng, family, split, n, pads=()):
         for i in range(n):
             for _ in range(50):
                 area = HELD_OUT_AREA if i < targets else TINY_AREA if family == "tiny" else CUBE_AREA
-                kind = rng.random() if pads and sum(r > .22 for _, r in places) < 2 else 1  # goals need free pads
-                if kind < .25:
+                kind = (
+                    rng.random() if pads and sum(r > 0.22 for _, r in places) < 2 else 1
+                )  # goals need free pads
+                if kind < 0.25:
                     phi, r = pads[rng.integers(len(pads))]
-                    area = (phi - 4, phi + 4), (r - .02, r + .02)
-                elif kind < .4:
+                    area = (phi - 4, phi + 4), (r - 0.02, r + 0.02)
+                elif kind < 0.4:
                     area = DROPPED_AREA
                 phi, r = sample_place(rng, area)
                 apart = all(np.linalg.norm(polar_to_xy(phi, r) - polar_to_xy(*p)) >= CUBE_GAP for p in places)
@@ -423,11 +501,14 @@ def sample_cubes(rng, family, split, n, pads=()):
 # Inverse kinematics, in closed form but for the tilt of the tool. In the vertical plane of the arm, u points forward and
 # v up; angles are measured downwards from u, so pi/2 is straight down.
 
-SHOULDER = np.array([.0306, .119])  # from the foot of the pan axis
-UPPER, FOREARM = np.array([.11257, -.028]), np.array([.1349, .0052])
-TIP = .0601 + .1014  # wrist axis to the centre of the fingertips
+SHOULDER = np.array([0.0306, 0.119])  # from the foot of the pan axis
+UPPER, FOREARM = np.array([0.11257, -0.028]), np.array([0.1349, 0.0052])
+TIP = 0.0601 + 0.1014  # wrist axis to the centre of the fingertips
 WRIST_LIMIT = 1.62  # a little inside the joint's 1.66
-OPEN, CLOSED = 33.0, 11.0  # gripper: 53 mm between the fingers; and a little narrower than a cube, so that it squeezes
+OPEN, CLOSED = (
+    33.0,
+    11.0,
+)  # gripper: 53 mm between the fingers; and a little narrower than a cube, so that it squeezes
 
 
 def turn(vector, angle):
@@ -439,8 +520,8 @@ def turn(vector, angle):
 def pinch_x(gripper):
     """Middle between the fingers across the jaw, metres in the fixed jaw's frame, for a gripper in 0..100."""
     jaw = (gripper - OFFSET[5]) / SCALE[5]
-    moving = -.0202 + .0103 * math.cos(jaw) - .077 * math.sin(jaw)
-    return max((.0079 + moving) / 2, -.018)  # wider open, the cube stays near the fixed finger
+    moving = -0.0202 + 0.0103 * math.cos(jaw) - 0.077 * math.sin(jaw)
+    return max((0.0079 + moving) / 2, -0.018)  # wider open, the cube stays near the fixed finger
 
 
 def solve_plane(u, v, tool, tilt):
@@ -465,7 +546,10 @@ def inverse(phi, r, z, roll=-90.0, gripper=CLOSED):
     The tool is as close to vertical as the joints allow: exactly vertical is impossible higher than about 9 cm.
     """
     x = pinch_x(gripper)
-    side, rise = -x * math.sin(math.radians(roll)), -x * math.cos(math.radians(roll))  # of the pinch from the roll axis
+    side, rise = (
+        -x * math.sin(math.radians(roll)),
+        -x * math.cos(math.radians(roll)),
+    )  # of the pinch from the roll axis
     u, tool = math.sqrt(max(r * r - side * side, 0)), np.array([TIP, rise])
     steep, flat = math.pi / 2, None
     best = solve_plane(u, z, tool, steep)
@@ -476,7 +560,9 @@ def inverse(phi, r, z, roll=-90.0, gripper=CLOSED):
             break
     if best is None:
         raise ValueError(f"out of reach: r={r:.3f} z={z:.3f} metres; stay within r .13 to .38 and z 0 to .15")
-    for _ in range(12 if flat is not None else 0):  # halve the interval between a tilt that works and one that does not
+    for _ in range(
+        12 if flat is not None else 0
+    ):  # halve the interval between a tilt that works and one that does not
         middle = (steep + flat) / 2
         solution = solve_plane(u, z, tool, middle)
         best, steep, flat = (solution, steep, middle) if solution else (best, middle, flat)
@@ -489,10 +575,13 @@ def inverse(phi, r, z, roll=-90.0, gripper=CLOSED):
 # ---------------------------------------------------------------------------------------------------------------
 # The environment.
 
+
 def check_families(families, env="sim"):
     there = environment(env).families
     if unknown := [family for family in families if family not in there]:
-        raise ValueError(f"{', '.join(unknown)} is no task family of --env={env}; set --families to some of {', '.join(there)}")
+        raise ValueError(
+            f"{', '.join(unknown)} is no task family of --env={env}; set --families to some of {', '.join(there)}"
+        )
 
 
 def check_task(family, split):
@@ -511,11 +600,23 @@ class SO100Env:
     elsewhere; 0 never. patience: the step limit as a multiple of the family's.
     """
 
-    cameras, motors, families, splits = CAMERAS, MOTORS, LIMIT, SPLITS  # what the programs ask an environment class for
+    cameras, motors, families, splits = (
+        CAMERAS,
+        MOTORS,
+        LIMIT,
+        SPLITS,
+    )  # what the programs ask an environment class for
 
     def __init__(self, family="place", split="id", px=96, randomise=1.0, moved=0, patience=1.0):
         check_task(family, split)
-        self.family, self.split, self.px, self.randomise, self.moved, self.patience = family, split, px, randomise, moved, patience
+        self.family, self.split, self.px, self.randomise, self.moved, self.patience = (
+            family,
+            split,
+            px,
+            randomise,
+            moved,
+            patience,
+        )
         self.model = mujoco.MjModel.from_xml_string(MJCF)
         self.data = mujoco.MjData(self.model)
         self.seeder = np.random.default_rng()
@@ -529,16 +630,30 @@ class SO100Env:
         geoms_of = lambda body: np.flatnonzero(m.geom_bodyid == m.body(body).id)
         self.cube_body = [m.body(f"cube{i}").id for i in range(4)]
         self.cube_geom = [int(geoms_of(f"cube{i}")[0]) for i in range(4)]
-        self.cube_q = [m.jnt_qposadr[m.body_jntadr[b]] for b in self.cube_body]  # 7 numbers: place and quaternion
+        self.cube_q = [
+            m.jnt_qposadr[m.body_jntadr[b]] for b in self.cube_body
+        ]  # 7 numbers: place and quaternion
         self.cube_v = [m.jnt_dofadr[m.body_jntadr[b]] for b in self.cube_body]
         self.pad_body = [m.body(f"pad{i}").id for i in range(1, 6)]
         self.pad_geom = [geoms_of(f"pad{i}")[0] for i in range(1, 6)]
         self.fixed, self.moving = ({int(g) for g in geoms_of(body)} for body in ("fixed_jaw", "moving_jaw"))
-        self.arm_geoms = np.flatnonzero((m.geom_bodyid >= m.body("base").id) & (m.geom_bodyid <= m.body("moving_jaw").id))
+        self.arm_geoms = np.flatnonzero(
+            (m.geom_bodyid >= m.body("base").id) & (m.geom_bodyid <= m.body("moving_jaw").id)
+        )
         self.links = self.arm_geoms[np.isclose(m.geom_rgba[self.arm_geoms, 0], LINK[0])]
         self.table = m.geom("table").id
-        self.original = {name: getattr(m, name).copy() for name in
-                         ("cam_pos", "cam_quat", "light_diffuse", "light_dir", "geom_rgba", "geom_friction", "geom_size")}
+        self.original = {
+            name: getattr(m, name).copy()
+            for name in (
+                "cam_pos",
+                "cam_quat",
+                "light_diffuse",
+                "light_dir",
+                "geom_rgba",
+                "geom_friction",
+                "geom_size",
+            )
+        }
 
     # -- episodes -----------------------------------------------------------------------------------------------
 
@@ -558,8 +673,10 @@ class SO100Env:
         if seed is None:
             seed = int(self.seeder.choice(SEEDS["train" if split == "id" else "report"]))
         if seed in SEEDS["train"] and split != "id":
-            raise ValueError(f"seed {seed} is a training seed and split {split} must never be trained on: "
-                             f"type a seed of at least {SEEDS['val'].start}")
+            raise ValueError(
+                f"seed {seed} is a training seed and split {split} must never be trained on: "
+                f"type a seed of at least {SEEDS['val'].start}"
+            )
         self.family, self.split, self.seed = family, split, seed
         rng = np.random.default_rng([list(LIMIT).index(family), SPLITS.index(split), seed, int(start)])
         mujoco.mj_resetData(self.model, self.data)
@@ -588,7 +705,9 @@ class SO100Env:
         names what is not there."""
         self.goal, self.task = understand(task, self.scene()), task
         if self.family != "tiny":
-            self.family = "sequence" if len(self.goal["legs"]) == 2 else "calculate" if self.goal["sum"] else "place"
+            self.family = (
+                "sequence" if len(self.goal["legs"]) == 2 else "calculate" if self.goal["sum"] else "place"
+            )
         self.steps, self.failure, self.in_order = 0, "", False
         return self._obs()
 
@@ -598,10 +717,12 @@ class SO100Env:
         tiny = self.family == "tiny"
         n = 1 if tiny else int(rng.integers(2, 5))
         self.cube_colours = ["red"] if tiny else [str(c) for c in rng.permutation(COLOURS)[:n]]
-        self.pad_colours = [None, None, "blue", None, None] if tiny else [str(c) for c in rng.permutation(COLOURS)]
+        self.pad_colours = (
+            [None, None, "blue", None, None] if tiny else [str(c) for c in rng.permutation(COLOURS)]
+        )
         far = self.split == "ood_position"
         turned = rng.choice([-1, 1]) * rng.uniform(5, 8) if far else rng.uniform(-3, 3)
-        shift = rng.uniform(-.006, .006)
+        shift = rng.uniform(-0.006, 0.006)
         for body, phi, colour in zip(self.pad_body, PAD_PHI, self.pad_colours):
             m.body_pos[body] = (*polar_to_xy(phi + turned, PAD_R + shift), 0 if colour else -1)
             half = math.radians(phi + turned) / 2
@@ -614,7 +735,7 @@ class SO100Env:
             m.geom_contype[geom] = m.geom_conaffinity[geom] = int(used)
             yaw = rng.uniform(0, math.pi / 2)
             xy = polar_to_xy(*places[i]) if used else (i, 0)
-            d.qpos[q:q + 7] = (*xy, CUBE if used else -1, math.cos(yaw / 2), 0, 0, math.sin(yaw / 2))
+            d.qpos[q : q + 7] = (*xy, CUBE if used else -1, math.cos(yaw / 2), 0, 0, math.sin(yaw / 2))
 
     def _vary(self, rng):
         """Colours, light, cameras, friction and size: fields of the model, written anew at every reset."""
@@ -622,23 +743,23 @@ class SO100Env:
         for name, value in self.original.items():
             getattr(m, name)[:] = value
         spread = lambda size, shape=3: k * rng.uniform(-size, size, shape)
-        shade = lambda rgb: np.clip(np.array(rgb) * (1 + spread(.12, 1)) + spread(.04), 0, 1)
+        shade = lambda rgb: np.clip(np.array(rgb) * (1 + spread(0.12, 1)) + spread(0.04), 0, 1)
         shades = {colour: shade(RGB[colour]) for colour in COLOURS}
         for geom, colour in [*zip(self.cube_geom, self.cube_colours), *zip(self.pad_geom, self.pad_colours)]:
             m.geom_rgba[geom, :3] = shades.get(colour, (0, 0, 0))
         m.geom_rgba[self.table, :3] = shade(TABLE)
         m.geom_rgba[self.links, :3] = shade(LINK)
-        m.light_diffuse[0] *= 1 + spread(.3, 1)
-        m.light_dir[0] += spread(.25)
+        m.light_diffuse[0] *= 1 + spread(0.3, 1)
+        m.light_dir[0] += spread(0.25)
         m.light_dir[0] /= np.linalg.norm(m.light_dir[0])
-        for camera, (metres, radians) in enumerate(((.005, .01), (.003, .02))):  # front, wrist
+        for camera, (metres, radians) in enumerate(((0.005, 0.01), (0.003, 0.02))):  # front, wrist
             turned = np.zeros(4)
             mujoco.mju_mulQuat(turned, m.cam_quat[camera], np.array([1, *(spread(radians) / 2)]))
             m.cam_pos[camera] += spread(metres)
             m.cam_quat[camera] = turned / np.linalg.norm(turned)
-        m.geom_friction[self.cube_geom, 0] *= 1 + spread(.2, 4)
-        m.geom_size[self.cube_geom] = (CUBE + spread(.0005, 4))[:, None]
-        for q, geom in zip(self.cube_q[:len(self.cube_colours)], self.cube_geom):
+        m.geom_friction[self.cube_geom, 0] *= 1 + spread(0.2, 4)
+        m.geom_size[self.cube_geom] = (CUBE + spread(0.0005, 4))[:, None]
+        for q, geom in zip(self.cube_q[: len(self.cube_colours)], self.cube_geom):
             self.data.qpos[q + 2] = m.geom_size[geom, 2]
 
     def _pose_arm(self, rng, start):
@@ -646,12 +767,12 @@ class SO100Env:
         m, d, k = self.model, self.data, self.randomise
         while True:
             if start:
-                place = sample_place(rng, ((-60, 60), (.13, .29)))
-                z, roll, gripper = rng.uniform(.02, .15), rng.uniform(-160, 0), rng.uniform(0, 70)
+                place = sample_place(rng, ((-60, 60), (0.13, 0.29)))
+                z, roll, gripper = rng.uniform(0.02, 0.15), rng.uniform(-160, 0), rng.uniform(0, 70)
                 noise = rng.uniform(-12, 12, 6)
             else:
-                place = k * rng.uniform(-10, 10), .15 + k * rng.uniform(-.015, .015)
-                z, roll, gripper = .11 + k * rng.uniform(-.01, .01), -90 + k * rng.uniform(-10, 10), OPEN
+                place = k * rng.uniform(-10, 10), 0.15 + k * rng.uniform(-0.015, 0.015)
+                z, roll, gripper = 0.11 + k * rng.uniform(-0.01, 0.01), -90 + k * rng.uniform(-10, 10), OPEN
                 noise = k * rng.uniform(-2, 2, 6)
             position = np.clip(inverse(*place, z, roll, gripper) + noise, LOW, HIGH)
             d.qpos[:6] = to_qpos(position)
@@ -659,7 +780,7 @@ class SO100Env:
             mujoco.mj_forward(m, d)
             touching = np.isin(d.contact.geom, self.arm_geoms).any() if d.ncon else False
             low = min(d.site("gripper").xpos[2], d.site("jaw_tip").xpos[2])
-            if not touching and low > .012:
+            if not touching and low > 0.012:
                 return
 
     def _move_target(self):
@@ -673,11 +794,15 @@ class SO100Env:
         while True:
             phi, r = sample_place(rng, CUBE_AREA)
             there = np.array(polar_to_xy(phi, r))
-            if not held_out(phi, r) and np.linalg.norm(there - here) >= .05 and all(np.linalg.norm(there - o) >= CUBE_GAP for o in others):
+            if (
+                not held_out(phi, r)
+                and np.linalg.norm(there - here) >= 0.05
+                and all(np.linalg.norm(there - o) >= CUBE_GAP for o in others)
+            ):
                 break
         i = self.cube_colours.index(colour)
-        self.data.qpos[self.cube_q[i]:][:2] = there
-        self.data.qvel[self.cube_v[i]:][:6] = 0
+        self.data.qpos[self.cube_q[i] :][:2] = there
+        self.data.qvel[self.cube_v[i] :][:6] = 0
         self.moved_at = self.steps
 
     # -- truth --------------------------------------------------------------------------------------------------
@@ -717,22 +842,35 @@ class SO100Env:
 
     def pad_under(self, colour):
         """Number of the pad that the cube lies on and is let go of, or None. Says nothing about rest: see resting()."""
-        if self.cube_xyz(colour)[2] > CUBE + .006 or self.held(colour):
+        if self.cube_xyz(colour)[2] > CUBE + 0.006 or self.held(colour):
             return None
-        return next((n for n, there in enumerate(self.pad_colours, 1) if there and self.over_pad(colour, n)), None)
+        return next(
+            (n for n, there in enumerate(self.pad_colours, 1) if there and self.over_pad(colour, n)), None
+        )
 
     def resting(self, colour, number):
         """Does the cube lie still and released on that pad?"""
-        speed = self.data.qvel[self.cube_v[self.cube_colours.index(colour)]:][:6]
-        return self.pad_under(colour) == number and np.linalg.norm(speed[:3]) < .02 and np.linalg.norm(speed[3:]) < .3
+        speed = self.data.qvel[self.cube_v[self.cube_colours.index(colour)] :][:6]
+        return (
+            self.pad_under(colour) == number
+            and np.linalg.norm(speed[:3]) < 0.02
+            and np.linalg.norm(speed[3:]) < 0.3
+        )
 
     def placed(self, colour, number):
         """Strictly: resting on the pad, flat at table height, touching no jaw, and no other cube over that pad."""
         i = self.cube_colours.index(colour)
-        upright = np.abs(self.data.xmat[self.cube_body[i]].reshape(3, 3)[2]).max()  # 1: some face is exactly level
+        upright = np.abs(
+            self.data.xmat[self.cube_body[i]].reshape(3, 3)[2]
+        ).max()  # 1: some face is exactly level
         height = self.cube_xyz(colour)[2] - self.model.geom_size[self.cube_geom[i], 2]
-        return (self.resting(colour, number) and abs(height) < .002 and upright > .995 and not any(self.touching(colour))
-                and not any(self.over_pad(other, number) for other in self.cube_colours if other != colour))
+        return (
+            self.resting(colour, number)
+            and abs(height) < 0.002
+            and upright > 0.995
+            and not any(self.touching(colour))
+            and not any(self.over_pad(other, number) for other in self.cube_colours if other != colour)
+        )
 
     def scene(self):
         """The truth in words and numbers, plain Python: {"cubes": [...], "pads": [...]}."""
@@ -740,11 +878,26 @@ class SO100Env:
         for colour in self.cube_colours:
             x, y, _ = self.cube_xyz(colour)
             phi, r = xy_to_polar((x, y))
-            cubes.append({"colour": colour, "t": direction_bin(phi), "r": distance_bin(r), "x": float(x), "distance": r,
-                          "held": self.held(colour), "pad": self.pad_under(colour)})
+            cubes.append(
+                {
+                    "colour": colour,
+                    "t": direction_bin(phi),
+                    "r": distance_bin(r),
+                    "x": float(x),
+                    "distance": r,
+                    "held": self.held(colour),
+                    "pad": self.pad_under(colour),
+                }
+            )
         for number, colour in enumerate(self.pad_colours, 1):
             if colour:
-                pads.append({"colour": colour, "number": number, "t": direction_bin(xy_to_polar(self.pad_xy(number))[0])})
+                pads.append(
+                    {
+                        "colour": colour,
+                        "number": number,
+                        "t": direction_bin(xy_to_polar(self.pad_xy(number))[0]),
+                    }
+                )
         return {"cubes": cubes, "pads": pads}
 
     def _judge(self):
@@ -754,12 +907,22 @@ class SO100Env:
             self.in_order = self.in_order or first
             if second and not self.in_order:
                 self.failure = "wrong order"
-        return not self.failure and all(self.placed(colour, number) for colour, _, _, number in self.goal["legs"])
+        return not self.failure and all(
+            self.placed(colour, number) for colour, _, _, number in self.goal["legs"]
+        )
 
     def _info(self, executed=1):
-        return {"success": self._judge(), "reason": reasoning(self.goal, self.scene()), "split": self.split,
-                "family": self.family, "seed": self.seed, "steps": self.steps, "executed": executed, "failure": self.failure,
-                "moved_at": self.moved_at}
+        return {
+            "success": self._judge(),
+            "reason": reasoning(self.goal, self.scene()),
+            "split": self.split,
+            "family": self.family,
+            "seed": self.seed,
+            "steps": self.steps,
+            "executed": executed,
+            "failure": self.failure,
+            "moved_at": self.moved_at,
+        }
 
     # -- acting and seeing --------------------------------------------------------------------------------------
 
@@ -776,7 +939,9 @@ class SO100Env:
             raise ValueError("the episode has not begun: call reset() first")
         actions = np.asarray(actions, np.float64)
         if actions.ndim != 2 or actions.shape[1] != 6 or not len(actions):
-            raise ValueError(f"an action has 6 numbers, one for each of {', '.join(MOTORS)}; got shape {actions.shape[1:]}")
+            raise ValueError(
+                f"an action has 6 numbers, one for each of {', '.join(MOTORS)}; got shape {actions.shape[1:]}"
+            )
         if not np.isfinite(actions).all():
             raise ValueError(f"an action must be finite; got {actions[~np.isfinite(actions).all(1)][0]}")
         for executed, action in enumerate(actions, 1):
@@ -859,9 +1024,11 @@ def square(picture, px, fit):
 # ---------------------------------------------------------------------------------------------------------------
 # The scripted expert.
 
-HOVER = .055  # the tool travels this far above the height at which it grasps
+HOVER = 0.055  # the tool travels this far above the height at which it grasps
 GAIN = 1.3  # aim a little past the target: the servo gives way to gravity and to the noise of demonstrate()
-STRIDE = np.array([18, 16, 16, 16, 24, 10])  # largest step of a command away from the measured position, LeRobot units
+STRIDE = np.array(
+    [18, 16, 16, 16, 24, 10]
+)  # largest step of a command away from the measured position, LeRobot units
 
 
 class Expert:
@@ -873,14 +1040,17 @@ class Expert:
     """
 
     def __init__(self, env, mistake=(0, 0)):
-        self.env, self.mistake = env, np.array(mistake)  # metres (2,) by which it believes cubes and pads to lie elsewhere
+        self.env, self.mistake = (
+            env,
+            np.array(mistake),
+        )  # metres (2,) by which it believes cubes and pads to lie elsewhere
 
     def action(self):
         """The next target position (6,) float32 in LeRobot units."""
         env, scene = self.env, self.env.scene()
         at = env.position()
         jaw = env.data.body("fixed_jaw")
-        tool = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(at[5]), -.1014, 0)
+        tool = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(at[5]), -0.1014, 0)
         pads = {cube["colour"]: cube["pad"] for cube in scene["cubes"]}
         todo = [leg for leg in env.goal["legs"] if pads[leg[0]] != leg[3]]
         if not todo:
@@ -889,7 +1059,9 @@ class Expert:
         colour, _, _, number = todo[0]
         cube = env.cube_xyz(colour)
         if env.held(colour):
-            return self.towards(at, *self.carry(tool, cube, env.pad_xy(number) + 2 * self.mistake))  # pads are larger
+            return self.towards(
+                at, *self.carry(tool, cube, env.pad_xy(number) + 2 * self.mistake)
+            )  # pads are larger
         cube[:2] += self.mistake
         return self.towards(at, *self.fetch(tool, at, cube, env.cube_yaw(colour)))
 
@@ -900,33 +1072,39 @@ class Expert:
     def fetch(self, tool, at, cube, yaw):
         """Above the cube, down around it, close -> xy, z, roll, gripper."""
         phi, _ = xy_to_polar(cube)
-        roll = at[4] + wrap(yaw - phi - at[4], 90)  # of the four ways to hold a cube the one that turns the wrist least,
+        roll = at[4] + wrap(
+            yaw - phi - at[4], 90
+        )  # of the four ways to hold a cube the one that turns the wrist least,
         if abs(roll + 90) > 60:
             roll = -90 + wrap(yaw - phi, 90)  # unless that leads away from the middle of its range
         gap = np.linalg.norm(cube[:2] - tool[:2])
-        if gap < .02 and tool[2] < CUBE + .009 and at[5] > CLOSED + 1.5:  # closed on nothing: try again
+        if gap < 0.02 and tool[2] < CUBE + 0.009 and at[5] > CLOSED + 1.5:  # closed on nothing: try again
             return cube[:2], CUBE, roll, CLOSED
-        if tool[2] < CUBE + .03 and gap > .028:  # low beside something: open, then rise, before going anywhere
+        if (
+            tool[2] < CUBE + 0.03 and gap > 0.028
+        ):  # low beside something: open, then rise, before going anywhere
             xy, z, gripper = self.leave(tool, at[5])
             return xy, z, at[4], gripper
-        unready = gap + .0007 * abs(roll - at[4]) + .002 * max(OPEN - 4 - at[5], 0)
-        return cube[:2], CUBE + np.clip(4 * (unready - .02), 0, HOVER), roll, OPEN
+        unready = gap + 0.0007 * abs(roll - at[4]) + 0.002 * max(OPEN - 4 - at[5], 0)
+        return cube[:2], CUBE + np.clip(4 * (unready - 0.02), 0, HOVER), roll, OPEN
 
     def carry(self, tool, cube, pad):
         """Up, over the pad, down, open -> xy, z, roll, gripper. Aims with the cube, wherever it sits between the fingers."""
         gap = np.linalg.norm(pad - cube[:2])
-        if gap < .02 and min(cube[2] - CUBE, tool[2] - .008) < .007:  # the cube or the fingertips are down
+        if gap < 0.02 and min(cube[2] - CUBE, tool[2] - 0.008) < 0.007:  # the cube or the fingertips are down
             return tool[:2], tool[2], -90, OPEN
         sink = tool[2] - cube[2]
-        z = CUBE + np.clip(4 * (gap - .015), 0, HOVER)
-        free = np.clip((cube[2] - .028) / .02, 0, 1) if gap > .03 else 1  # do not drag it through its neighbours
+        z = CUBE + np.clip(4 * (gap - 0.015), 0, HOVER)
+        free = (
+            np.clip((cube[2] - 0.028) / 0.02, 0, 1) if gap > 0.03 else 1
+        )  # do not drag it through its neighbours
         return tool[:2] + free * (pad - cube[:2]), z + sink, -90, CLOSED
 
     def towards(self, at, xy, z, roll, gripper):
         """One stride in joint space towards a pose of the tool."""
         phi, r = xy_to_polar(xy)
-        z = np.clip(z, .008, .12)
-        target = inverse(phi, np.clip(r, .09 + .4 * z, .34), z, roll, at[5])
+        z = np.clip(z, 0.008, 0.12)
+        target = inverse(phi, np.clip(r, 0.09 + 0.4 * z, 0.34), z, roll, at[5])
         target[5] = gripper
         step = GAIN * (target - at) / STRIDE
         step[:5] /= max(1, np.abs(step[:5]).max())  # all joints arrive together
@@ -946,10 +1124,10 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
     """
     _, info = env.reset(seed=seed, options={"family": family, "split": "id", "start": start})
     rng = np.random.default_rng([seed, 7])
-    accident = rng.choice(["open", "push", ""], p=[.04, .04, .92]) if noise else ""
+    accident = rng.choice(["open", "push", ""], p=[0.04, 0.04, 0.92]) if noise else ""
     begin, push, drift = int(rng.integers(4, LIMIT[family] // 3)), rng.normal(0, 12, 6), np.zeros(6)
-    mistaken, astray = Expert(env, rng.normal(0, .016, 2)), range(0)
-    if noise and rng.random() < .5:
+    mistaken, astray = Expert(env, rng.normal(0, 0.016, 2)), range(0)
+    if noise and rng.random() < 0.5:
         first = int(rng.integers(0, LIMIT[family] // 3))
         astray = range(first, first + int(rng.integers(6, 16)))
     expert, success, lifted, after = Expert(env), False, False, 0
@@ -961,7 +1139,7 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
         reasons.append(info["reason"])
         if images:
             frames.append([draw(env.renderer, env.data, camera) for camera in CAMERAS])
-        drift = .8 * drift + rng.normal(0, .9, 6) * noise  # stays near 1.5 degrees
+        drift = 0.8 * drift + rng.normal(0, 0.9, 6) * noise  # stays near 1.5 degrees
         step = len(actions) - 1
         executed = (mistaken.action() if step in astray else actions[-1]) + drift
         if step in hit:
@@ -971,14 +1149,24 @@ def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=T
         lifted = lifted or info["reason"].endswith("in hand")
         success = success or info["success"]
         after += success
-    why = env.failure or ("never grasped" if not lifted else "timeout" if info["reason"].endswith("in hand") else "dropped")
-    return {"states": np.array(states, np.float32), "actions": np.array(actions), "images": np.array(frames, np.uint8),
-            "reasons": reasons, "disturbed": [[r.start, r.stop] for r in (astray, hit) if r], "task": env.task,
-            "success": success, "failure": "" if success else why}
+    why = env.failure or (
+        "never grasped" if not lifted else "timeout" if info["reason"].endswith("in hand") else "dropped"
+    )
+    return {
+        "states": np.array(states, np.float32),
+        "actions": np.array(actions),
+        "images": np.array(frames, np.uint8),
+        "reasons": reasons,
+        "disturbed": [[r.start, r.stop] for r in (astray, hit) if r],
+        "task": env.task,
+        "success": success,
+        "failure": "" if success else why,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Any environment, and many at once.
+
 
 def environment(name):
     """The class that `--env` names, "sim" or "package.module:Class", or a ValueError.
@@ -992,7 +1180,9 @@ def environment(name):
     if name == "sim":
         return SO100Env
     if name == "real":
-        raise ValueError("the real arm is no simulation: only films, sample.py --eval and --interactive, and rl.py take --env=real, with a person beside it")
+        raise ValueError(
+            "the real arm is no simulation: only films, sample.py --eval and --interactive, and rl.py take --env=real, with a person beside it"
+        )
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"--env={name} is neither sim, real nor package.module:Class")
@@ -1002,10 +1192,14 @@ def environment(name):
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--env={name} cannot be imported: {error}") from None
-    if missing := [need for need in ("cameras", "motors", "families", "reset", "step", "close") if not hasattr(cls, need)]:
+    if missing := [
+        need for need in ("cameras", "motors", "families", "reset", "step", "close") if not hasattr(cls, need)
+    ]:
         raise ValueError(f"--env={name} is no environment: the class lacks {', '.join(missing)}")
     if not isinstance(state_names(cls), (tuple, list)):
-        raise ValueError(f"--env={name}: the class attribute state must name the state's numbers, as motors does an action's, not be {cls.state!r}")
+        raise ValueError(
+            f"--env={name}: the class attribute state must name the state's numbers, as motors does an action's, not be {cls.state!r}"
+        )
     return cls
 
 
@@ -1026,7 +1220,14 @@ class Chunked:
         return self.obs, self._info(info, False, 0)
 
     def _info(self, info, success, executed):
-        return {"reason": "", "failure": "", **info, "success": success, "steps": self.steps, "executed": executed}
+        return {
+            "reason": "",
+            "failure": "",
+            **info,
+            "success": success,
+            "steps": self.steps,
+            "executed": executed,
+        }
 
     def step(self, action):
         return self.step_chunk(np.asarray(action)[None])
@@ -1039,7 +1240,13 @@ class Chunked:
             total += float(reward)
             if terminated or truncated:
                 break
-        return self.obs, total, bool(terminated), bool(truncated), self._info(info, bool(terminated), executed)
+        return (
+            self.obs,
+            total,
+            bool(terminated),
+            bool(truncated),
+            self._info(info, bool(terminated), executed),
+        )
 
     def spent(self):
         return {}
@@ -1093,17 +1300,31 @@ class VecEnv:
         here = os.path.dirname(os.path.abspath(__file__))
         variables = dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
         self.groups = np.array_split(np.arange(n), min(workers, n))  # arms of each worker
-        self.workers = [subprocess.Popen([sys.executable, "-c", "import sim_env; sim_env.serve()"], env=variables,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in self.groups]
+        self.workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", "import sim_env; sim_env.serve()"],
+                env=variables,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for _ in self.groups
+        ]
         for worker, group in zip(self.workers, self.groups):
             self._send(worker, (len(group), env, options | {"px": px}))
         self._empty(len(state_names(cls)))
 
     def _empty(self, S):
         n, px = self.n, self.px
-        self.obs = {"images": np.zeros((n, len(self.cameras), px, px, 3), np.uint8), "state": np.zeros((n, S), np.float32), "task": [""] * n}
+        self.obs = {
+            "images": np.zeros((n, len(self.cameras), px, px, 3), np.uint8),
+            "state": np.zeros((n, S), np.float32),
+            "task": [""] * n,
+        }
         self.infos = [{} for _ in range(n)]
-        self.terminated, self.truncated = np.zeros(n, bool), np.ones(n, bool)  # nothing moves before its first reset
+        self.terminated, self.truncated = (
+            np.zeros(n, bool),
+            np.ones(n, bool),
+        )  # nothing moves before its first reset
 
     def __enter__(self):
         return self
@@ -1124,7 +1345,9 @@ class VecEnv:
                 self._send(worker, (method, mine))
                 busy.append((worker, group[0]))
         try:
-            answers = [(pickle.load(worker.stdout), first) for worker, first in busy]  # all, before complaining of one
+            answers = [
+                (pickle.load(worker.stdout), first) for worker, first in busy
+            ]  # all, before complaining of one
         except EOFError:
             raise RuntimeError("a simulation worker died: its message is above") from None
         for answer, _ in answers:
@@ -1137,20 +1360,31 @@ class VecEnv:
             if camera in obs["images"]:  # a real arm may have one alone
                 self.obs["images"][arm, view] = obs["images"][camera]
         if np.shape(obs["state"]) != self.obs["state"].shape[1:]:
-            raise ValueError(f"the environment's state has shape {np.shape(obs['state'])}, its class names {self.obs['state'].shape[1]} numbers")
+            raise ValueError(
+                f"the environment's state has shape {np.shape(obs['state'])}, its class names {self.obs['state'].shape[1]} numbers"
+            )
         self.obs["state"][arm], self.obs["task"][arm], self.infos[arm] = obs["state"], obs["task"], info
 
     def observations(self, arms=slice(None)):
         """What the arms (all by default) see now: {"images" (n, V, px, px, 3) uint8, "state" (n, S), "task" [n strings]}."""
         task = self.obs["task"] if isinstance(arms, slice) else [self.obs["task"][arm] for arm in arms]
-        return {"images": self.obs["images"][arms].copy(), "state": self.obs["state"][arms].copy(), "task": list(task)}
+        return {
+            "images": self.obs["images"][arms].copy(),
+            "state": self.obs["state"][arms].copy(),
+            "task": list(task),
+        }
 
     def reset(self, seeds, families="place", splits="id", arms=None, start=False):
         """Reset the named arms (all by default) -> obs and infos of all arms. families and splits: one for all, or a list."""
         arms = range(self.n) if arms is None else arms
         every = lambda x: [x] * len(arms) if isinstance(x, str) else x
-        calls = {int(arm): {"seed": int(seed), "options": {"family": family, "split": split} | ({"start": True} if start else {})}
-                 for arm, seed, family, split in zip(arms, seeds, every(families), every(splits))}
+        calls = {
+            int(arm): {
+                "seed": int(seed),
+                "options": {"family": family, "split": split} | ({"start": True} if start else {}),
+            }
+            for arm, seed, family, split in zip(arms, seeds, every(families), every(splits))
+        }
         for arm, (obs, info) in self._call("reset", calls).items():
             self._store(arm, obs, info)
             self.terminated[arm] = self.truncated[arm] = False
@@ -1171,7 +1405,10 @@ class VecEnv:
     def spent(self):
         """Seconds that a worker has spent so far, on average -> {"physics": s, "rendering": s}."""
         arms = self._call("spent", {arm: {} for arm in range(self.n)}).values()
-        return {stage: sum(arm.get(stage, 0.0) for arm in arms) / len(self.workers) for stage in ("physics", "rendering")}
+        return {
+            stage: sum(arm.get(stage, 0.0) for arm in arms) / len(self.workers)
+            for stage in ("physics", "rendering")
+        }
 
     def close(self):
         for worker in self.workers:
@@ -1198,7 +1435,18 @@ class Alone(VecEnv):
         self.env.close()
 
 
-def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers=2, name="episodes", env="sim", **options):
+def rollout(
+    policy,
+    seeds,
+    family="place",
+    split="id",
+    n_arms=16,
+    px=96,
+    workers=2,
+    name="episodes",
+    env="sim",
+    **options,
+):
     """Run one episode per seed; arms that finish take the next seed, so all stay busy.
 
     policy(obs of the busy arms) -> actions (n, h, 6), or (actions, extras) with one extra per arm; obs["episode"] says which
@@ -1211,7 +1459,7 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
     bar = tqdm(total=len(seeds), desc=name, unit="episode", leave=False, disable=not sys.stderr.isatty())
     with bar, VecEnv(n_arms, workers, env, px, **options) as vec:
         while waiting or running:
-            free = [arm for arm in range(n_arms) if arm not in running][:len(waiting)]
+            free = [arm for arm in range(n_arms) if arm not in running][: len(waiting)]
             if free:
                 for arm in free:
                     running[arm], seed = waiting.pop(0)
@@ -1220,7 +1468,13 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
                 for arm in free:
                     results[running[arm]].update(task=vec.obs["task"][arm], reason=infos[arm]["reason"])
             busy = sorted(running)
-            answer = policy(vec.observations(busy) | {"episode": [running[arm] for arm in busy], "reason": [vec.infos[arm]["reason"] for arm in busy]})
+            answer = policy(
+                vec.observations(busy)
+                | {
+                    "episode": [running[arm] for arm in busy],
+                    "reason": [vec.infos[arm]["reason"] for arm in busy],
+                }
+            )
             chosen, extras = answer if isinstance(answer, tuple) else (answer, [None] * len(busy))
             for arm, extra in zip(busy, extras):
                 if arm in free:
@@ -1231,7 +1485,12 @@ def rollout(policy, seeds, family="place", split="id", n_arms=16, px=96, workers
             for arm in busy:
                 if terminated[arm] or truncated[arm]:
                     episode, info = results[running.pop(arm)], infos[arm]
-                    episode.update(success=info["success"], steps=info["steps"], failure=info["failure"], moved_at=info.get("moved_at"))
+                    episode.update(
+                        success=info["success"],
+                        steps=info["steps"],
+                        failure=info["failure"],
+                        moved_at=info.get("moved_at"),
+                    )
                     bar.update()
     return [results[i] for i in range(len(seeds))]
 
@@ -1257,11 +1516,17 @@ def views_of(policy, env="sim"):
     """Which of the environment's cameras the policy looks through, as indices; a ValueError if they, motors or state do not fit."""
     cls, wanted = environment(env), policy.cfg.cameras.split(",")
     if missing := [camera for camera in wanted if camera not in cls.cameras]:
-        raise ValueError(f"the policy looks through {wanted}, the environment has {list(cls.cameras)}: {missing} missing")
+        raise ValueError(
+            f"the policy looks through {wanted}, the environment has {list(cls.cameras)}: {missing} missing"
+        )
     if policy.cfg.motors.split(",") != list(cls.motors):
-        raise ValueError(f"the policy moves {policy.cfg.motors.split(',')}, the environment has {list(cls.motors)}")
+        raise ValueError(
+            f"the policy moves {policy.cfg.motors.split(',')}, the environment has {list(cls.motors)}"
+        )
     if policy.cfg.state_names != list(state_names(cls)):
-        raise ValueError(f"the policy's state is {policy.cfg.state_names}, the environment's {list(state_names(cls))}")
+        raise ValueError(
+            f"the policy's state is {policy.cfg.state_names}, the environment's {list(state_names(cls))}"
+        )
     return [cls.cameras.index(camera) for camera in wanted]
 
 
@@ -1274,22 +1539,36 @@ def driver(policy, env="sim", taught=False):
 
     def act(obs):
         told = {"thoughts": obs["reason"]} if taught else {}
-        chunk, thoughts = policy.act(obs["images"][:, views], obs["state"], obs["task"], seed=next(calls), **told)
-        return chunk[:, :policy.cfg.execute], thoughts
+        chunk, thoughts = policy.act(
+            obs["images"][:, views], obs["state"], obs["task"], seed=next(calls), **told
+        )
+        return chunk[:, : policy.cfg.execute], thoughts
 
     return act
 
 
 def latency(policy, family, n=30, env="sim"):
     """Median milliseconds of one policy.act on a single observation, over n of them -> {stage: ms, ..., "total": ms}."""
-    act, cameras, env, samples = driver(policy, env), environment(env).cameras, make_env(env, policy.cfg.image_size), []
+    act, cameras, env, samples = (
+        driver(policy, env),
+        environment(env).cameras,
+        make_env(env, policy.cfg.image_size),
+        [],
+    )
     for i in range(n + 5):  # five to warm up
         obs, _ = env.reset(seed=SEEDS["val"][i], options={"family": family})
-        one = {"images": np.stack([obs["images"][camera] for camera in cameras])[None], "state": obs["state"][None], "task": [obs["task"]]}
+        one = {
+            "images": np.stack([obs["images"][camera] for camera in cameras])[None],
+            "state": obs["state"][None],
+            "task": [obs["task"]],
+        }
         marks = [("", time.perf_counter())]
         policy.mark = lambda stage: marks.append((stage, time.perf_counter()))  # noqa: B023
         act(one)
-        samples.append({stage: (now - before) * 1e3 for (_, before), (stage, now) in zip(marks, marks[1:])} | {"total": (marks[-1][1] - marks[0][1]) * 1e3})
+        samples.append(
+            {stage: (now - before) * 1e3 for (_, before), (stage, now) in zip(marks, marks[1:])}
+            | {"total": (marks[-1][1] - marks[0][1]) * 1e3}
+        )
     env.close()
     policy.mark = lambda stage: None
     return {stage: float(np.median([sample[stage] for sample in samples[5:]])) for stage in samples[0]}
@@ -1311,16 +1590,35 @@ def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS, env=
         results[family] = {}
         stages = latency(policy, family, env=env)
         for split in [s for s in splits if s in there] if family != "tiny" else ("id",):
-            episodes = rollout(driver(policy, env, taught), SEEDS[seeds][:n], family, split, n_arms, policy.cfg.image_size, name=f"{family} {split}", env=env)
+            episodes = rollout(
+                driver(policy, env, taught),
+                SEEDS[seeds][:n],
+                family,
+                split,
+                n_arms,
+                policy.cfg.image_size,
+                name=f"{family} {split}",
+                env=env,
+            )
             wins = sum(e["success"] for e in episodes)
             low, high = wilson(wins, n)
             thinks = any(e["extra"] for e in episodes)
             results[family][split] = {
-                "success": wins / n, "n": n, "low": low, "high": high,
-                "target_at_0": float(np.mean([target_of(e["extra"]) == target_of(e["reason"]) for e in episodes])) if thinks else None,
-                "reasoning": float(np.mean([e["extra"] == e["reason"] for e in episodes])) if thinks else None,
+                "success": wins / n,
+                "n": n,
+                "low": low,
+                "high": high,
+                "target_at_0": float(
+                    np.mean([target_of(e["extra"]) == target_of(e["reason"]) for e in episodes])
+                )
+                if thinks
+                else None,
+                "reasoning": float(np.mean([e["extra"] == e["reason"] for e in episodes]))
+                if thinks
+                else None,
                 "steps": float(np.mean([e["steps"] for e in episodes if e["success"]])) if wins else None,
-                "ms_per_chunk": stages["total"], "ms_by_stage": {k: v for k, v in stages.items() if k != "total"},
+                "ms_per_chunk": stages["total"],
+                "ms_by_stage": {k: v for k, v in stages.items() if k != "total"},
             }
     return results
 
@@ -1328,22 +1626,32 @@ def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS, env=
 def table(results):
     """evaluate()'s result as text: one line per family and split."""
     percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
-    lines = [f"{'family':<10} {'split':<16} {'success %':>9} {'n':>5} {'95 % interval':>15} {'target at 0 %':>14} {'thought exact %':>16} {'steps':>6}"]
+    lines = [
+        f"{'family':<10} {'split':<16} {'success %':>9} {'n':>5} {'95 % interval':>15} {'target at 0 %':>14} {'thought exact %':>16} {'steps':>6}"
+    ]
     for family, splits in results.items():
         for split, c in splits.items():
-            lines.append(f"{family:<10} {split:<16} {percent(c['success']):>9} {c['n']:>5} {percent(c['low']) + ' - ' + percent(c['high']):>15} "
-                         f"{percent(c['target_at_0']):>14} {percent(c['reasoning']):>16} {'-' if c['steps'] is None else format(c['steps'], '.1f'):>6}")
+            lines.append(
+                f"{family:<10} {split:<16} {percent(c['success']):>9} {c['n']:>5} {percent(c['low']) + ' - ' + percent(c['high']):>15} "
+                f"{percent(c['target_at_0']):>14} {percent(c['reasoning']):>16} {'-' if c['steps'] is None else format(c['steps'], '.1f'):>6}"
+            )
     for family, splits in results.items():
         c = next(iter(splits.values()))
-        lines.append(f"{family}: {c['ms_per_chunk']:.1f} ms a chunk at batch 1 (" + ", ".join(f"{k} {v:.1f}" for k, v in c["ms_by_stage"].items()) + ")")
+        lines.append(
+            f"{family}: {c['ms_per_chunk']:.1f} ms a chunk at batch 1 ("
+            + ", ".join(f"{k} {v:.1f}" for k, v in c["ms_by_stage"].items())
+            + ")"
+        )
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 
+
 def contact_sheet():
     """Every family (rows) in every split (columns), both cameras, as one picture."""
     from PIL import ImageDraw
+
     px, rows, env = 224, [], SO100Env()
     for family in FAMILIES:
         row = []
@@ -1377,11 +1685,17 @@ def expert_success(n):
     for family in LIMIT:
         env = SO100Env(family)
         for noise in (True, False):
-            demos = [demonstrate(env, seed, family, noise, images=False) for seed in tqdm(range(n), family, leave=False, disable=not sys.stderr.isatty())]
+            demos = [
+                demonstrate(env, seed, family, noise, images=False)
+                for seed in tqdm(range(n), family, leave=False, disable=not sys.stderr.isatty())
+            ]
             low, high = wilson(sum(demo["success"] for demo in demos), n)
             why = ", ".join(sorted({demo["failure"] for demo in demos if demo["failure"]}))
-            print(f"{family}, {'with noise and mistakes' if noise else 'undisturbed'}: {100 * np.mean([demo['success'] for demo in demos]):.1f} % of {n} "
-                  f"({100 * low:.1f} - {100 * high:.1f}), {np.mean([len(demo['actions']) for demo in demos]):.0f} steps{'; failed: ' + why if why else ''}", flush=True)
+            print(
+                f"{family}, {'with noise and mistakes' if noise else 'undisturbed'}: {100 * np.mean([demo['success'] for demo in demos]):.1f} % of {n} "
+                f"({100 * low:.1f} - {100 * high:.1f}), {np.mean([len(demo['actions']) for demo in demos]):.0f} steps{'; failed: ' + why if why else ''}",
+                flush=True,
+            )
         env.close()
 
 
@@ -1405,6 +1719,7 @@ def main():
     expert_success(20)
     if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32"):
         import mujoco.viewer
+
         print("opening the viewer: drag the sliders under Control; close the window to end")
         env = SO100Env()
         env.reset(seed=1)

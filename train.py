@@ -36,7 +36,16 @@ import torch.distributed as dist
 
 import model as model_module
 from data import Episodes, Questions, Tokenizer
-from model import Config, SyVLA, backbone_fields, fast_cpu, fetch_backbone, opt, parse_config, read_checkpoint_config
+from model import (
+    Config,
+    SyVLA,
+    backbone_fields,
+    fast_cpu,
+    fetch_backbone,
+    opt,
+    parse_config,
+    read_checkpoint_config,
+)
 
 
 @dataclass
@@ -48,7 +57,10 @@ class TrainConfig(Config):
     out: str = opt("", "run folder (default out/<config>)")
     stage: str = opt("pretrain", "pretrain (grounding, then actions) or finetune (actions, from --init_from)")
     init_from: str = opt("", "checkpoint folder whose weights and tokenizer start this run")
-    new_expert: bool = opt(False, "finetune: keep the VLM of --init_from as it is; a new adapter and expert, of any size, learn from random weights")
+    new_expert: bool = opt(
+        False,
+        "finetune: keep the VLM of --init_from as it is; a new adapter and expert, of any size, learn from random weights",
+    )
     resume: bool = opt(False, "go on with the run in --out")
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
     families: str = opt("place,calculate,sequence", "task families to train on and evaluate")
@@ -58,13 +70,21 @@ class TrainConfig(Config):
     mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0 turns mixed data off")
     question_tokens: int = opt(64, "room for questions packed behind one picture, tokens")
     accumulate: int = opt(1, "micro-batches per step and process")
-    adam_lr: float = opt(2e-3, "AdamW learning rate: embeddings, norms, biases, everything not a block matrix")
-    muon_lr: float = opt(4e-3, "Muon learning rate: the matrices of Transformer blocks, connector and adapter")
-    backbone_lr: float = opt(0.0, "with the next two: AdamW for all, this rate for the VLM; 0 keeps the two rates above")
+    adam_lr: float = opt(
+        2e-3, "AdamW learning rate: embeddings, norms, biases, everything not a block matrix"
+    )
+    muon_lr: float = opt(
+        4e-3, "Muon learning rate: the matrices of Transformer blocks, connector and adapter"
+    )
+    backbone_lr: float = opt(
+        0.0, "with the next two: AdamW for all, this rate for the VLM; 0 keeps the two rates above"
+    )
     bridge_lr: float = opt(0.0, "rate of feature queries and adapter")
     expert_lr: float = opt(0.0, "rate of the action expert")
     freeze_vision: bool = opt(False, "leave the vision tower as it is (SmolVLM's connector still learns)")
-    checkpointing: bool = opt(False, "keep only every block's input and compute the rest twice: less memory, a third more work")
+    checkpointing: bool = opt(
+        False, "keep only every block's input and compute the rest twice: less memory, a third more work"
+    )
     warmup: int = opt(50, "steps of linear warmup of each phase")
     weight_decay: float = opt(0.01, "decoupled weight decay on matrices")
     clip: float = opt(1.0, "gradient norm limit")
@@ -77,14 +97,18 @@ class TrainConfig(Config):
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
     log_every: int = opt(25, "steps between log lines")
     save_every: int = opt(250, "steps between checkpoints")
-    plan: bool = opt(False, "print parameters, predicted memory and work, and stop: needs no data and no weights")
+    plan: bool = opt(
+        False, "print parameters, predicted memory and work, and stop: needs no data and no weights"
+    )
     bench: bool = opt(False, "time 20 steps of each phase by part, print the split and stop")
 
     def __post_init__(self):
         super().__post_init__()
         self.data, self.out = self.data or f"data/{self.config}", self.out or f"out/{self.config}"
         meta = Path(self.data, "meta.json")
-        robot = json.loads(meta.read_text()) if meta.is_file() else {}  # a set that is still to be made will be the SO-100's
+        robot = (
+            json.loads(meta.read_text()) if meta.is_file() else {}
+        )  # a set that is still to be made will be the SO-100's
         for name in ("cameras", "motors", "state"):
             setattr(self, name, getattr(self, name) or ",".join(robot.get(name, ())) or getattr(Config, name))
         if self.stage not in ("pretrain", "finetune"):
@@ -94,7 +118,9 @@ class TrainConfig(Config):
             if not self.init_from and not self.resume:
                 raise ValueError("stage finetune needs weights to start from: add --init_from=out/small")
         if self.new_expert and self.stage != "finetune":
-            raise ValueError("a new expert needs a VLM that has learnt to see and think: add --stage=finetune --init_from=out/small")
+            raise ValueError(
+                "a new expert needs a VLM that has learnt to see and think: add --stage=finetune --init_from=out/small"
+            )
         if self.new_expert:
             self.mix = 0.0  # questions teach the VLM, and it stays as it is
         if len({rate > 0 for rate in (self.backbone_lr, self.bridge_lr, self.expert_lr)}) > 1:
@@ -102,8 +128,13 @@ class TrainConfig(Config):
         for name in ("batch_size", "accumulate", "warmup", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if min(self.ground_steps, self.steps, self.eval, self.threads) < 0 or self.ground_steps + self.steps == 0:
-            raise ValueError("ground_steps, steps, eval and threads count things: 0 or more, and at least one step")
+        if (
+            min(self.ground_steps, self.steps, self.eval, self.threads) < 0
+            or self.ground_steps + self.steps == 0
+        ):
+            raise ValueError(
+                "ground_steps, steps, eval and threads count things: 0 or more, and at least one step"
+            )
         if not 0 < self.ema < 1:
             raise ValueError(f"ema ({self.ema}) must lie in (0, 1)")
         if not 0 <= self.mix < 1:
@@ -111,17 +142,46 @@ class TrainConfig(Config):
 
 
 PRESETS = {
-    "debug": dict(model_module.PRESETS["debug"], families="place", ground_steps=2, steps=2, batch_size=4, question_tokens=40, eval=0, log_every=1, warmup=1),
+    "debug": dict(
+        model_module.PRESETS["debug"],
+        families="place",
+        ground_steps=2,
+        steps=2,
+        batch_size=4,
+        question_tokens=40,
+        eval=0,
+        log_every=1,
+        warmup=1,
+    ),
     "tiny": dict(model_module.PRESETS["tiny"], families="tiny", ground_steps=0, steps=500, mix=0.0),
     "small": dict(model_module.PRESETS["small"]),
 }
 # Pretrained backbones already know words and pictures: no grounding phase. These numbers are first guesses, not yet tried.
-FINETUNE = dict(data="data/small", ground_steps=0, steps=20000, batch_size=64, question_tokens=128, mix=0.25, backbone_lr=2e-5, bridge_lr=1e-4, expert_lr=1e-4, warmup=500,
-                ema=0.999, save_every=1000)  # fmt: skip
+FINETUNE = dict(
+    data="data/small",
+    ground_steps=0,
+    steps=20000,
+    batch_size=64,
+    question_tokens=128,
+    mix=0.25,
+    backbone_lr=2e-5,
+    bridge_lr=1e-4,
+    expert_lr=1e-4,
+    warmup=500,
+    ema=0.999,
+    save_every=1000,
+)
 PRESETS |= {
     "base256": dict(model_module.PRESETS["base256"], **FINETUNE, accumulate=4, checkpointing=True),
     "base": dict(model_module.PRESETS["base"], **FINETUNE, accumulate=8, checkpointing=True),
-    "paper": dict(model_module.PRESETS["paper"], **FINETUNE, accumulate=16, freeze_vision=True, checkpointing=True, ema_on_host=True),
+    "paper": dict(
+        model_module.PRESETS["paper"],
+        **FINETUNE,
+        accumulate=16,
+        freeze_vision=True,
+        checkpointing=True,
+        ema_on_host=True,
+    ),
 }
 
 
@@ -129,8 +189,13 @@ PRESETS |= {
 # learnt in a hundred steps. Then places can be found by colour, first the pads' and then the smaller cubes', and only then can
 # instructions be read. All at once takes far longer, and cubes before pads keeps the pads from being found by colour at all.
 # Each lesson starts at a share of grounding; None: every kind of question.
-LESSONS = ((0.0, ("describe pads",)), (0.06, ("describe pads", "pad", "pad colour")), (0.2, ("describe pads", "pad", "pad colour", "describe cubes")),
-           (0.4, ("pad", "describe cubes", "where")), (0.75, None))  # fmt: skip
+LESSONS = (
+    (0.0, ("describe pads",)),
+    (0.06, ("describe pads", "pad", "pad colour")),
+    (0.2, ("describe pads", "pad", "pad colour", "describe cubes")),
+    (0.4, ("pad", "describe cubes", "where")),
+    (0.75, None),
+)
 
 
 def lesson(step, cfg):
@@ -190,19 +255,31 @@ def make_optimizers(policy, cfg):
     """
     trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
     if cfg.backbone_lr:
-        groups = [{"params": [], "weight_decay": cfg.weight_decay * (i % 2 == 0)} for i in range(6)]  # matrices, vectors of each part
+        groups = [
+            {"params": [], "weight_decay": cfg.weight_decay * (i % 2 == 0)} for i in range(6)
+        ]  # matrices, vectors of each part
         for name, p in trained:
             part = 1 if name.startswith(("vlm.queries", "adapter")) else 2 if name.startswith("expert") else 0
             groups[2 * part + (p.ndim < 2)]["params"].append(p)
         return [torch.optim.AdamW(groups, lr=cfg.backbone_lr, betas=(0.9, 0.95), fused=True)]
     muon, matrices, vectors = [], [], []
     for name, p in trained:
-        if p.ndim == 2 and any(part in name for part in ("blocks", "connector", "adapter")) and "modulate" not in name:
+        if (
+            p.ndim == 2
+            and any(part in name for part in ("blocks", "connector", "adapter"))
+            and "modulate" not in name
+        ):
             muon.append(p)
         else:
             (vectors if p.ndim < 2 or "gain" in name else matrices).append(p)
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [Muon(muon, cfg.muon_lr, cfg.weight_decay), torch.optim.AdamW(groups, lr=cfg.adam_lr, betas=(0.9, 0.95), fused=True)]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [
+        Muon(muon, cfg.muon_lr, cfg.weight_decay),
+        torch.optim.AdamW(groups, lr=cfg.adam_lr, betas=(0.9, 0.95), fused=True),
+    ]
 
 
 def peak_rates(cfg):
@@ -214,7 +291,9 @@ def peak_rates(cfg):
 
 def learning_rate(step, cfg):
     """Factor on the learning rates: each phase warms up linearly and decays along a cosine (grounding to a half, actions to 0)."""
-    start, length, floor = (0, cfg.ground_steps, 0.5) if step < cfg.ground_steps else (cfg.ground_steps, cfg.steps, 0.0)
+    start, length, floor = (
+        (0, cfg.ground_steps, 0.5) if step < cfg.ground_steps else (cfg.ground_steps, cfg.steps, 0.0)
+    )
     done = (step - start) / length
     warm = min(1.0, (step - start + 1) / cfg.warmup)
     return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
@@ -229,9 +308,13 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+        device = torch.zeros(
+            1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        ).device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device={name} is not available here ({str(e).splitlines()[0]}); try --device=cpu") from None
+        raise ValueError(
+            f"--device={name} is not available here ({str(e).splitlines()[0]}); try --device=cpu"
+        ) from None
     if has_bf16(device):
         return device, lambda: torch.autocast("cuda", torch.bfloat16), "bf16 (the GPU has it), fp32 masters"
     return device, contextlib.nullcontext, "fp32"
@@ -247,7 +330,9 @@ def write_atomically(path, write):
 def trim_log(path, key, last):
     """Drop the lines behind the checkpoint that a run resumes from, the last perhaps cut short by a kill: they will be written again."""
     lines = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
-    write_atomically(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines if json.loads(line)[key] <= last)))
+    write_atomically(
+        path, lambda p: p.write_text("".join(f"{line}\n" for line in lines if json.loads(line)[key] <= last))
+    )
 
 
 def save_policy(folder, policy, config, state=None):
@@ -255,7 +340,9 @@ def save_policy(folder, policy, config, state=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not all(torch.isfinite(v).all() for v in (state or policy.state_dict()).values()):
-        raise FloatingPointError(f"non-finite weights; the last checkpoint in {folder} is untouched. Lower the learning rates, then --resume")
+        raise FloatingPointError(
+            f"non-finite weights; the last checkpoint in {folder} is untouched. Lower the learning rates, then --resume"
+        )
     if policy.cfg.wrapped:
         policy.vlm.config.save_pretrained(folder / "backbone")
         policy.vlm.processor.save_pretrained(folder / "backbone")
@@ -263,14 +350,22 @@ def save_policy(folder, policy, config, state=None):
         left.unlink()
     write_atomically(folder / "tokenizer.json", lambda path: path.write_text(policy.tokenizer.dumps()))
     write_atomically(folder / "model.safetensors", lambda path: policy.save_weights(path, state))
-    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config | {"torch": torch.__version__}, indent=1)))
+    write_atomically(
+        folder / "config.json",
+        lambda path: path.write_text(json.dumps(config | {"torch": torch.__version__}, indent=1)),
+    )
 
 
 def save_checkpoint(folder, policy, ema, optimizers, step, cfg):
     """The policy (EMA weights) and train_state.pt (raw weights but frozen ones, EMA, optimizers, step: all that a resume needs)."""
     save_policy(folder, policy, asdict(cfg), policy.state_dict() | ema)
     frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
-    state = {"step": step, "model": {k: v for k, v in policy.state_dict().items() if k not in frozen}, "ema": ema, "optimizers": [o.state_dict() for o in optimizers]}
+    state = {
+        "step": step,
+        "model": {k: v for k, v in policy.state_dict().items() if k not in frozen},
+        "ema": ema,
+        "optimizers": [o.state_dict() for o in optimizers],
+    }
     write_atomically(Path(folder) / "train_state.pt", lambda path: torch.save(state, path))
 
 
@@ -291,7 +386,11 @@ def evaluating(policy):
     rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
     policy.eval()
     try:
-        with torch.autocast(policy.vlm.queries.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
+        with (
+            torch.autocast(policy.vlm.queries.device.type, torch.bfloat16)
+            if rounded
+            else contextlib.nullcontext()
+        ):
             yield
     finally:
         policy.train()
@@ -323,11 +422,20 @@ def memory(cfg, policy, world, bf16):
     trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
     n = sum(p.numel() for _, p in trained)
     frozen = [p for p in policy.parameters() if not p.requires_grad]
-    still = sum((2 if bf16 and p.ndim > 1 else 4) * p.numel() for p in frozen) + 2 * bf16 * sum(p.numel() for p in frozen if p.shape == (cfg.vocab_size, cfg.width))
-    states = sum(4 * p.numel() if isinstance(o, Muon) else 8 * p.numel() for o in make_optimizers(policy, cfg) for g in o.param_groups for p in g["params"])
+    still = sum((2 if bf16 and p.ndim > 1 else 4) * p.numel() for p in frozen) + 2 * bf16 * sum(
+        p.numel() for p in frozen if p.shape == (cfg.vocab_size, cfg.width)
+    )
+    states = sum(
+        4 * p.numel() if isinstance(o, Muon) else 8 * p.numel()
+        for o in make_optimizers(policy, cfg)
+        for g in o.param_groups
+        for p in g["params"]
+    )
     e = 2 if bf16 else 4  # bytes of a number in arithmetic; the residual stream has 4
     rows = math.ceil(cfg.batch_size / (world * cfg.accumulate))
-    text = max(cfg.question_tokens, 32 + cfg.max_thought)  # tokens of instruction, thought and answers, at most
+    text = max(
+        cfg.question_tokens, 32 + cfg.max_thought
+    )  # tokens of instruction, thought and answers, at most
     tokens = cfg.views * (cfg.tokens_per_view + 4) + text + cfg.queries
     patches = cfg.views * ((cfg.vision_size or cfg.image_size) // cfg.patch_size) ** 2
     D, F, W = cfg.width, cfg.mlp_width, cfg.vision_width
@@ -343,28 +451,58 @@ def memory(cfg, policy, world, bf16):
         language, vision = block * cfg.depth, eye * max(1, cfg.vision_depth * sees)
     De, chunk = cfg.expert_width, cfg.noise_samples * (1 + cfg.chunk)
     expert = chunk * cfg.expert_depth * De * (4 * 9 + e * 22)
-    logits = text * cfg.vocab_size * (e + 4 + 4 + 4) // 2  # logits, log-softmax, their gradients; half of the text are targets
-    return {"weights": 4 * n + still, "bf16 copies": 2 * n if bf16 else 0, "gradients": 4 * n, "optimizer": states, "EMA": 0 if cfg.ema_on_host else 4 * n,
-            "activations": rows * (language + vision + expert + logits)}  # fmt: skip
+    logits = (
+        text * cfg.vocab_size * (e + 4 + 4 + 4) // 2
+    )  # logits, log-softmax, their gradients; half of the text are targets
+    return {
+        "weights": 4 * n + still,
+        "bf16 copies": 2 * n if bf16 else 0,
+        "gradients": 4 * n,
+        "optimizer": states,
+        "EMA": 0 if cfg.ema_on_host else 4 * n,
+        "activations": rows * (language + vision + expert + logits),
+    }
 
 
 def work(cfg, policy):
     """Floating point operations of one training sample: 2 per weight and token forward, as many again for inputs' and for weights' gradients."""
-    tokens = {"vision": cfg.views * ((cfg.vision_size or cfg.image_size) // cfg.patch_size) ** 2, "expert": cfg.noise_samples * (1 + cfg.chunk), "adapter": cfg.queries}
-    tokens["language"] = cfg.views * (cfg.tokens_per_view + 4) + max(cfg.question_tokens, 32 + cfg.max_thought) + cfg.queries
+    tokens = {
+        "vision": cfg.views * ((cfg.vision_size or cfg.image_size) // cfg.patch_size) ** 2,
+        "expert": cfg.noise_samples * (1 + cfg.chunk),
+        "adapter": cfg.queries,
+    }
+    tokens["language"] = (
+        cfg.views * (cfg.tokens_per_view + 4) + max(cfg.question_tokens, 32 + cfg.max_thought) + cfg.queries
+    )
     widths = {"vision": (cfg.vision_width, cfg.vision_depth), "language": (cfg.width, cfg.depth)}
-    total, parts = 0, policy.vlm.parts() | {"adapter": list(policy.adapter.parameters()), "expert": list(policy.expert.parameters())}
+    total, parts = (
+        0,
+        policy.vlm.parts()
+        | {"adapter": list(policy.adapter.parameters()), "expert": list(policy.expert.parameters())},
+    )
     for name, n in tokens.items():
-        embedding = cfg.vocab_size * cfg.width * (name == "language") * (1 if cfg.tied else 2)  # looked up, and few tokens reach the output
+        embedding = (
+            cfg.vocab_size * cfg.width * (name == "language") * (1 if cfg.tied else 2)
+        )  # looked up, and few tokens reach the output
         width, depth = widths.get(name, (0, 0))
         per_view = n // cfg.views if name == "vision" else n
-        forward = 2 * n * (sum(p.numel() for p in parts[name] if p.ndim > 1) - embedding) + 4 * n * per_view * width * depth  # and q.k, weights.v
-        learns, through = any(p.requires_grad for p in parts[name]), any(p.requires_grad for p in parts["vision"][:1]) or name != "vision"
-        most = sum(p.numel() for p in parts[name] if p.requires_grad) > sum(p.numel() for p in parts[name]) / 2
+        forward = (
+            2 * n * (sum(p.numel() for p in parts[name] if p.ndim > 1) - embedding)
+            + 4 * n * per_view * width * depth
+        )  # and q.k, weights.v
+        learns, through = (
+            any(p.requires_grad for p in parts[name]),
+            any(p.requires_grad for p in parts["vision"][:1]) or name != "vision",
+        )
+        most = (
+            sum(p.numel() for p in parts[name] if p.requires_grad) > sum(p.numel() for p in parts[name]) / 2
+        )
         again = cfg.checkpointing and name in widths and through
         total += forward * (1 + again + (through and learns) + (through and most))
         if name == "expert" and cfg.decouple != "off":
-            total += 2 * forward * cfg.decouple_samples // cfg.noise_samples  # the first pass: forward, and back to the query states
+            total += (
+                2 * forward * cfg.decouple_samples // cfg.noise_samples
+            )  # the first pass: forward, and back to the query states
     return total
 
 
@@ -379,13 +517,21 @@ def room(device):
 
 def foretell(cfg, device, world, say):
     """Print parameters by part, predicted peak memory and work; ValueError with what would help where the device has less."""
-    bf16 = has_bf16(device) or (cfg.plan and bool(cfg.backbone))  # a plan is made for the GPU that is yet to come
+    bf16 = has_bf16(device) or (
+        cfg.plan and bool(cfg.backbone)
+    )  # a plan is made for the GPU that is yet to come
     size = lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
 
     def predict(**changes):
         changed = type(cfg)(**asdict(cfg) | changes)
         with torch.device("meta"):
-            folder = None if not cfg.wrapped else Path(cfg.out if cfg.resume else cfg.init_from, "backbone") if cfg.resume or cfg.init_from else fetch_backbone(cfg.backbone, weights=False)
+            folder = (
+                None
+                if not cfg.wrapped
+                else Path(cfg.out if cfg.resume else cfg.init_from, "backbone")
+                if cfg.resume or cfg.init_from
+                else fetch_backbone(cfg.backbone, weights=False)
+            )
             policy = SyVLA(changed, NoTokenizer(), folder)
         freeze(policy, changed)
         return policy, memory(changed, policy, world, bf16)
@@ -393,20 +539,40 @@ def foretell(cfg, device, world, say):
     policy, bytes = predict()
     parts, trained = policy.parameter_table(), sum(p.numel() for p in policy.parameters() if p.requires_grad)
     need, there = sum(bytes.values()), room(device)
-    say(f"{sum(parts.values()):,} parameters, {trained:,} of them trained: " + ", ".join(f"{k} {v:,}" for k, v in parts.items()))
-    say(f"predicted peak memory {size(need)}: " + ", ".join(f"{k} {size(v)}" for k, v in bytes.items() if v) + f"; {work(cfg, policy) / 1e12:.3g} TFLOP a sample")
+    say(
+        f"{sum(parts.values()):,} parameters, {trained:,} of them trained: "
+        + ", ".join(f"{k} {v:,}" for k, v in parts.items())
+    )
+    say(
+        f"predicted peak memory {size(need)}: "
+        + ", ".join(f"{k} {size(v)}" for k, v in bytes.items() if v)
+        + f"; {work(cfg, policy) / 1e12:.3g} TFLOP a sample"
+    )
     if need <= there or cfg.plan:
         return
     ways, rows = [], cfg.batch_size // (world * cfg.accumulate)
-    for flags in ({"accumulate": cfg.accumulate * rows}, {"checkpointing": True}, {"accumulate": cfg.accumulate * rows, "checkpointing": True}, {"lora": 16, "freeze_vision": True, "checkpointing": True},
-                  {"lora": 16, "freeze_vision": True, "checkpointing": True, "accumulate": cfg.accumulate * rows}):  # fmt: skip
+    for flags in (
+        {"accumulate": cfg.accumulate * rows},
+        {"checkpointing": True},
+        {"accumulate": cfg.accumulate * rows, "checkpointing": True},
+        {"lora": 16, "freeze_vision": True, "checkpointing": True},
+        {"lora": 16, "freeze_vision": True, "checkpointing": True, "accumulate": cfg.accumulate * rows},
+    ):
         if any(getattr(cfg, k) != v for k, v in flags.items()) and (cfg.backbone or "lora" not in flags):
             try:
-                ways.append((sum(predict(**flags)[1].values()), " ".join(f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items())))
+                ways.append(
+                    (
+                        sum(predict(**flags)[1].values()),
+                        " ".join(f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items()),
+                    )
+                )
             except ValueError:  # LoRA without peft
                 continue
     fitting = [f"{flags} ({size(n)})" for n, flags in ways if n <= there]
-    raise ValueError(f"training takes about {size(need)}, {device} has {size(there)} free; " + (f"add {fitting[0]}" if fitting else "a smaller preset is needed"))
+    raise ValueError(
+        f"training takes about {size(need)}, {device} has {size(there)} free; "
+        + (f"add {fitting[0]}" if fitting else "a smaller preset is needed")
+    )
 
 
 class NoTokenizer:
@@ -427,7 +593,9 @@ def make_data(cfg):
     if not (Path(cfg.data) / "meta.json").is_file():
         preset = "small" if cfg.backbone else cfg.config
         if cfg.data != f"data/{preset}":
-            raise FileNotFoundError(f"no data set in {cfg.data}; run: python prepare.py --config {preset} --out={cfg.data}")
+            raise FileNotFoundError(
+                f"no data set in {cfg.data}; run: python prepare.py --config {preset} --out={cfg.data}"
+            )
         print(f"no data set in {cfg.data} yet: running prepare.py --config {preset}")
         command = [sys.executable, Path(__file__).with_name("prepare.py"), "--config", preset]
         if subprocess.run(command).returncode:
@@ -439,10 +607,40 @@ def settle_backbone(cfg):
     if not cfg.backbone:
         return
     source = cfg.out if cfg.resume else cfg.init_from
-    names = ("wrapped", "width", "depth", "heads", "kv_heads", "mlp_width", "vocab_size", "tied", "qk_norm", "conv_stem", "rope_theta", "norm_eps", "vision_width", "vision_depth",
-             "vision_heads", "vision_mlp", "vision_act", "vision_eps", "vision_size", "vision_enlarge", "patch_size", "pixel_shuffle")  # fmt: skip
-    known = source or not cfg.plan or Path(cfg.backbone).is_dir() or cfg.wrapped  # the plan of a SmolVLM preset needs no network
-    saved = read_checkpoint_config(source) if source else backbone_fields(fetch_backbone(cfg.backbone, weights=False)) if known else {}
+    names = (
+        "wrapped",
+        "width",
+        "depth",
+        "heads",
+        "kv_heads",
+        "mlp_width",
+        "vocab_size",
+        "tied",
+        "qk_norm",
+        "conv_stem",
+        "rope_theta",
+        "norm_eps",
+        "vision_width",
+        "vision_depth",
+        "vision_heads",
+        "vision_mlp",
+        "vision_act",
+        "vision_eps",
+        "vision_size",
+        "vision_enlarge",
+        "patch_size",
+        "pixel_shuffle",
+    )
+    known = (
+        source or not cfg.plan or Path(cfg.backbone).is_dir() or cfg.wrapped
+    )  # the plan of a SmolVLM preset needs no network
+    saved = (
+        read_checkpoint_config(source)
+        if source
+        else backbone_fields(fetch_backbone(cfg.backbone, weights=False))
+        if known
+        else {}
+    )
     for name in names:
         setattr(cfg, name, saved.get(name, getattr(cfg, name)))
     camera = Path(cfg.data) / f"{cfg.cameras.split(',')[0]}.npy"
@@ -452,13 +650,40 @@ def settle_backbone(cfg):
 
 
 # What may differ from the checkpoint that a run starts from: behaviour, not weights.
-FREE = {"execute", "denoise_steps", "temperature", "max_thought", "reasoning", "decouple", "decouple_percentile", "decouple_scope", "decouple_samples", "noise_samples"}
+FREE = {
+    "execute",
+    "denoise_steps",
+    "temperature",
+    "max_thought",
+    "reasoning",
+    "decouple",
+    "decouple_percentile",
+    "decouple_scope",
+    "decouple_samples",
+    "noise_samples",
+}
 
 # What besides may differ with --new_expert.
 EXPERT = {"motors", "state", "expert_width", "expert_depth", "expert_heads", "chunk", "stale", "committed"}
 
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
-HARMLESS = {"config", "data", "out", "env", "resume", "init_from", "device", "threads", "compile", "ema_on_host", "plan", "bench", "eval", "log_every", "save_every"}
+HARMLESS = {
+    "config",
+    "data",
+    "out",
+    "env",
+    "resume",
+    "init_from",
+    "device",
+    "threads",
+    "compile",
+    "ema_on_host",
+    "plan",
+    "bench",
+    "eval",
+    "log_every",
+    "save_every",
+}
 ADJUSTABLE = {"ground_steps", "steps", "adam_lr", "muon_lr"}
 
 
@@ -507,14 +732,22 @@ def build(cfg, device):
     families = cfg.families.split(",")
     episodes = Episodes(cfg.data, cfg, families)
     if (cfg.mix > 0 or cfg.ground_steps > 0) and not Path(cfg.data, "questions").is_dir():
-        raise FileNotFoundError(f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone")
+        raise FileNotFoundError(
+            f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
+        )
     questions = Questions(f"{cfg.data}/questions", cfg) if cfg.mix > 0 or cfg.ground_steps > 0 else None
-    held_out = Questions(f"{cfg.data}/questions_val", cfg) if Path(cfg.data, "questions_val").is_dir() else None
+    held_out = (
+        Questions(f"{cfg.data}/questions_val", cfg) if Path(cfg.data, "questions_val").is_dir() else None
+    )
     if cfg.init_from and not cfg.resume:
         saved = Config.pick(read_checkpoint_config(cfg.init_from))
-        for name in (f.name for f in fields(Config) if f.name not in (FREE | EXPERT if cfg.new_expert else FREE)):
+        for name in (
+            f.name for f in fields(Config) if f.name not in (FREE | EXPERT if cfg.new_expert else FREE)
+        ):
             if getattr(saved, name) != getattr(cfg, name):
-                raise ValueError(f"{cfg.init_from} has {name} {getattr(saved, name)}, this run {getattr(cfg, name)}; add --{name}={getattr(saved, name)}")
+                raise ValueError(
+                    f"{cfg.init_from} has {name} {getattr(saved, name)}, this run {getattr(cfg, name)}; add --{name}={getattr(saved, name)}"
+                )
     folder = None  # where the backbone lies
     if cfg.resume or cfg.init_from:
         tokenizer = Tokenizer.load(cfg.out if cfg.resume else cfg.init_from)
@@ -523,21 +756,31 @@ def build(cfg, device):
         folder = fetch_backbone(cfg.backbone)
         tokenizer = Tokenizer.load(folder)
     else:
-        tokenizer = Tokenizer.train(episodes.texts() + (questions.texts() if questions else []), cfg.vocab_size)
+        tokenizer = Tokenizer.train(
+            episodes.texts() + (questions.texts() if questions else []), cfg.vocab_size
+        )
     for asked in filter(None, (questions, held_out)):
         asked.drop_long(tokenizer)
     torch.manual_seed(cfg.seed)
-    policy = SyVLA(cfg, tokenizer, folder, pretrained=bool(cfg.backbone) and not (cfg.resume or cfg.init_from))
+    policy = SyVLA(
+        cfg, tokenizer, folder, pretrained=bool(cfg.backbone) and not (cfg.resume or cfg.init_from)
+    )
     freeze(policy, cfg)
     policy = shrink(policy, torch.device(device)).to(device)
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
         statistics = {k: v.clone() for k, v in policy.state_dict().items() if k.endswith(("_low", "_high"))}
-        policy.load_weights(os.path.join(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else "")
+        policy.load_weights(
+            os.path.join(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else ""
+        )
         if not torch.isfinite(policy.state_low).all():
-            raise ValueError(f"{cfg.init_from} has no normalisation statistics; choose a checkpoint that train.py wrote")
+            raise ValueError(
+                f"{cfg.init_from} has no normalisation statistics; choose a checkpoint that train.py wrote"
+            )
         if cfg.stage == "pretrain":
-            policy.load_state_dict(policy.state_dict() | statistics)  # fine-tuning keeps the scale its expert learnt
+            policy.load_state_dict(
+                policy.state_dict() | statistics
+            )  # fine-tuning keeps the scale its expert learnt
     return policy, episodes, questions, held_out
 
 
@@ -546,14 +789,24 @@ def keep_states(cfg, policy, episodes, autocast, say):
     path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
     need = 2 * cfg.queries * cfg.width * len(episodes.state)
     there = path.is_file()
-    if not os.access(path if there else cfg.data, os.W_OK) or not there and shutil.disk_usage(cfg.data).free < need:
-        return say(f"the VLM is frozen, but what it makes of a frame cannot be kept: {cfg.data} is read-only or has less than {need / 2**20:.0f} MiB free; a step takes longer")
+    if (
+        not os.access(path if there else cfg.data, os.W_OK)
+        or not there
+        and shutil.disk_usage(cfg.data).free < need
+    ):
+        return say(
+            f"the VLM is frozen, but what it makes of a frame cannot be kept: {cfg.data} is read-only or has less than {need / 2**20:.0f} MiB free; a step takes longer"
+        )
 
     @torch.no_grad()
     def see(batch):
         with autocast():
             batch = {k: v.to(policy.vlm.queries.device) for k, v in batch.items()}
-            return policy.vlm(policy.vlm.see(batch["images"]), *(batch[k] for k in ("tokens", "segments", "positions")), True)[1].float()
+            return policy.vlm(
+                policy.vlm.see(batch["images"]),
+                *(batch[k] for k in ("tokens", "segments", "positions")),
+                True,
+            )[1].float()
 
     episodes.freeze(path, (cfg.queries, cfg.width), see)
     say(f"the VLM is frozen: what it makes of a frame is kept in {path}, up to {need / 2**20:.0f} MiB")
@@ -567,15 +820,30 @@ def batches(step, cfg, policy, episodes, questions, rank, world, device):
     parts = world * cfg.accumulate
     for name, n in (("question", n_questions), ("action", n_actions)):
         if n % parts:
-            raise ValueError(f"{n} {name} samples do not divide by {world} processes x {cfg.accumulate} micro-batches; change --batch_size, --mix or --accumulate")
+            raise ValueError(
+                f"{n} {name} samples do not divide by {world} processes x {cfg.accumulate} micro-batches; change --batch_size, --mix or --accumulate"
+            )
     micro = []
     for i in range(cfg.accumulate):
-        rows = slice(rank * cfg.accumulate + i, None, parts)  # every part draws the same global batch and takes its own rows
+        rows = slice(
+            rank * cfg.accumulate + i, None, parts
+        )  # every part draws the same global batch and takes its own rows
         pair = []
         if n_questions:
-            pair.append(questions.batch(policy.tokenizer, np.random.default_rng([cfg.seed, step, 0]), n_questions, cfg.question_tokens, lesson(step, cfg), rows))
+            pair.append(
+                questions.batch(
+                    policy.tokenizer,
+                    np.random.default_rng([cfg.seed, step, 0]),
+                    n_questions,
+                    cfg.question_tokens,
+                    lesson(step, cfg),
+                    rows,
+                )
+            )
         if n_actions:
-            pair.append(episodes.batch(policy.tokenizer, np.random.default_rng([cfg.seed, step, 1]), n_actions, rows))
+            pair.append(
+                episodes.batch(policy.tokenizer, np.random.default_rng([cfg.seed, step, 1]), n_actions, rows)
+            )
         micro.append([{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in pair])
     return micro
 
@@ -611,7 +879,9 @@ def train_step(step, cfg, policy, run, optimizers, micro, world, autocast):
     parameters = [p for p in policy.parameters() if p.grad is not None]
     logs["gnorm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip).item()
     if not all(math.isfinite(v) for v in logs.values()):
-        raise FloatingPointError(f"non-finite number at step {step}: {dict(logs)}; the last checkpoint is untouched. Lower the learning rates, then --resume")
+        raise FloatingPointError(
+            f"non-finite number at step {step}: {dict(logs)}; the last checkpoint is untouched. Lower the learning rates, then --resume"
+        )
     factor = learning_rate(step, cfg)
     for optimizer, rates in zip(optimizers, peak_rates(cfg)):
         for group, lr in zip(optimizer.param_groups, rates):
@@ -631,12 +901,18 @@ def bench(cfg, policy, run, episodes, questions, optimizers, device, autocast):
                 if i == 5:  # the first steps warm up
                     watch.seconds.clear()
                 policy.mark = watch.mark
-                micro = batches(first + i if name == "actions" else first, cfg, policy, episodes, questions, 0, 1, device)
+                micro = batches(
+                    first + i if name == "actions" else first, cfg, policy, episodes, questions, 0, 1, device
+                )
                 watch.mark("data")
                 train_step(first, cfg, policy, run, optimizers, micro, 1, autocast)
             total = sum(watch.seconds.values())
-            split = " | ".join(f"{k} {v / 20 * 1e3:.0f} ms ({v / total:.1%})" for k, v in watch.seconds.items())
-            print(f"{name}: {total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s | {split}")
+            split = " | ".join(
+                f"{k} {v / 20 * 1e3:.0f} ms ({v / total:.1%})" for k, v in watch.seconds.items()
+            )
+            print(
+                f"{name}: {total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s | {split}"
+            )
 
 
 def main(argv=None):
@@ -699,7 +975,10 @@ def train(cfg):
         step, ema = saved["step"], {k: v.to(host) for k, v in saved["ema"].items()}
     say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
     say(f"torch {torch.__version__}, {device}, {why}, {torch.get_num_threads()} threads, {world} process(es)")
-    say(f"{len(episodes.episodes)} episodes, {len(episodes)} frames" + (f", {len(questions.questions)} pictures with questions" if questions else ""))
+    say(
+        f"{len(episodes.episodes)} episodes, {len(episodes)} frames"
+        + (f", {len(questions.questions)} pictures with questions" if questions else "")
+    )
     if cfg.new_expert:
         keep_states(cfg, policy, episodes, autocast, say)
     run = torch.compile(policy) if cfg.compile else policy
@@ -711,7 +990,9 @@ def train(cfg):
         trim_log(out / "log.jsonl", "step", step)
     if rank == 0 and not cfg.resume:
         (out / "questions.json").unlink(missing_ok=True)
-    report = lambda when: report_questions(policy, ema, held_out, when, out, say) if held_out and rank == 0 else None
+    report = lambda when: (
+        report_questions(policy, ema, held_out, when, out, say) if held_out and rank == 0 else None
+    )
     total = cfg.ground_steps + cfg.steps
     window, window_began, window_data = defaultdict(list), time.time(), 0.0
     first = step
@@ -735,9 +1016,22 @@ def train(cfg):
             speed = n * cfg.batch_size / (now - window_began)
             eta = (total - step) * (now - window_began) / n / 60
             phase = "grounding" if step <= cfg.ground_steps else "actions"
-            numbers = " | ".join(f"{k} {means[k]:.4f}" for k in ("question", "text", "action", "kept", "gnorm") if k in means)
-            say(f"step {step:06d}/{total:06d} {phase} | {numbers} | lr {learning_rate(step - 1, cfg):.3f} | {speed:.0f} samples/s | data {window_data / n * 1e3:.0f} ms | eta {eta:.1f} m", flush=True)
-            line = {"step": step, "phase": phase, **means, "lr": learning_rate(step - 1, cfg), "samples_per_s": speed, "data_ms": window_data / n * 1e3, "seconds": now - began}
+            numbers = " | ".join(
+                f"{k} {means[k]:.4f}" for k in ("question", "text", "action", "kept", "gnorm") if k in means
+            )
+            say(
+                f"step {step:06d}/{total:06d} {phase} | {numbers} | lr {learning_rate(step - 1, cfg):.3f} | {speed:.0f} samples/s | data {window_data / n * 1e3:.0f} ms | eta {eta:.1f} m",
+                flush=True,
+            )
+            line = {
+                "step": step,
+                "phase": phase,
+                **means,
+                "lr": learning_rate(step - 1, cfg),
+                "samples_per_s": speed,
+                "data_ms": window_data / n * 1e3,
+                "seconds": now - began,
+            }
             with open(out / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
             window, window_began, window_data = defaultdict(list), now, 0.0
@@ -747,7 +1041,9 @@ def train(cfg):
             save_checkpoint(out, policy, ema, optimizers, step, cfg)
     report("after action training" if cfg.steps else "before action training")
     say(f"trained {step - first} steps in {(time.time() - began) / 60:.1f} min")
-    if world > 1:  # the others need not wait for the evaluation; gloo aborts one who hangs up while another is still busy
+    if (
+        world > 1
+    ):  # the others need not wait for the evaluation; gloo aborts one who hangs up while another is still busy
         dist.barrier()
         dist.destroy_process_group()
     if cfg.eval and rank == 0:
@@ -762,7 +1058,12 @@ def report_questions(policy, ema, held_out, when, out, say):
         return
     with averaged_weights(policy, ema), evaluating(policy):
         result = held_out.accuracy(policy.answer)
-    say(f"held-out questions {when}: " + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in result.items()) + f" (n={result['all']['n']})", flush=True)
+    say(
+        f"held-out questions {when}: "
+        + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in result.items())
+        + f" (n={result['all']['n']})",
+        flush=True,
+    )
     write_atomically(path, lambda p: p.write_text(json.dumps(history | {when: result}, indent=1)))
 
 

@@ -23,7 +23,11 @@ WORDS = [" put", " the", " red", " blue", " cube", " on", " pad", " where", " is
 def differences(a, b):
     """Largest absolute difference between two structures of tensors and numbers; infinite if they are shaped differently."""
     if isinstance(a, torch.Tensor):
-        return (a.double() - b.double()).abs().nan_to_num(math.inf).max().item() if a.shape == b.shape else math.inf
+        return (
+            (a.double() - b.double()).abs().nan_to_num(math.inf).max().item()
+            if a.shape == b.shape
+            else math.inf
+        )
     if isinstance(a, dict):
         return max((differences(a[k], b[k]) for k in a), default=0) if a.keys() == b.keys() else math.inf
     if isinstance(a, (list, tuple)):
@@ -62,7 +66,11 @@ def make_policy():
 def data(tmp_path_factory):
     """A data set made by prepare.py in the real simulation (a few seconds)."""
     folder = tmp_path_factory.mktemp("data") / "debug"
-    subprocess.run([sys.executable, ROOT / "prepare.py", "--config", "debug", f"--out={folder}"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, ROOT / "prepare.py", "--config", "debug", f"--out={folder}"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return folder
 
 
@@ -137,11 +145,19 @@ def strike():
     no clock is needed to reach a moment. alone: only the process that would make the change is killed. settings: variables of the program's
     module, set before it begins. All programs are forks of one process that has imported what takes long.
     """
-    server = subprocess.Popen([sys.executable, "-c", STRIKER, ROOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", STRIKER, ROOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
     def run(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings):
         folder.mkdir(exist_ok=True)
-        print(json.dumps([program, argv, str(folder), at or "", nth if at is not None else 0, delay, alone, settings]), file=server.stdin, flush=True)
+        print(
+            json.dumps(
+                [program, argv, str(folder), at or "", nth if at is not None else 0, delay, alone, settings]
+            ),
+            file=server.stdin,
+            flush=True,
+        )
         status = int(server.stdout.readline())
         return status, ([""] + folder.with_name(folder.name + ".log").read_text().splitlines())[-1]
 

@@ -6,6 +6,7 @@ The seams are the serial port (a pseudo terminal that answers Feetech's protocol
 and cv2.VideoCapture (replaced by a class that hands over rendered pictures). Everything between, LeRobot's motor bus, its camera class with
 its threads, the servo SDK and pyserial, is what runs on a real arm. Time is simulated: the arm moves while RealEnv sleeps on this emulator's clock.
 """
+
 import json
 import os
 import pty
@@ -24,11 +25,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sim_env import LIMIT, MOTORS, SEEDS, SO100Env, mujoco, to_qpos, wilson
 
 PING, READ, WRITE, SYNC_READ, SYNC_WRITE = 1, 2, 3, 0x82, 0x83
-MODEL, ID, MIN, MAX, HOMING, TORQUE, GOAL, SPEED, PRESENT, VOLTAGE, TEMPERATURE = 3, 5, 9, 11, 31, 40, 42, 46, 56, 62, 63  # registers
-TICK = .004  # seconds of a physics step
-CALIBRATION = {motor: {"id": i, "drive_mode": 0, "homing_offset": offset, "range_min": low, "range_max": high}  # as lerobot-calibrate writes it
-               for i, (motor, offset, low, high) in enumerate(zip(MOTORS, (310, -1020, 95, -14, 1511, -700), (795, 905, 930, 967, 0, 2010),
-                                                                  (3301, 3190, 3094, 3127, 4095, 3262)), 1)}
+MODEL, ID, MIN, MAX, HOMING, TORQUE, GOAL, SPEED, PRESENT, VOLTAGE, TEMPERATURE = (
+    3,
+    5,
+    9,
+    11,
+    31,
+    40,
+    42,
+    46,
+    56,
+    62,
+    63,
+)  # registers
+TICK = 0.004  # seconds of a physics step
+CALIBRATION = {
+    motor: {
+        "id": i,
+        "drive_mode": 0,
+        "homing_offset": offset,
+        "range_min": low,
+        "range_max": high,
+    }  # as lerobot-calibrate writes it
+    for i, (motor, offset, low, high) in enumerate(
+        zip(
+            MOTORS,
+            (310, -1020, 95, -14, 1511, -700),
+            (795, 905, 930, 967, 0, 2010),
+            (3301, 3190, 3094, 3127, 4095, 3262),
+        ),
+        1,
+    )
+}
 
 
 def signed(value, bit):
@@ -50,19 +78,41 @@ class Emulator:
 
     def __init__(self, sim, calibration=CALIBRATION, seed=0):
         self.sim, self.calibration, self.rng = sim, calibration, np.random.default_rng(seed)
-        self.fault, self.injected, self.dead, self.camera_fault, self.counts = lambda instruction: None, [], set(), {}, {}
-        self.goals, self.trace = [], []  # every target that reached a servo, as (motor, last measured position, target), and where the arm was at every TICK
-        self.lock, self.now, self.owed = threading.RLock(), 0., 0.
-        self.withheld, self.waited = False, 0.  # is the driver waiting in vain? seconds that it has
+        self.fault, self.injected, self.dead, self.camera_fault, self.counts = (
+            lambda instruction: None,
+            [],
+            set(),
+            {},
+            {},
+        )
+        self.goals, self.trace = (
+            [],
+            [],
+        )  # every target that reached a servo, as (motor, last measured position, target), and where the arm was at every TICK
+        self.lock, self.now, self.owed = threading.RLock(), 0.0, 0.0
+        self.withheld, self.waited = False, 0.0  # is the driver waiting in vain? seconds that it has
         self.gain, self.bias = sim.model.actuator_gainprm.copy(), sim.model.actuator_biasprm.copy()
         self.memory = {}
         for motor, c in calibration.items():
             self.memory[motor] = memory = bytearray(128)
-            memory[0], memory[1], memory[ID], memory[55], memory[VOLTAGE], memory[TEMPERATURE] = 3, 10, c["id"], 1, 120, 30
-            for register, value in ((MODEL, 777), (MIN, c["range_min"]), (MAX, c["range_max"]), (HOMING, unsigned(c["homing_offset"], 11)), (48, 1000)):
+            memory[0], memory[1], memory[ID], memory[55], memory[VOLTAGE], memory[TEMPERATURE] = (
+                3,
+                10,
+                c["id"],
+                1,
+                120,
+                30,
+            )
+            for register, value in (
+                (MODEL, 777),
+                (MIN, c["range_min"]),
+                (MAX, c["range_max"]),
+                (HOMING, unsigned(c["homing_offset"], 11)),
+                (48, 1000),
+            ):
                 self.put(motor, register, value)
         self.port = os.path.join(tempfile.mkdtemp(), "ttyACM0")
-        self.frames, self.version, self.captures, self.drawn = {}, 0, [], -1.
+        self.frames, self.version, self.captures, self.drawn = {}, 0, [], -1.0
         self.changed = threading.Condition()
         self.plug()
         self.settle()
@@ -91,7 +141,10 @@ class Emulator:
             for _ in range(n):
                 # a servo's own speed limit: its inner target moves that fast, from wherever it was
                 speed = np.array([self.get(motor, SPEED) for motor in MOTORS]) * 2 * np.pi / 4096 * TICK
-                goal, now = to_qpos(np.clip([self.position_of(motor, GOAL) for motor in MOTORS], *self.range)), self.sim.data.ctrl
+                goal, now = (
+                    to_qpos(np.clip([self.position_of(motor, GOAL) for motor in MOTORS], *self.range)),
+                    self.sim.data.ctrl,
+                )
                 now[:] = np.where(speed > 0, now + np.clip(goal - now, -speed, speed), goal)
                 mujoco.mj_step(self.sim.model, self.sim.data)
                 self.trace.append(self.sim.position())
@@ -107,10 +160,10 @@ class Emulator:
     # -- servos -------------------------------------------------------------------------------------------------
 
     def put(self, motor, register, value, size=2):
-        self.memory[motor][register:register + size] = int(value).to_bytes(size, "little")
+        self.memory[motor][register : register + size] = int(value).to_bytes(size, "little")
 
     def get(self, motor, register, size=2):
-        return int.from_bytes(self.memory[motor][register:register + size], "little")
+        return int.from_bytes(self.memory[motor][register : register + size], "little")
 
     def ticks(self, motor, position):
         """LeRobot units -> encoder ticks, homing applied, by the calibration that the arm was given when it was built."""
@@ -121,7 +174,9 @@ class Emulator:
 
     def position_of(self, motor, register):
         c, ticks = self.calibration[motor], signed(self.get(motor, register), 15)
-        ticks += signed(self.get(motor, HOMING), 11) - c["homing_offset"]  # other offsets than those it was calibrated with move its zero
+        ticks += (
+            signed(self.get(motor, HOMING), 11) - c["homing_offset"]
+        )  # other offsets than those it was calibrated with move its zero
         if motor == "gripper":
             return 100 * (ticks - c["range_min"]) / (c["range_max"] - c["range_min"])
         return (ticks - (c["range_min"] + c["range_max"]) / 2) * 360 / 4095
@@ -135,11 +190,11 @@ class Emulator:
         j = MOTORS.index(motor)
         encoder = self.ticks(motor, self.sim.position()[j]) + self.calibration[motor]["homing_offset"]
         self.put(motor, PRESENT, unsigned(encoder - signed(self.get(motor, HOMING), 11), 15))
-        return bytes(self.memory[motor][register:register + size])
+        return bytes(self.memory[motor][register : register + size])
 
     def write(self, motor, register, data):
         j, on = MOTORS.index(motor), self.memory[motor][TORQUE]
-        self.memory[motor][register:register + len(data)] = bytes(data)
+        self.memory[motor][register : register + len(data)] = bytes(data)
         if register == GOAL:
             self.goals.append((motor, self.position_of(motor, PRESENT), self.position_of(motor, GOAL)))
         if register == TORQUE and bool(on) != bool(data[0]):
@@ -173,12 +228,12 @@ class Emulator:
     def serve(self, master, slave, pulled):
         buffer = bytearray()
         while not pulled.is_set():
-            if select.select([master], [], [], .02)[0]:
+            if select.select([master], [], [], 0.02)[0]:
                 buffer += os.read(master, 4096)
                 os.write(master, self.hear(buffer))
                 if self.withheld:
-                    time.sleep(.001)  # the driver looks at its clock when it has sent
-                    self.waited, self.withheld = self.waited + .06, False
+                    time.sleep(0.001)  # the driver looks at its clock when it has sent
+                    self.waited, self.withheld = self.waited + 0.06, False
         os.unlink(self.port)
         os.close(master)
         os.close(slave)
@@ -192,8 +247,8 @@ class Emulator:
                 continue
             if len(buffer) < buffer[3] + 4:
                 break
-            packet = bytes(buffer[:buffer[3] + 4])
-            del buffer[:len(packet)]
+            packet = bytes(buffer[: buffer[3] + 4])
+            del buffer[: len(packet)]
             if ~sum(packet[2:-1]) & 255 == packet[-1]:
                 with self.lock:
                     answers += self.answer(packet[2], packet[4], packet[5:-1])
@@ -213,7 +268,7 @@ class Emulator:
 
             def read(self, length):
                 if not self.received and emulator.withheld:
-                    emulator.waited += .06
+                    emulator.waited += 0.06
                 taken = bytes(self.received[:length])
                 del self.received[:length]
                 return taken
@@ -236,16 +291,22 @@ class Emulator:
             self.injected.append(kind)
         names = {c["id"]: motor for motor, c in self.calibration.items() if motor not in self.dead}
         asked = parameters[2:] if instruction == SYNC_READ else [] if instruction == SYNC_WRITE else [target]
-        self.withheld = bool(asked) and kind in ("lost", "silent", "corrupt") or any(i not in names for i in asked)
-        if kind == "lost" or kind == "corrupt" and instruction == SYNC_WRITE:  # a servo drops a packet whose checksum is wrong
-            self.advance(.05 if instruction != SYNC_WRITE else 0)  # the driver waits for the answer, the arm moves on
+        self.withheld = (
+            bool(asked) and kind in ("lost", "silent", "corrupt") or any(i not in names for i in asked)
+        )
+        if (
+            kind == "lost" or kind == "corrupt" and instruction == SYNC_WRITE
+        ):  # a servo drops a packet whose checksum is wrong
+            self.advance(
+                0.05 if instruction != SYNC_WRITE else 0
+            )  # the driver waits for the answer, the arm moves on
             return b""
         answers = []
         if instruction == SYNC_WRITE:
             register, size = parameters[:2]
             for k in range(2, len(parameters), size + 1):
                 if parameters[k] in names:
-                    self.write(names[parameters[k]], register, parameters[k + 1:k + 1 + size])
+                    self.write(names[parameters[k]], register, parameters[k + 1 : k + 1 + size])
         elif instruction == SYNC_READ:
             answers = [(i, self.read(names[i], *parameters[:2])) for i in parameters[2:] if i in names]
         elif target in names and instruction in (PING, READ):
@@ -262,7 +323,7 @@ class Emulator:
             packets.append(bytearray(b"\xff\xff" + body + bytes([~sum(body) & 255])))
         if kind == "silent":
             packets.pop()
-            self.advance(.05)
+            self.advance(0.05)
         elif kind == "corrupt":
             packet = packets[self.rng.integers(len(packets))]
             packet[self.rng.integers(2, len(packet))] ^= 1 << self.rng.integers(8)
@@ -271,8 +332,11 @@ class Emulator:
     def news(self, register, size, *data):
         """Does a group write say anything that the servos do not hold already? If not, its loss changes nothing."""
         names = {c["id"]: motor for motor, c in self.calibration.items()}
-        rows = [data[k:k + size + 1] for k in range(0, len(data), size + 1)]
-        return any(abs(int.from_bytes(row[1:], "little") - self.get(names[row[0]], register, size)) > 1 for row in rows)
+        rows = [data[k : k + size + 1] for k in range(0, len(data), size + 1)]
+        return any(
+            abs(int.from_bytes(row[1:], "little") - self.get(names[row[0]], register, size)) > 1
+            for row in rows
+        )
 
     # -- cameras ------------------------------------------------------------------------------------------------
 
@@ -283,10 +347,18 @@ class Emulator:
         with self.changed:
             side = self.sim.px // 6
             # sim_env draws squares, cameras deliver 4:3; the cropped margins are never seen
-            self.frames = {camera: np.pad(image, ((0, 0), (side, side), (0, 0)), "edge")[..., ::-1].copy() for camera, image in images.items()}
+            self.frames = {
+                camera: np.pad(image, ((0, 0), (side, side), (0, 0)), "edge")[..., ::-1].copy()
+                for camera, image in images.items()
+            }
             self.version += 1
             self.changed.notify_all()
-            self.changed.wait_for(lambda: all(c.stored >= self.version for c in self.captures if c.camera not in self.camera_fault), timeout=1)
+            self.changed.wait_for(
+                lambda: all(
+                    c.stored >= self.version for c in self.captures if c.camera not in self.camera_fault
+                ),
+                timeout=1,
+            )
 
     def capture_class(emulator, sources=None):
         """A class to put in the place of cv2.VideoCapture: `sources` {index: camera}, other indices do not open."""
@@ -308,7 +380,11 @@ class Emulator:
 
             def get(self, key):
                 height, width, _ = emulator.frames[self.camera].shape
-                return {cv2.CAP_PROP_FRAME_WIDTH: width, cv2.CAP_PROP_FRAME_HEIGHT: height, cv2.CAP_PROP_FPS: 30.}.get(key, 0)
+                return {
+                    cv2.CAP_PROP_FRAME_WIDTH: width,
+                    cv2.CAP_PROP_FRAME_HEIGHT: height,
+                    cv2.CAP_PROP_FPS: 30.0,
+                }.get(key, 0)
 
             def read(self):
                 fault = emulator.camera_fault.get(self.camera)
@@ -319,7 +395,7 @@ class Emulator:
                     if not fault:
                         self.seen, self.frame = emulator.version, emulator.frames[self.camera]
                 if fault == "silent":
-                    threading.Event().wait(.7)  # the device waits for a picture that does not come
+                    threading.Event().wait(0.7)  # the device waits for a picture that does not come
                 elif fault:
                     threading.Event().wait(1 / 30)
                 return fault != "silent", self.frame.copy()
@@ -344,6 +420,7 @@ def install(emulator, folder, monkeypatch=None, terminal=True):
     import cv2
     import scservo_sdk.port_handler
     from lerobot.utils import constants
+
     put = monkeypatch.setattr if monkeypatch else setattr
     put(cv2, "VideoCapture", emulator.capture_class())
     put(scservo_sdk.port_handler, "time", SimpleNamespace(time=emulator.driver_time))
@@ -359,10 +436,11 @@ def install(emulator, folder, monkeypatch=None, terminal=True):
 def play(env, policy, obs):
     """One episode as sample.py plays it -> last info, and the reasons for which actions were clipped."""
     from sample import look
+
     clipped = []
     while True:
         chunk, _ = policy.act(*look(obs, policy))
-        for action in chunk[0, :policy.cfg.execute]:
+        for action in chunk[0, : policy.cfg.execute]:
             obs, _, terminated, truncated, info = env.step(action)
             clipped += info.get("clipped", [])
             if terminated or truncated:
@@ -376,6 +454,7 @@ def main(run, n=100, family="place"):
     from model import fast_cpu
     from real_env import RealEnv
     from sample import load_policy
+
     fast_cpu(1)
     policy = load_policy(run)
     sim, world = (SO100Env(family, px=policy.cfg.image_size) for _ in range(2))
@@ -384,8 +463,16 @@ def main(run, n=100, family="place"):
     install(emulator, tempfile.mkdtemp(), terminal=False)
     results, reasons = [], []
     px = policy.cfg.image_size
-    with RealEnv(emulator.port, {"front": 0, "wrist": 2}, px=px, limit=LIMIT[family], judge=world._judge, clock=emulator, size=(px // 6 * 2 + px, px)) as env:
-        for seed in tqdm(SEEDS["report"][:int(n)], disable=not sys.stderr.isatty()):
+    with RealEnv(
+        emulator.port,
+        {"front": 0, "wrist": 2},
+        px=px,
+        limit=LIMIT[family],
+        judge=world._judge,
+        clock=emulator,
+        size=(px // 6 * 2 + px, px),
+    ) as env:
+        for seed in tqdm(SEEDS["report"][: int(n)], disable=not sys.stderr.isatty()):
             obs, _ = sim.reset(seed=seed)
             simulated, _ = play(sim, policy, obs)
             world.reset(seed=seed)
@@ -395,15 +482,20 @@ def main(run, n=100, family="place"):
             real, clipped = play(env, policy, obs)
             results.append((simulated["success"], real["success"]))
             reasons += clipped
-            print(f"{seed}  sim_env {'yes' if results[-1][0] else 'no ':3s} {simulated['steps']:3d} steps   real_env {'yes' if results[-1][1] else 'no ':3s} "
-                  f"{real['steps']:3d} steps  clipped: {', '.join(f'{clipped.count(r)} {r}' for r in sorted(set(clipped))) or '-'}", flush=True)
+            print(
+                f"{seed}  sim_env {'yes' if results[-1][0] else 'no ':3s} {simulated['steps']:3d} steps   real_env {'yes' if results[-1][1] else 'no ':3s} "
+                f"{real['steps']:3d} steps  clipped: {', '.join(f'{clipped.count(r)} {r}' for r in sorted(set(clipped))) or '-'}",
+                flush=True,
+            )
     emulator.close()
     for name, wins in zip(("sim_env", "real_env"), zip(*results)):
         low, high = wilson(sum(wins), len(wins))
         print(f"{name:9s} {100 * np.mean(wins):.1f} % of {len(wins)} ({100 * low:.1f} - {100 * high:.1f})")
     only = [sum(a and not b for a, b in results), sum(b and not a for a, b in results)]
-    print(f"only in sim_env {only[0]}, only in real_env {only[1]}; clipped steps: {', '.join(f'{reasons.count(r)} {r}' for r in sorted(set(reasons))) or 'none'}; "
-          f"bus faults: {len(env.faults)}")
+    print(
+        f"only in sim_env {only[0]}, only in real_env {only[1]}; clipped steps: {', '.join(f'{reasons.count(r)} {r}' for r in sorted(set(reasons))) or 'none'}; "
+        f"bus faults: {len(env.faults)}"
+    )
 
 
 if __name__ == "__main__":

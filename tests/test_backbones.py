@@ -29,8 +29,25 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 SMOL_TEMPLATE = "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 QWEN_TEMPLATE = "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-SMOL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", "<video>"]
-QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SMOL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<fake_token_around_image>",
+    "<image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    "<video>",
+]
+QWEN_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 
 def make_tokenizer(special, template):
@@ -38,9 +55,22 @@ def make_tokenizer(special, template):
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    core.train_from_iterator(["put the red cube on the blue pad, then User: Assistant: <reason> where is it? What colour is pad 3?"] * 4, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[2], pad_token=special[0], chat_template=template)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(
+        [
+            "put the red cube on the blue pad, then User: Assistant: <reason> where is it? What colour is pad 3?"
+        ]
+        * 4,
+        trainer,
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=special[2], pad_token=special[0], chat_template=template
+    )
 
 
 def live(model):
@@ -58,13 +88,42 @@ def smol(tmp_path_factory):
     def write(tied):
         folder = tmp_path_factory.mktemp("smol")
         tokenizer = make_tokenizer(SMOL_TOKENS, SMOL_TEMPLATE)
-        text = dict(model_type="llama", hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=len(tokenizer) + 3,
-                    rms_norm_eps=1e-5, rope_theta=100000.0, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-        vision = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=4)
-        config = transformers.SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=tied, image_token_id=SMOL_TOKENS.index("<image>"), pad_token_id=0)
+        text = dict(
+            model_type="llama",
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer) + 3,
+            rms_norm_eps=1e-5,
+            rope_theta=100000.0,
+            tie_word_embeddings=tied,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        vision = dict(
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=32,
+            patch_size=4,
+        )
+        config = transformers.SmolVLMConfig(
+            text_config=text,
+            vision_config=vision,
+            scale_factor=2,
+            tie_word_embeddings=tied,
+            image_token_id=SMOL_TOKENS.index("<image>"),
+            pad_token_id=0,
+        )
         live(transformers.SmolVLMForConditionalGeneration(config)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}).save_pretrained(folder)
+        SmolVLMImageProcessorPil(
+            size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+        ).save_pretrained(folder)
         return folder
 
     made = {}
@@ -75,11 +134,39 @@ def smol(tmp_path_factory):
 def qwen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
     tokenizer = make_tokenizer(QWEN_TOKENS, QWEN_TEMPLATE)
-    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer) + 5, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
-                bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
-    vision = dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[1], window_size=56)
-    ids = {f"{name}_token_id": QWEN_TOKENS.index(token) for name, token in (("image", "<|image_pad|>"), ("video", "<|video_pad|>"), ("vision_start", "<|vision_start|>"), ("vision_end", "<|vision_end|>"))}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    text = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer) + 5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        out_hidden_size=32,
+        fullatt_block_indexes=[1],
+        window_size=56,
+    )
+    ids = {
+        f"{name}_token_id": QWEN_TOKENS.index(token)
+        for name, token in (
+            ("image", "<|image_pad|>"),
+            ("video", "<|video_pad|>"),
+            ("vision_start", "<|vision_start|>"),
+            ("vision_end", "<|vision_end|>"),
+        )
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+    )
     live(transformers.Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
@@ -89,9 +176,22 @@ def qwen(tmp_path_factory):
 def build(folder, **changes):
     """A policy on a pretrained backbone, small expert."""
     fields = backbone_fields(folder)
-    small = dict(image_size=48, queries=3, expert_width=16, expert_depth=1, expert_heads=2, max_thought=6, decouple_percentile=34.0)
+    small = dict(
+        image_size=48,
+        queries=3,
+        expert_width=16,
+        expert_depth=1,
+        expert_heads=2,
+        max_thought=6,
+        decouple_percentile=34.0,
+    )
     torch.manual_seed(0)
-    policy = SyVLA(Config(**small | fields | dict(backbone=str(folder)) | changes), Tokenizer.load(folder), folder, pretrained=True)
+    policy = SyVLA(
+        Config(**small | fields | dict(backbone=str(folder)) | changes),
+        Tokenizer.load(folder),
+        folder,
+        pretrained=True,
+    )
     low = torch.full((6,), -90.0)
     policy.set_statistics({name: {"q01": low, "q99": low + 180} for name in ("state", "action")})
     return policy.eval()
@@ -102,7 +202,9 @@ def fp64_reference(monkeypatch):
     """transformers' RMSNorms compute in fp32 whatever the model's type; here the same formula without that cast."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
-    norm = lambda self, x: self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+    norm = lambda self, x: (
+        self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+    )
     for cls in (modeling_llama.LlamaRMSNorm, modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm):
         monkeypatch.setattr(cls, "forward", norm)
 
@@ -117,11 +219,16 @@ def real_pictures(root, px=None):
 def reference_ids(tokenizer, question, views, tokens_per_view, family):
     """Token ids of the processor's prompt: its chat template, every picture's token repeated as its processor does."""
     content = [{"type": "image"}] * views + [{"type": "text", "text": question}]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
     if family == "smol":
         from transformers.models.smolvlm.processing_smolvlm import _prompt_single_image
 
-        text = text.replace("<image>", _prompt_single_image(tokens_per_view, "<fake_token_around_image>", "<image>", "<global-img>"))
+        text = text.replace(
+            "<image>",
+            _prompt_single_image(tokens_per_view, "<fake_token_around_image>", "<image>", "<global-img>"),
+        )
     else:
         text = text.replace("<|image_pad|>", "<|image_pad|>" * tokens_per_view)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -149,10 +256,18 @@ def test_chat_tokenizer_round_trips(family, smol, qwen):
     tokenizer = Tokenizer.load(smol() if family == "smol" else qwen)
     for text in ("blue is pad 2 , red cube at t5 r3", "a <image> <|im_end|> in words", "ä\n\U0001f916"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.end_thought not in tokenizer.encode("say <end_of_utterance> <|im_end|>")  # nobody types control tokens
+    assert tokenizer.end_thought not in tokenizer.encode(
+        "say <end_of_utterance> <|im_end|>"
+    )  # nobody types control tokens
     thought = tokenizer.thought("red cube at t5")
-    assert thought[-1] == tokenizer.end_thought and tokenizer.decode(thought) == "red cube at t5" and tokenizer.thought("") == [tokenizer.end_thought]
-    assert tokenizer.question("<task> put it") == tokenizer.prompt("put it") and tokenizer.answer("<task> put it", "there") == tokenizer.thought("there")
+    assert (
+        thought[-1] == tokenizer.end_thought
+        and tokenizer.decode(thought) == "red cube at t5"
+        and tokenizer.thought("") == [tokenizer.end_thought]
+    )
+    assert tokenizer.question("<task> put it") == tokenizer.prompt("put it") and tokenizer.answer(
+        "<task> put it", "there"
+    ) == tokenizer.thought("there")
     assert tokenizer.prompt("put it", reasoning=False) == tokenizer.question("put it")
     assert type(tokenizer)(tokenizer.dumps()).encode("the red cube") == tokenizer.encode("the red cube")
     for text, said in ((" ", "is empty"), ("why " * 3000, "tokens long")):
@@ -166,13 +281,17 @@ def test_pictures_are_prepared_like_the_reference(root, size, enlarge):
 
     Others: Pillow 13 filters rows first where that is cheaper, older ones and we always columns, which moves sharp edges a little.
     """
-    processor = SmolVLMImageProcessorPil(size={"longest_edge": enlarge}, max_image_size={"longest_edge": size}, do_image_splitting=False)
+    processor = SmolVLMImageProcessorPil(
+        size={"longest_edge": enlarge}, max_image_size={"longest_edge": size}, do_image_splitting=False
+    )
     for picture in real_pictures(root)[: 1 if enlarge == 2048 else None]:
         theirs = processor([Image.fromarray(picture)], return_tensors="pt")["pixel_values"][0, 0]
         ours = fit(torch.tensor(picture).permute(2, 0, 1)[None], size, enlarge)[0].div(127.5).sub(1.0)
         error = (ours - theirs).abs() * 127.5
         assert ours.shape == theirs.shape and error.mean() < 0.5
-        assert picture.shape[0] != picture.shape[1] or (error.max() < 1.01 and (error > 0.01).float().mean() < 0.01)
+        assert picture.shape[0] != picture.shape[1] or (
+            error.max() < 1.01 and (error > 0.01).float().mean() < 0.01
+        )
 
 
 # -- SmolVLM: parity with transformers --------------------------------------------------------------------------------
@@ -183,25 +302,48 @@ def test_pictures_are_prepared_like_the_reference(root, size, enlarge):
 def test_logits_and_gradients_equal_transformers_in_fp64(smol, root, fp64_reference, tied, views):
     folder = smol(tied)
     policy = build(folder).double()
-    theirs = transformers.SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    theirs = transformers.SmolVLMForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="sdpa"
+    )
     tokenizer, questions = policy.tokenizer, ["where is the red cube?", "put it on pad 3, then"]
-    images = torch.from_numpy(np.stack([real_pictures(root, 48)[i : i + views] for i in (0, 2)]))  # (2, views, 48, 48, 3)
-    rows = [[(tokenizer.question(q), tokenizer.answer(q, a))] for q, a in zip(questions, ("on the blue pad", "no"))]
-    batch = {k: torch.from_numpy(v) for k, v in pack(rows).items()}  # rows of different length: the second is padded
-    text, _ = policy.vlm(policy.vlm.see(images), batch["tokens"], batch["segments"], batch["positions"], False)
+    images = torch.from_numpy(
+        np.stack([real_pictures(root, 48)[i : i + views] for i in (0, 2)])
+    )  # (2, views, 48, 48, 3)
+    rows = [
+        [(tokenizer.question(q), tokenizer.answer(q, a))]
+        for q, a in zip(questions, ("on the blue pad", "no"))
+    ]
+    batch = {
+        k: torch.from_numpy(v) for k, v in pack(rows).items()
+    }  # rows of different length: the second is padded
+    text, _ = policy.vlm(
+        policy.vlm.see(images), batch["tokens"], batch["segments"], batch["positions"], False
+    )
     ours = policy.vlm.lm.logits(text)  # (2, T, vocab)
     assert ours.dtype == torch.float64
 
     image = SMOL_TOKENS.index("<image>")
-    head = [*tokenizer.start, *views * [*tokenizer.image_open, *policy.cfg.tokens_per_view * [image], *tokenizer.image_close]]
+    head = [
+        *tokenizer.start,
+        *views * [*tokenizer.image_open, *policy.cfg.tokens_per_view * [image], *tokenizer.image_close],
+    ]
     ids = torch.cat((torch.tensor([head, head]), batch["tokens"]), dim=1)
     mask = torch.cat((torch.ones(2, len(head), dtype=torch.int64), (batch["segments"] >= 0).long()), dim=1)
-    pixels = fit(images.flatten(0, 1).permute(0, 3, 1, 2), 32, 64).double().div(127.5).sub(1).view(2, views, 3, 32, 32)
+    pixels = (
+        fit(images.flatten(0, 1).permute(0, 3, 1, 2), 32, 64)
+        .double()
+        .div(127.5)
+        .sub(1)
+        .view(2, views, 3, 32, 32)
+    )
     reference = theirs(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, len(head) :]
     there = batch["segments"] >= 0
     assert not there.all() and (ours - reference)[there].abs().max() < 1e-9
 
-    weights = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * there[..., None]
+    weights = (
+        torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        * there[..., None]
+    )
     (ours * weights).sum().backward()
     (reference * weights).sum().backward()
     parameters = dict(theirs.named_parameters())
@@ -209,16 +351,27 @@ def test_logits_and_gradients_equal_transformers_in_fp64(smol, root, fp64_refere
     text, eye = "model.text_model.", "model.vision_model."
     for got, expected in (
         (policy.vlm.lm.embed.weight, grad(text + "embed_tokens.weight")),
-        (policy.vlm.lm.blocks[0].qkv.weight, grad(*(f"{text}layers.0.self_attn.{x}_proj.weight" for x in "qkv"))),
-        (policy.vlm.lm.blocks[1].gate_up.weight, grad(text + "layers.1.mlp.gate_proj.weight", text + "layers.1.mlp.up_proj.weight")),
+        (
+            policy.vlm.lm.blocks[0].qkv.weight,
+            grad(*(f"{text}layers.0.self_attn.{x}_proj.weight" for x in "qkv")),
+        ),
+        (
+            policy.vlm.lm.blocks[1].gate_up.weight,
+            grad(text + "layers.1.mlp.gate_proj.weight", text + "layers.1.mlp.up_proj.weight"),
+        ),
         (policy.vlm.lm.blocks[0].norm2.weight, grad(text + "layers.0.post_attention_layernorm.weight")),
         (policy.vlm.vision.connector.weight, grad("model.connector.modality_projection.proj.weight")),
-        (policy.vlm.vision.blocks[0].qkv.bias, grad(*(f"{eye}encoder.layers.0.self_attn.{x}_proj.bias" for x in "qkv"))),
+        (
+            policy.vlm.vision.blocks[0].qkv.bias,
+            grad(*(f"{eye}encoder.layers.0.self_attn.{x}_proj.bias" for x in "qkv")),
+        ),
         (policy.vlm.vision.blocks[1].up.weight, grad(eye + "encoder.layers.1.mlp.fc1.weight")),
         (policy.vlm.vision.patch.weight, grad(eye + "embeddings.patch_embedding.weight")),
         (policy.vlm.vision.position, grad(eye + "embeddings.position_embedding.weight")),
     ):
-        assert expected.abs().max() > 1e-3 and (got.grad - expected).abs().max() < 1e-9 * max(1, expected.abs().max())
+        assert expected.abs().max() > 1e-3 and (got.grad - expected).abs().max() < 1e-9 * max(
+            1, expected.abs().max()
+        )
 
 
 @pytest.mark.parametrize("family", ["smol", "qwen"])
@@ -226,32 +379,59 @@ def test_greedy_answers_equal_transformers_generate(family, smol, qwen, root, fp
     """Our cached decoding of two padded rows and two pictures, against their generate() of each row alone."""
     folder = smol() if family == "smol" else qwen
     policy = build(folder).double()
-    theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="sdpa"
+    )
     tokenizer, questions = policy.tokenizer, ["where is the red cube?", "put it"]
-    images = torch.from_numpy(np.stack([real_pictures(root, 56)[i : i + 2] for i in (0, 2)]))  # (2, 2, 56, 56, 3)
+    images = torch.from_numpy(
+        np.stack([real_pictures(root, 56)[i : i + 2] for i in (0, 2)])
+    )  # (2, 2, 56, 56, 3)
     visual = policy.vlm.see(images)
-    got, _ = policy.vlm.generate(visual, [tokenizer.question(q) for q in questions], policy.cfg.vocab_size - 1, 8)  # a token that nobody says
+    got, _ = policy.vlm.generate(
+        visual, [tokenizer.question(q) for q in questions], policy.cfg.vocab_size - 1, 8
+    )  # a token that nobody says
     image = theirs.config.image_token_id
     for row, question in enumerate(questions):
-        ids = torch.tensor([[*tokenizer.start, *2 * [*tokenizer.image_open, *visual.shape[2] * [image], *tokenizer.image_close], *tokenizer.question(question)]])
+        ids = torch.tensor(
+            [
+                [
+                    *tokenizer.start,
+                    *2 * [*tokenizer.image_open, *visual.shape[2] * [image], *tokenizer.image_close],
+                    *tokenizer.question(question),
+                ]
+            ]
+        )
         inputs = {"input_ids": ids}
         if family == "smol":
-            inputs["pixel_values"] = fit(images[row].permute(0, 3, 1, 2), 32, 64).double().div(127.5).sub(1)[None]
+            inputs["pixel_values"] = (
+                fit(images[row].permute(0, 3, 1, 2), 32, 64).double().div(127.5).sub(1)[None]
+            )
         else:
-            inputs |= dict(policy.vlm.processor(images=list(images[row].numpy()), return_tensors="pt"), mm_token_type_ids=(ids == image).int())
+            inputs |= dict(
+                policy.vlm.processor(images=list(images[row].numpy()), return_tensors="pt"),
+                mm_token_type_ids=(ids == image).int(),
+            )
         with torch.no_grad():
             logits = theirs(**inputs).logits
         text = {k: torch.from_numpy(v) for k, v in pack([[(tokenizer.question(question), [])]]).items()}
-        hidden, _ = policy.vlm(visual[row : row + 1], text["tokens"], text["segments"], text["positions"], False)
+        hidden, _ = policy.vlm(
+            visual[row : row + 1], text["tokens"], text["segments"], text["positions"], False
+        )
         ours = raw_logits(policy, hidden)
         assert (ours - logits[:, -ours.shape[1] :]).abs().max() < 1e-9
-        out = theirs.generate(**inputs, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)[0, ids.shape[1] :]
+        out = theirs.generate(**inputs, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)[
+            0, ids.shape[1] :
+        ]
         assert got[row] == out.tolist()
 
 
 def raw_logits(policy, hidden):
     """Logits in the model's own number format."""
-    head = policy.vlm.lm.head.weight if policy.vlm.lm.head is not None else policy.vlm.lm.embed(torch.arange(policy.cfg.vocab_size))
+    head = (
+        policy.vlm.lm.head.weight
+        if policy.vlm.lm.head is not None
+        else policy.vlm.lm.embed(torch.arange(policy.cfg.vocab_size))
+    )
     return hidden @ head.T
 
 
@@ -263,13 +443,18 @@ def test_cached_thought_and_queries_equal_a_full_forward(family, smol, qwen, roo
     prompts = [tokenizer.prompt("put the red cube on the blue pad"), tokenizer.prompt("put it")]
     visual = policy.vlm.see(images)
     said, states = policy.vlm.generate(visual, prompts, tokenizer.end_thought, 6, with_queries=True)
-    rows = {k: torch.from_numpy(v) for k, v in pack([[(p, s + [tokenizer.end_thought])] for p, s in zip(prompts, said)]).items()}
+    rows = {
+        k: torch.from_numpy(v)
+        for k, v in pack([[(p, s + [tokenizer.end_thought])] for p, s in zip(prompts, said)]).items()
+    }
     _, full = policy.vlm(visual, rows["tokens"], rows["segments"], rows["positions"], True)
     assert (states - full).abs().max() < 1e-5  # their rotary tables and norms are in fp32
     packed = {k: torch.from_numpy(v) for k, v in pack([[(prompts[0], [5]), (prompts[1], [6, 7])]]).items()}
     alone = {k: torch.from_numpy(v) for k, v in pack([[(prompts[1], [6, 7])]]).items()}
     run = lambda b: policy.vlm(visual[:1], b["tokens"], b["segments"], b["positions"], False)[0]
-    assert (run(packed)[:, len(prompts[0]) + 1 :] - run(alone)).abs().max() < 1e-5  # isolated questions, as in `small`
+    assert (
+        run(packed)[:, len(prompts[0]) + 1 :] - run(alone)
+    ).abs().max() < 1e-5  # isolated questions, as in `small`
 
 
 def test_the_wrapper_and_the_native_model_agree(smol, root):
@@ -277,8 +462,14 @@ def test_the_wrapper_and_the_native_model_agree(smol, root):
     native, wrapped = build(smol()), build(smol(), wrapped=True)
     wrapped.vlm.queries.data = native.vlm.queries.data.clone()
     images = torch.from_numpy(np.stack([real_pictures(root, 48)[:2]]))
-    rows = {k: torch.from_numpy(v) for k, v in pack([[(native.tokenizer.prompt("put the red cube"), [5])]]).items()}
-    out = [policy.vlm(policy.vlm.see(images), rows["tokens"], rows["segments"], rows["positions"], True) for policy in (native, wrapped)]
+    rows = {
+        k: torch.from_numpy(v)
+        for k, v in pack([[(native.tokenizer.prompt("put the red cube"), [5])]]).items()
+    }
+    out = [
+        policy.vlm(policy.vlm.see(images), rows["tokens"], rows["segments"], rows["positions"], True)
+        for policy in (native, wrapped)
+    ]
     for ours, theirs in zip(*out):
         assert (ours - theirs).abs().max() < 2e-3 * ours.abs().max()  # a grey level here and there
 
@@ -313,8 +504,14 @@ def test_bad_checkpoints_are_answered_in_one_line(smol, tmp_path):
     name = "model.text_model.layers.1.self_attn.k_proj.weight"
     says(tensors(lambda w: w.pop(name)), f"lacks {name}")
     says(tensors(lambda w: w.update(extra=torch.zeros(1))), "does not know, such as extra")
-    says(tensors(lambda w: w.update({name: w[name][:8].clone()})), "does not fit: model.text_model.layers.1.self_attn.q_proj.weight +")
-    says(lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:3000]), "is damaged")
+    says(
+        tensors(lambda w: w.update({name: w[name][:8].clone()})),
+        "does not fit: model.text_model.layers.1.self_attn.q_proj.weight +",
+    )
+    says(
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:3000]),
+        "is damaged",
+    )
     says(lambda f: (f / "model.safetensors").unlink(), "no *.safetensors")
     says(lambda f: (f / "config.json").write_text("{"), "no vision-language model")
     says(lambda f: (f / "config.json").unlink(), "no vision-language model")
@@ -338,8 +535,15 @@ def test_missing_packages_and_wrong_names_are_answered_in_one_line(smol, monkeyp
     import huggingface_hub
 
     for error in (ConnectionError("no route to host"), OSError("no space left on device")):
-        with monkeypatch.context() as patch, pytest.raises(FileNotFoundError, match="cannot download nobody/nothing"):
-            patch.setattr(huggingface_hub, "snapshot_download", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(FileNotFoundError, match="cannot download nobody/nothing"),
+        ):
+            patch.setattr(
+                huggingface_hub,
+                "snapshot_download",
+                lambda *_, error=error, **__: (_ for _ in ()).throw(error),
+            )
             fetch_backbone("nobody/nothing")
     with pytest.raises(FileNotFoundError, match="neither a folder"):
         fetch_backbone("no such//name")
@@ -350,10 +554,30 @@ def test_missing_packages_and_wrong_names_are_answered_in_one_line(smol, monkeyp
 
 def arguments(data, out, folder, *flags):
     rates = ["--backbone_lr=1e-3", "--bridge_lr=1e-3", "--expert_lr=1e-3"]
-    return ["--config", "debug", f"--data={data}", f"--out={out}", "--device=cpu", "--threads=1", f"--backbone={folder}", "--ground_steps=0", "--mix=0.5", *rates, *flags]
+    return [
+        "--config",
+        "debug",
+        f"--data={data}",
+        f"--out={out}",
+        "--device=cpu",
+        "--threads=1",
+        f"--backbone={folder}",
+        "--ground_steps=0",
+        "--mix=0.5",
+        *rates,
+        *flags,
+    ]
 
 
-@pytest.mark.parametrize("family, flags", [("smol", []), ("smol", ["--lora=2", "--freeze_vision", "--checkpointing"]), ("qwen", ["--lora=2", "--freeze_vision", "--checkpointing"])], ids=["smol", "smol LoRA", "qwen LoRA"])
+@pytest.mark.parametrize(
+    "family, flags",
+    [
+        ("smol", []),
+        ("smol", ["--lora=2", "--freeze_vision", "--checkpointing"]),
+        ("qwen", ["--lora=2", "--freeze_vision", "--checkpointing"]),
+    ],
+    ids=["smol", "smol LoRA", "qwen LoRA"],
+)
 def test_train_save_load_act_answer_resume(family, flags, smol, qwen, data, tmp_path, monkeypatch, capsys):
     if "--lora=2" in flags:
         pytest.importorskip("peft")
@@ -375,23 +599,50 @@ def test_train_save_load_act_answer_resume(family, flags, smol, qwen, data, tmp_
         assert not still and moved == {"vision", "lm", "queries"}
     images, state = np.zeros((1, 2, 32, 32, 3), np.uint8), np.zeros((1, 6), np.float32)
     chunk, (thought,) = policy.act(images, state, ["put the red cube on the blue pad"])
-    assert np.isfinite(chunk).all() and isinstance(thought, str) and isinstance(policy.answer(images, ["which pad is blue"])[0], str)
+    assert (
+        np.isfinite(chunk).all()
+        and isinstance(thought, str)
+        and isinstance(policy.answer(images, ["which pad is blue"])[0], str)
+    )
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "x.png")
-    sample.main(["--config", "debug", f"--run={out}", "--threads=1", "--ask", "what is it?", f"--image={tmp_path / 'x.png'}"])
+    sample.main(
+        [
+            "--config",
+            "debug",
+            f"--run={out}",
+            "--threads=1",
+            "--ask",
+            "what is it?",
+            f"--image={tmp_path / 'x.png'}",
+        ]
+    )
     assert capsys.readouterr().out.startswith("what is it?\n")
 
     half = tmp_path / "half"  # the same run in two pieces
     train.main(arguments(data, half, folder, "--steps=20", "--save_every=10", "--ema=0.5", *flags))
     state = torch.load(half / "train_state.pt", weights_only=True)
-    assert all("lora_" in k or not k.startswith("vlm.") or "connector" in k or k == "vlm.queries" for k in state["model"]) if flags else len(state["model"]) == len(load_file(half / "model.safetensors"))
+    assert (
+        all(
+            "lora_" in k or not k.startswith("vlm.") or "connector" in k or k == "vlm.queries"
+            for k in state["model"]
+        )
+        if flags
+        else len(state["model"]) == len(load_file(half / "model.safetensors"))
+    )
     for run in (out, half):
-        train.main(arguments(data, run, folder, "--steps=22", "--save_every=10", "--ema=0.5", "--resume", *flags))
+        train.main(
+            arguments(data, run, folder, "--steps=22", "--save_every=10", "--ema=0.5", "--resume", *flags)
+        )
     a, b = load_file(out / "model.safetensors"), load_file(half / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("family, flags", [("smol", []), ("qwen", ["--lora=2", "--freeze_vision"])], ids=["smol", "qwen LoRA"])
-def test_practice_keeps_the_backbone_and_resumes_to_the_same_bits(family, flags, smol, qwen, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "family, flags", [("smol", []), ("qwen", ["--lora=2", "--freeze_vision"])], ids=["smol", "qwen LoRA"]
+)
+def test_practice_keeps_the_backbone_and_resumes_to_the_same_bits(
+    family, flags, smol, qwen, data, tmp_path, monkeypatch, capsys
+):
     """rl.py on a pretrained VLM: index of its demonstrations, rollouts in the simulation, updates of adapter and expert, saved and resumed."""
     if flags:
         pytest.importorskip("peft")
@@ -399,7 +650,9 @@ def test_practice_keeps_the_backbone_and_resumes_to_the_same_bits(family, flags,
     train.main(arguments(data, start, smol() if family == "smol" else qwen, "--steps=2", *flags))
     monkeypatch.setattr(model_module, "fetch_backbone", None)  # the run folder is enough
     more = ["--anchor=0.1", "--critic_warmup=0", "--eval_episodes=0", "--device=cpu", "--threads=1"]
-    practise = lambda name, *words: rl.main(["--config", "debug", f"--init_from={start}", f"--out={tmp_path / name}", *more, *words])
+    practise = lambda name, *words: rl.main(
+        ["--config", "debug", f"--init_from={start}", f"--out={tmp_path / name}", *more, *words]
+    )
     practise("whole")
     said = capsys.readouterr().out
     assert "the same bit for bit" in said and list(data.glob("similarity_*"))
@@ -414,19 +667,41 @@ def test_practice_keeps_the_backbone_and_resumes_to_the_same_bits(family, flags,
         patch.setattr(rl, "update", dies)
         practise("cut")
     practise("cut", "--resume")
-    before, whole, cut = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "whole", tmp_path / "cut"))
+    before, whole, cut = (
+        load_file(folder / "model.safetensors") for folder in (start, tmp_path / "whole", tmp_path / "cut")
+    )
     assert all(torch.equal(whole[k], cut[k]) for k in whole) and before.keys() == whole.keys()
     moved = {k.split(".")[0] for k in before if not torch.equal(before[k], whole[k])}
     assert moved == {"adapter", "expert"}
     policy = SyVLA.load(tmp_path / "whole", Tokenizer.load(tmp_path / "whole"))
-    chunk, (thought,) = policy.act(np.zeros((1, 2, 32, 32, 3), np.uint8), np.zeros((1, 6), np.float32), ["put the red cube on the blue pad"])
+    chunk, (thought,) = policy.act(
+        np.zeros((1, 2, 32, 32, 3), np.uint8),
+        np.zeros((1, 6), np.float32),
+        ["put the red cube on the blue pad"],
+    )
     assert np.isfinite(chunk).all() and isinstance(thought, str)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2] and {"kl", "similarity", "expert_loss", "anchor"} <= lines[1].keys()
+    assert [line["iteration"] for line in lines] == [1, 2] and {
+        "kl",
+        "similarity",
+        "expert_loss",
+        "anchor",
+    } <= lines[1].keys()
 
 
 def config(folder, data, **changes):
-    cfg = train.TrainConfig(**train.PRESETS["debug"] | dict(backbone=str(folder), data=str(data), ground_steps=0, backbone_lr=1e-4, bridge_lr=2e-4, expert_lr=3e-4) | changes)
+    cfg = train.TrainConfig(
+        **train.PRESETS["debug"]
+        | dict(
+            backbone=str(folder),
+            data=str(data),
+            ground_steps=0,
+            backbone_lr=1e-4,
+            bridge_lr=2e-4,
+            expert_lr=3e-4,
+        )
+        | changes
+    )
     train.settle_backbone(cfg)
     return cfg
 
@@ -439,7 +714,13 @@ def test_backbone_bridge_and_expert_have_their_own_rates(smol, data):
     rate = {id(p): lr for group, lr in zip(optimizer.param_groups, rates) for p in group["params"]}
     assert len(rate) == len(list(policy.parameters()))
     for name, p in policy.named_parameters():
-        wanted = 2e-4 if name == "vlm.queries" or name.startswith("adapter") else 3e-4 if name.startswith("expert") else 1e-4
+        wanted = (
+            2e-4
+            if name == "vlm.queries" or name.startswith("adapter")
+            else 3e-4
+            if name.startswith("expert")
+            else 1e-4
+        )
         assert rate[id(p)] == wanted, name
     assert cfg.image_size == 32 and cfg.vision_size == 32 and cfg.width == 48
 
@@ -450,7 +731,9 @@ def test_predicted_activations_are_what_autograd_keeps(smol, data, flags):
     cfg = config(smol(), data, batch_size=8, mix=0.5, **flags)
     policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
     (pair,) = train.batches(0, cfg, policy, episodes, questions, 0, 1, "cpu")
-    own = {p.untyped_storage().data_ptr() for p in (*policy.parameters(), *policy.buffers())} | {v.untyped_storage().data_ptr() for b in pair for v in b.values()}
+    own = {p.untyped_storage().data_ptr() for p in (*policy.parameters(), *policy.buffers())} | {
+        v.untyped_storage().data_ptr() for b in pair for v in b.values()
+    }
     kept = {}
 
     def pack_hook(x):
@@ -458,9 +741,14 @@ def test_predicted_activations_are_what_autograd_keeps(smol, data, flags):
             kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         loss = sum(sum(v for k, v in policy(batch).items() if k != "kept") for batch in pair)
-    weights = sum(p.numel() * 2 for p in policy.parameters() if p.ndim > 1)  # bf16 copies that matrices keep are counted apart
+    weights = sum(
+        p.numel() * 2 for p in policy.parameters() if p.ndim > 1
+    )  # bf16 copies that matrices keep are counted apart
     found = sum(n for n, _ in kept.values()) - weights
     predicted = train.memory(cfg, policy, 1, bf16=True)
     print(f"{flags}: predicted {predicted['activations']}, kept {found}")
@@ -496,7 +784,14 @@ def test_presets_have_the_published_sizes(preset, parameters, capsys):
     said = capsys.readouterr().out
     cfg = train.TrainConfig(**train.PRESETS[preset])
     with torch.device("meta"):
-        assert sum(p.numel() for name, p in SyVLA(cfg, train.NoTokenizer()).vlm.named_parameters() if name != "queries") == parameters
+        assert (
+            sum(
+                p.numel()
+                for name, p in SyVLA(cfg, train.NoTokenizer()).vlm.named_parameters()
+                if name != "queries"
+            )
+            == parameters
+        )
     assert "predicted peak memory" in said and "TFLOP a sample" in said
 
 
@@ -510,7 +805,9 @@ def test_wrong_use_is_answered_in_one_line(smol, data, tmp_path, fails):
     train.main(arguments(data, tmp_path / "run", smol(), "--steps=1"))
     ask = lambda *words: fails(sample.main, ["--config", "debug", f"--run={tmp_path / 'run'}", *words])
     assert "goes with a question" in ask(f"--image={tmp_path / 'a.png'}")
-    assert "no picture that can be read" in ask("--ask=what", f"--image={tmp_path / 'b.png'}") and "no picture that can be read" in ask("--ask=what", "--image=none.png")
+    assert "no picture that can be read" in ask(
+        "--ask=what", f"--image={tmp_path / 'b.png'}"
+    ) and "no picture that can be read" in ask("--ask=what", "--image=none.png")
 
 
 def test_a_wrapped_model_checkpoints_in_training_and_caches_in_evaluation(qwen, data):
@@ -519,7 +816,9 @@ def test_a_wrapped_model_checkpoints_in_training_and_caches_in_evaluation(qwen, 
     policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
     (pair,) = train.batches(0, cfg, policy, episodes, questions, 0, 1, "cpu")
     layer, runs = policy.vlm.lm.text.layers[1], []
-    layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))  # before: the second run stops as soon as it has what the way back needs
+    layer.mlp.register_forward_pre_hook(
+        lambda *_: runs.append(1)
+    )  # before: the second run stops as soon as it has what the way back needs
     losses = policy(pair[-1])
     (losses["text"] + losses["action"]).backward()
     assert len(runs) == 2  # once forward, once again on the way back

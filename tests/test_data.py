@@ -41,12 +41,40 @@ def test_tokenizer_is_lossless_for_every_string(tokenizer):
 
     def character():
         while True:
-            c = rng.choice([rng.randrange(32), rng.randrange(32, 127), rng.randrange(127, 0x3000), rng.randrange(0x110000)])
+            c = rng.choice(
+                [
+                    rng.randrange(32),
+                    rng.randrange(32, 127),
+                    rng.randrange(127, 0x3000),
+                    rng.randrange(0x110000),
+                ]
+            )
             if not 0xD800 <= c < 0xE000:  # a lone surrogate is no text
                 return chr(c)
 
-    texts = ["", " ", "  ", "\n", " put", "put ", " put  the\tred ", "PUT The Red Cube", "\x00\x1f\x7f", "🤖🦾👩‍🔬 cube", "e\u0301 é ß İ", "빨간 큐브", "<pad></reason><task>", known * 250]
-    texts += ["".join(rng.choice([character(), character(), " ", rng.choice(known.split())]) for _ in range(rng.randrange(40))) for _ in range(500)]
+    texts = [
+        "",
+        " ",
+        "  ",
+        "\n",
+        " put",
+        "put ",
+        " put  the\tred ",
+        "PUT The Red Cube",
+        "\x00\x1f\x7f",
+        "🤖🦾👩‍🔬 cube",
+        "e\u0301 é ß İ",
+        "빨간 큐브",
+        "<pad></reason><task>",
+        known * 250,
+    ]
+    texts += [
+        "".join(
+            rng.choice([character(), character(), " ", rng.choice(known.split())])
+            for _ in range(rng.randrange(40))
+        )
+        for _ in range(500)
+    ]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(known * 250) > 10_000
@@ -56,8 +84,12 @@ def test_frequent_words_are_one_token_and_unknown_ones_bytes():
     tokenizer = Tokenizer.train(["put the red cube"] * 20 + ["put the zorb"] * 19, 512)
     assert len(tokenizer.encode("put the red cube")) == 4 and len(tokenizer) == 7 + 256 + 4
     assert tokenizer.encode("zorb") == [7 + byte for byte in b" zorb"]  # 19 times is too rare
-    assert len(Tokenizer.train(["put the red cube"] * 20, 7 + 256 + 2)) == 7 + 256 + 2  # never more than the model has rows for
-    assert tokenizer.decode([0, 3, *tokenizer.encode("red"), 6, 10**6]) == "red"  # special and unheard-of ids say nothing
+    assert (
+        len(Tokenizer.train(["put the red cube"] * 20, 7 + 256 + 2)) == 7 + 256 + 2
+    )  # never more than the model has rows for
+    assert (
+        tokenizer.decode([0, 3, *tokenizer.encode("red"), 6, 10**6]) == "red"
+    )  # special and unheard-of ids say nothing
 
 
 def test_prompts(tokenizer):
@@ -74,8 +106,17 @@ def test_prompts(tokenizer):
     assert len({t.task, t.reason, t.end_thought, t.ask, t.reply, t.end_answer, 0}) == len(t.SPECIAL)
 
 
-@pytest.mark.parametrize("text, said", [("", "is empty"), (" \n\t", "is empty"), ("put it " * 1500, "tokens long"), ("zx" * 5000, "tokens long"), ("🤖" * 100, "tokens long")],
-                         ids=["empty", "blank", "words", "letters", "emoji"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "is empty"),
+        (" \n\t", "is empty"),
+        ("put it " * 1500, "tokens long"),
+        ("zx" * 5000, "tokens long"),
+        ("🤖" * 100, "tokens long"),
+    ],
+    ids=["empty", "blank", "words", "letters", "emoji"],
+)
 def test_unusable_instructions_say_why_in_one_line(tokenizer, text, said):
     for call in (tokenizer.prompt, tokenizer.question):
         with pytest.raises(ValueError) as caught:
@@ -96,9 +137,13 @@ def test_every_training_text_fits_the_model():
     for seed in range(10):
         rng = np.random.default_rng(seed)
         env.reset(seed=seed, options={"family": "sequence"})
-        texts += [sim_env.random_task(env.scene(), family, rng) for family in sim_env.FAMILIES for _ in range(60)]
+        texts += [
+            sim_env.random_task(env.scene(), family, rng) for family in sim_env.FAMILIES for _ in range(60)
+        ]
     env.close()
-    tokenizer = Tokenizer.train([text for pair in texts for text in pair] * 20, small.vocab_size)  # so that no word is too rare
+    tokenizer = Tokenizer.train(
+        [text for pair in texts for text in pair] * 20, small.vocab_size
+    )  # so that no word is too rare
     assert len(tokenizer) < small.vocab_size
     assert max(len(tokenizer.thought(reason)) for _, reason in texts) <= small.max_thought
     assert max(len(tokenizer.prompt(task)) for task, _ in texts) <= Tokenizer.LONGEST // 2
@@ -122,11 +167,20 @@ def test_pack_by_hand():
 def test_statistics_against_numpy(data, episodes):
     x = np.load(data / "action.npy").astype(np.float64)
     s = episodes.meta["statistics"]["action"]
-    assert np.allclose(s["mean"], x.mean(0)) and np.allclose(s["std"], x.std(0)) and np.allclose(s["min"], x.min(0)) and np.allclose(s["max"], x.max(0))
+    assert (
+        np.allclose(s["mean"], x.mean(0))
+        and np.allclose(s["std"], x.std(0))
+        and np.allclose(s["min"], x.min(0))
+        and np.allclose(s["max"], x.max(0))
+    )
     for name, q in (("q01", 1), ("q50", 50), ("q99", 99)):
         assert np.allclose(s[name], np.percentile(x, q, axis=0))
     known = statistics(np.arange(101)[:, None] * np.array([[1.0, -2]]))
-    assert known["q01"] == pytest.approx([1, -198]) and known["q99"] == pytest.approx([99, -2]) and json.loads(json.dumps(known)) == known
+    assert (
+        known["q01"] == pytest.approx([1, -198])
+        and known["q99"] == pytest.approx([99, -2])
+        and json.loads(json.dumps(known)) == known
+    )
 
 
 # -- episodes ------------------------------------------------------------------------------------------------------
@@ -134,19 +188,29 @@ def test_statistics_against_numpy(data, episodes):
 
 def test_data_set_is_whole(data, episodes):
     meta, n = episodes.meta, len(np.load(data / "state.npy", mmap_mode="r"))
-    assert [e["start"] for e in meta["episodes"]] == [sum(e["length"] for e in meta["episodes"][:i]) for i in range(len(meta["episodes"]))]
+    assert [e["start"] for e in meta["episodes"]] == [
+        sum(e["length"] for e in meta["episodes"][:i]) for i in range(len(meta["episodes"]))
+    ]
     assert sum(e["length"] for e in meta["episodes"]) == n == len(np.load(data / "action.npy", mmap_mode="r"))
     assert not (data / "parts").exists()
     for camera in meta["cameras"]:
         images = np.load(data / f"{camera}.npy", mmap_mode="r")
         assert images.shape == (n, 32, 32, 3) and images.dtype == np.uint8 and images[0].std() > 5
-    assert {e["kind"] for e in meta["episodes"]} == {"demo", "start"} and all(e["reason"][0][0] == 0 for e in meta["episodes"])
+    assert {e["kind"] for e in meta["episodes"]} == {"demo", "start"} and all(
+        e["reason"][0][0] == 0 for e in meta["episodes"]
+    )
 
 
 def test_chunk_stops_at_the_end_of_its_episode(data, episodes, tokenizer):
     action, H = np.load(data / "action.npy"), CFG.chunk
     first = episodes.episodes[0]
-    picks = [0, first["length"] - H, first["length"] - 3, first["length"] - 1, first["length"]]  # the last is the next episode's first frame
+    picks = [
+        0,
+        first["length"] - H,
+        first["length"] - 3,
+        first["length"] - 1,
+        first["length"],
+    ]  # the last is the next episode's first frame
     batch = episodes.samples(tokenizer, picks)
     assert batch["valid"].sum(1).tolist() == [H, H, 3, 1, min(H, episodes.episodes[1]["length"])]
     for b, i in enumerate(picks[:4]):
@@ -154,7 +218,9 @@ def test_chunk_stops_at_the_end_of_its_episode(data, episodes, tokenizer):
         at = first["start"] + i
         assert batch["valid"][b, :n].all()
         assert np.array_equal(batch["actions"][b, :n], action[at : at + n])
-        assert np.array_equal(batch["actions"][b, n:], np.repeat(action[[first["start"] + first["length"] - 1]], H - n, axis=0))
+        assert np.array_equal(
+            batch["actions"][b, n:], np.repeat(action[[first["start"] + first["length"] - 1]], H - n, axis=0)
+        )
         assert np.array_equal(batch["state"][b], np.load(data / "state.npy")[at])
         for v, camera in enumerate(CFG.cameras.split(",")):
             assert np.array_equal(batch["images"][b, v], np.load(data / f"{camera}.npy")[at])
@@ -170,7 +236,15 @@ def test_chunk_stops_at_what_answers_a_disturbance(data, tmp_path, tokenizer):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     episodes = Episodes(tmp_path, CFG)
     assert episodes.episodes[0]["length"] > 5 + CFG.chunk
-    assert episodes.samples(tokenizer, range(7))["valid"].sum(1).tolist() == [4, 3, 2, 1, 1, CFG.chunk, CFG.chunk]
+    assert episodes.samples(tokenizer, range(7))["valid"].sum(1).tolist() == [
+        4,
+        3,
+        2,
+        1,
+        1,
+        CFG.chunk,
+        CFG.chunk,
+    ]
 
 
 def test_reason_of_a_frame_and_weights(data):
@@ -182,7 +256,9 @@ def test_reason_of_a_frame_and_weights(data):
     weights = np.diff(episodes.cumulative, prepend=0)
     for e in meta["episodes"]:
         changes = [step for step, _ in e["reason"]]
-        expected = [3 if min([step - c for c in changes if c <= step]) < 3 else 1 for step in range(e["length"])]
+        expected = [
+            3 if min([step - c for c in changes if c <= step]) < 3 else 1 for step in range(e["length"])
+        ]
         assert np.allclose(weights[i : i + e["length"]] / weights.min(), expected)
         i += e["length"]
     assert i == len(episodes) and episodes.cumulative[-1] == pytest.approx(1)
@@ -215,8 +291,12 @@ def same(a, b):
 
 
 def test_batch_is_a_function_of_the_seed_and_slices_agree_with_the_whole(episodes, questions, tokenizer):
-    for draw in (lambda seed, rows=slice(None): episodes.batch(tokenizer, np.random.default_rng(seed), 6, rows),
-                 lambda seed, rows=slice(None): questions.batch(tokenizer, np.random.default_rng(seed), 6, 60, rows=rows)):  # fmt: skip
+    for draw in (
+        lambda seed, rows=slice(None): episodes.batch(tokenizer, np.random.default_rng(seed), 6, rows),
+        lambda seed, rows=slice(None): questions.batch(
+            tokenizer, np.random.default_rng(seed), 6, 60, rows=rows
+        ),
+    ):
         whole = draw([0, 1])
         assert same(whole, draw([0, 1])) and not same(whole, draw([0, 2]))
         for i in range(3):
@@ -226,9 +306,15 @@ def test_batch_is_a_function_of_the_seed_and_slices_agree_with_the_whole(episode
 def test_times_and_noise_of_a_batch(episodes, tokenizer):
     batch = episodes.batch(tokenizer, np.random.default_rng(0), 400)
     t = batch["t"]
-    assert t.min() >= 0.001 and t.max() <= 1 and t.mean().item() == pytest.approx(0.6, abs=0.03)  # Beta(1.5, 1): more mass at noise
+    assert (
+        t.min() >= 0.001 and t.max() <= 1 and t.mean().item() == pytest.approx(0.6, abs=0.03)
+    )  # Beta(1.5, 1): more mass at noise
     assert batch["eps"].mean().abs() < 0.02 and batch["eps"].std().item() == pytest.approx(1, abs=0.02)
-    assert 0 <= batch["uniform"].min() and batch["uniform"].max() < 1 and batch["uniform"].shape == (400, CFG.queries)
+    assert (
+        0 <= batch["uniform"].min()
+        and batch["uniform"].max() < 1
+        and batch["uniform"].shape == (400, CFG.queries)
+    )
 
 
 # -- questions -----------------------------------------------------------------------------------------------------
@@ -237,20 +323,33 @@ def test_times_and_noise_of_a_batch(episodes, tokenizer):
 def test_questions_fit_the_room_and_change(questions, tokenizer):
     room = 60
     batch = questions.batch(tokenizer, np.random.default_rng(0), 8, room)
-    assert batch["tokens"].shape[1] <= room or (batch["segments"].max(1).values == 1).any()  # only a single long question may exceed it
+    assert (
+        batch["tokens"].shape[1] <= room or (batch["segments"].max(1).values == 1).any()
+    )  # only a single long question may exceed it
     assert batch["segments"].max() >= 2
-    packed = {tuple(row.tolist()) for step in range(5) for row in questions.batch(tokenizer, np.random.default_rng(step), 8, room)["tokens"]}
+    packed = {
+        tuple(row.tolist())
+        for step in range(5)
+        for row in questions.batch(tokenizer, np.random.default_rng(step), 8, room)["tokens"]
+    }
     assert len(packed) > 8  # the same picture comes back with other questions
     everything = questions.batch(tokenizer, np.random.default_rng(0), 1, 10**6)
-    assert everything["segments"].max() == max(len(scene) for scene in questions.questions if len(scene) == everything["segments"].max())
+    assert everything["segments"].max() == max(
+        len(scene) for scene in questions.questions if len(scene) == everything["segments"].max()
+    )
 
 
 def test_accuracy_counts_exact_matches_by_kind(questions):
-    truth = {(question, i): answer for i, scene in enumerate(questions.questions) for _, question, answer in scene}
+    truth = {
+        (question, i): answer for i, scene in enumerate(questions.questions) for _, question, answer in scene
+    }
     scene_of = {image.tobytes(): i for i, image in enumerate(questions.images[0])}
 
     def answer(images, asked):
-        return ["no idea" if q.startswith("what is") else truth[q, scene_of[image[0].tobytes()]] for image, q in zip(images, asked)]
+        return [
+            "no idea" if q.startswith("what is") else truth[q, scene_of[image[0].tobytes()]]
+            for image, q in zip(images, asked)
+        ]
 
     result = questions.accuracy(answer, n=10**6, batch=7)
     total = sum(len(scene) for scene in questions.questions)
@@ -277,7 +376,9 @@ def test_mismatches_show_both_sides(data, tmp_path):
 
 def test_cameras_come_in_the_models_order(data, episodes, tokenizer):
     turned = Episodes(data, Config(**MODELS["debug"] | dict(cameras="wrist,front")))
-    assert torch.equal(turned.samples(tokenizer, [3])["images"].flip(1), episodes.samples(tokenizer, [3])["images"])
+    assert torch.equal(
+        turned.samples(tokenizer, [3])["images"].flip(1), episodes.samples(tokenizer, [3])["images"]
+    )
 
 
 def test_prepare_refuses_a_finished_folder_and_foreign_parts(data, tmp_path, fails):
@@ -286,26 +387,50 @@ def test_prepare_refuses_a_finished_folder_and_foreign_parts(data, tmp_path, fai
     (tmp_path / "parts" / "settings.json").write_text("{}")
     assert "other settings" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])
     assert "unknown family" in fails(prepare.main, ["--families=plaice", f"--out={tmp_path}"])
-    for flag, said in (("--seed=600000", "training seeds"), ("--seed=-1", "training seeds"), ("--starts=300000", "training seeds"),
-                       ("--workers=-1", "workers"), ("--start_steps=0", "start_steps"), ("--image_size=4", "image_size")):  # fmt: skip
+    for flag, said in (
+        ("--seed=600000", "training seeds"),
+        ("--seed=-1", "training seeds"),
+        ("--starts=300000", "training seeds"),
+        ("--workers=-1", "workers"),
+        ("--start_steps=0", "start_steps"),
+        ("--image_size=4", "image_size"),
+    ):
         assert said in fails(prepare.main, [flag, f"--out={tmp_path}"])
 
 
 def test_shards_do_not_depend_on_how_work_is_spread(data, tmp_path):
     """prepare.py again, in this process, shard by shard and backwards: bit-identical arrays."""
-    cfg = prepare.PrepareConfig(**prepare.PRESETS["debug"] | dict(config="debug", out=str(tmp_path / "again")))
+    cfg = prepare.PrepareConfig(
+        **prepare.PRESETS["debug"] | dict(config="debug", out=str(tmp_path / "again"))
+    )
     (tmp_path / "again" / "parts").mkdir(parents=True)
     jobs, common, _ = prepare.make_plan(cfg)
     for job in reversed(jobs):
         prepare.make_shard(job)
     prepare.merge(cfg, [shard for _, shard, _ in jobs], common)
-    for name in ("state.npy", "action.npy", "front.npy", "wrist.npy", "questions/front.npy", "questions/questions.json", "questions_val/questions.json"):
+    for name in (
+        "state.npy",
+        "action.npy",
+        "front.npy",
+        "wrist.npy",
+        "questions/front.npy",
+        "questions/questions.json",
+        "questions_val/questions.json",
+    ):
         assert (data / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     shutil.rmtree(tmp_path / "again")
 
 
 def test_training_and_held_out_seeds_never_meet():
-    spans = {kind: [s for shard in prepare.shards(prepare.PrepareConfig()) if shard[0] == kind for s in (shard[2], shard[2] + shard[3] - 1)] for kind in prepare.SHARD}
+    spans = {
+        kind: [
+            s
+            for shard in prepare.shards(prepare.PrepareConfig())
+            if shard[0] == kind
+            for s in (shard[2], shard[2] + shard[3] - 1)
+        ]
+        for kind in prepare.SHARD
+    }
     assert all(s in sim_env.SEEDS["train"] for kind in ("demo", "start", "questions") for s in spans[kind])
     assert all(s in sim_env.SEEDS["val"] for s in spans["questions_val"])
 

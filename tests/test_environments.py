@@ -30,7 +30,19 @@ def reach(tmp_path, monkeypatch):
 
 def test_an_environment_of_ones_own_from_data_to_practice(reach, capsys):
     flags = ["--config", "debug", "--device=cpu", "--threads=1"]
-    train.main([*flags, "--reasoning=false", "--data=data/reach", "--env=reach:Reach", "--families=reach", "--ground_steps=0", "--mix=0", "--eval=3", "--out=run"])
+    train.main(
+        [
+            *flags,
+            "--reasoning=false",
+            "--data=data/reach",
+            "--env=reach:Reach",
+            "--families=reach",
+            "--ground_steps=0",
+            "--mix=0",
+            "--eval=3",
+            "--out=run",
+        ]
+    )
     config = json.loads(Path("run/config.json").read_text())
     assert (config["cameras"], config["motors"], config["env"]) == ("top", "x,y", "reach:Reach")
     result = json.loads(Path("run/eval.json").read_text())["reach"]
@@ -78,20 +90,46 @@ def test_a_state_of_other_numbers_than_the_action(reach, fails, capsys):
             seen.append((obs["images"]["top"], obs["state"], env.goal))
             obs, _, there, _, _ = env.step(env.goal)
         top, state, action = map(np.stack, zip(*seen))
-        episodes.append({"images": {"top": top}, "state": state, "action": action, "task": obs["task"], "family": "reach"})
+        episodes.append(
+            {"images": {"top": top}, "state": state, "action": action, "task": obs["task"], "family": "reach"}
+        )
     with pytest.raises(ValueError, match=r"state has shape \(\d+, 3\), its names are \['x', 'y'\]"):
         reach.save_episodes("data/glide", episodes, env.cameras, env.motors)
     reach.save_episodes("data/glide", episodes, env.cameras, env.motors, state=env.state)
     flags = ["--config", "debug", "--device=cpu", "--threads=1"]
-    learn = [*flags, "--reasoning=false", "--data=data/glide", "--families=reach", "--ground_steps=0", "--mix=0", "--stale=2", "--committed=2"]
+    learn = [
+        *flags,
+        "--reasoning=false",
+        "--data=data/glide",
+        "--families=reach",
+        "--ground_steps=0",
+        "--mix=0",
+        "--stale=2",
+        "--committed=2",
+    ]
     train.main([*learn, "--env=glide:Glide", "--eval=2", "--out=run"])
     config = json.loads(Path("run/config.json").read_text())
-    assert (config["motors"], config["state"]) == ("x,y", "speed,x,y") and json.loads(Path("run/eval.json").read_text())["reach"]["id"]["n"] == 2
+    assert (config["motors"], config["state"]) == ("x,y", "speed,x,y") and json.loads(
+        Path("run/eval.json").read_text()
+    )["reach"]["id"]["n"] == 2
     policy = sample.load_policy("run")
-    assert policy.expert.state_in.in_features == len(policy.state_low) == 3 and policy.expert.action_in.in_features == len(policy.action_low) == 2
+    assert (
+        policy.expert.state_in.in_features == len(policy.state_low) == 3
+        and policy.expert.action_in.in_features == len(policy.action_low) == 2
+    )
     sample.main(["--run=run", "--threads=1"])
     sample.main(["--run=run", "--threads=1", "--replay"])
-    rl.main([*flags, "--init_from=run", "--families=reach", "--iterations=1", "--critic_warmup=0", "--eval_episodes=0", "--out=better"])
+    rl.main(
+        [
+            *flags,
+            "--init_from=run",
+            "--families=reach",
+            "--iterations=1",
+            "--critic_warmup=0",
+            "--eval_episodes=0",
+            "--out=better",
+        ]
+    )
     log = json.loads(Path("better/log.jsonl").read_text())
     assert log["iteration"] == 1 and np.isfinite([log["value_loss"], log["expert_loss"]]).all()
 
@@ -110,28 +148,58 @@ def test_a_state_of_other_numbers_than_the_action(reach, fails, capsys):
     both = ("['speed', 'x', 'y']", "['x', 'y']")
     assert all(side in tell("--env=reach:Reach") for side in both)
     assert all(side in fails(train.main, [*learn, "--state=x,y", "--out=late"]) for side in both)
-    assert all(side in fails(train.main, [*learn[:-2], "--data=data/reach", "--state=speed,x,y", "--out=late"]) for side in both)
+    assert all(
+        side in fails(train.main, [*learn[:-2], "--data=data/reach", "--state=speed,x,y", "--out=late"])
+        for side in both
+    )
     assert "class attribute state" in tell("--env=glide:Wrong")
     Path("run/config.json").write_text(json.dumps(config | {"state": "speed,east,north"}))
-    assert all(word in tell("--env=glide:Veiled", *flags) for flags in (["--mode=naive", "--delay=2"], ["--mode=async+rtc"]) for word in ("['x', 'y']", "'east'", "--delay"))
+    assert all(
+        word in tell("--env=glide:Veiled", *flags)
+        for flags in (["--mode=naive", "--delay=2"], ["--mode=async+rtc"])
+        for word in ("['x', 'y']", "'east'", "--delay")
+    )
     sample.main(["--run=run", "--threads=1", "--env=glide:Veiled"])
-    with pytest.raises(ValueError, match=r"shape \(3,\), its class names 4 numbers"), sim_env.VecEnv(1, 1, "glide:Short", 32) as vec:
+    with (
+        pytest.raises(ValueError, match=r"shape \(3,\), its class names 4 numbers"),
+        sim_env.VecEnv(1, 1, "glide:Short", 32) as vec,
+    ):
         vec.reset([0], "reach")
     np.save("data/glide/state.npy", np.load("data/glide/state.npy")[:, :2])
-    assert "states of 2 and actions of 2 numbers, its meta.json names 3 and 2" in fails(train.main, [*learn, "--out=late"])
+    assert "states of 2 and actions of 2 numbers, its meta.json names 3 and 2" in fails(
+        train.main, [*learn, "--out=late"]
+    )
 
 
 def test_checkpoints_from_before_the_state_had_names(reach):
-    learn = ["--config", "debug", "--device=cpu", "--threads=1", "--reasoning=false", "--data=data/reach", "--families=reach", "--ground_steps=0", "--mix=0"]
+    learn = [
+        "--config",
+        "debug",
+        "--device=cpu",
+        "--threads=1",
+        "--reasoning=false",
+        "--data=data/reach",
+        "--families=reach",
+        "--ground_steps=0",
+        "--mix=0",
+    ]
     train.main([*learn, "--out=run"])
     env, chunks, config = reach.Reach(px=32), [], json.loads(Path("run/config.json").read_text())
     obs = env.reset(seed=3)[0]
-    for known in (config, {name: value for name, value in config.items() if name != "state"}, config | {"state": "x,y"}):
+    for known in (
+        config,
+        {name: value for name, value in config.items() if name != "state"},
+        config | {"state": "x,y"},
+    ):
         Path("run/config.json").write_text(json.dumps(known))
         policy = sample.load_policy("run")
         sim_env.views_of(policy, "reach:Reach")
         chunks.append(policy.act(*sample.look(obs, policy))[0])
-    assert config["state"] == "" and np.array_equal(chunks[0], chunks[1]) and np.array_equal(chunks[0], chunks[2])
+    assert (
+        config["state"] == ""
+        and np.array_equal(chunks[0], chunks[1])
+        and np.array_equal(chunks[0], chunks[2])
+    )
 
 
 def test_chunks_end_with_the_episode_and_count_steps(reach):
@@ -148,12 +216,25 @@ def test_chunks_end_with_the_episode_and_count_steps(reach):
 
 
 def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
-    data = ["--reasoning=false", "--data=data/reach", "--families=reach", "--ground_steps=0", "--mix=0", "--out=run"]
+    data = [
+        "--reasoning=false",
+        "--data=data/reach",
+        "--families=reach",
+        "--ground_steps=0",
+        "--mix=0",
+        "--out=run",
+    ]
     train.main(["--config", "debug", "--device=cpu", "--threads=1", *data, "--env=reach:Reach"])
     tell = lambda *flags: fails(sample.main, ["--run=run", "--threads=1", *flags])
     assert "package.module:Class" in tell("--env=reach")
-    assert "cannot be imported" in tell("--env=reach:Rich") and "cannot be imported" in tell("--env=none:None")
-    assert "cannot be imported" in fails(train.main, ["--config", "debug", *data[:-1], "--out=late", "--eval=1", "--env=none:None"]) and not Path("late").exists()
+    assert "cannot be imported" in tell("--env=reach:Rich") and "cannot be imported" in tell(
+        "--env=none:None"
+    )
+    assert (
+        "cannot be imported"
+        in fails(train.main, ["--config", "debug", *data[:-1], "--out=late", "--eval=1", "--env=none:None"])
+        and not Path("late").exists()
+    )
     assert "lacks cameras" in tell("--env=json:JSONDecoder")
     assert "['top'] missing" in tell("--env=sim")
     assert "--families" in tell("--family=push") and "--families" in tell("--eval=2", "--families=push")

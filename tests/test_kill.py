@@ -57,24 +57,46 @@ def killed_and_resumed(strike, program, argv, folder, moments):
             if at is not None and (run / "log.jsonl").is_file():
                 with open(run / "log.jsonl", "a") as f:
                     f.write('{"step": 7, "iteration": 7, "lo')  # a kill may come in the middle of a line, too
-        assert {p.relative_to(run) for p in run.rglob("*")} == {p.relative_to(expected) for p in expected.rglob("*")}
-        assert all((run / path).read_bytes() == (expected / path).read_bytes() for path in ("model.safetensors", "tokenizer.json"))
-        assert differences(*(torch.load(r / "train_state.pt", weights_only=True) for r in (run, expected))) == 0 and log_of(run) == log_of(expected)
+        assert {p.relative_to(run) for p in run.rglob("*")} == {
+            p.relative_to(expected) for p in expected.rglob("*")
+        }
+        assert all(
+            (run / path).read_bytes() == (expected / path).read_bytes()
+            for path in ("model.safetensors", "tokenizer.json")
+        )
+        assert differences(
+            *(torch.load(r / "train_state.pt", weights_only=True) for r in (run, expected))
+        ) == 0 and log_of(run) == log_of(expected)
 
 
 def test_rl(strike, trained, tmp_path):
-    argv = ["--config", "debug", f"--init_from={trained}", "--out=run", "--episodes=1", "--eval_episodes=0", *DEVICE]
-    moments = [("run/config.json", 2, 0),  # the weights are there alone
-               ("run/train_state.pt", 2, 0),  # the policy and the log are an iteration ahead of the state
-               *([("run/curves.png", 2, 0)] if find_spec("matplotlib") else [])]  # fmt: skip
+    argv = [
+        "--config",
+        "debug",
+        f"--init_from={trained}",
+        "--out=run",
+        "--episodes=1",
+        "--eval_episodes=0",
+        *DEVICE,
+    ]
+    moments = [
+        ("run/config.json", 2, 0),  # the weights are there alone
+        ("run/train_state.pt", 2, 0),  # the policy and the log are an iteration ahead of the state
+        *([("run/curves.png", 2, 0)] if find_spec("matplotlib") else []),
+    ]
     killed_and_resumed(strike, "rl", argv, tmp_path, moments)
 
 
 def test_train(strike, data, tmp_path):
     argv = ["--config", "debug", f"--data={data}", "--out=run", *DEVICE]
-    moments = [("run/model.safetensors", 1, 0),  # lines in the log, no checkpoint
-               ("run/grounded/model.safetensors", 1, 0), ("run/train_state.pt", 1, 0), ("run/questions.json", 2, 0),
-               ("run/train_state.pt", 1, 0), ("run/questions.json", 2, 0)]  # fmt: skip
+    moments = [
+        ("run/model.safetensors", 1, 0),  # lines in the log, no checkpoint
+        ("run/grounded/model.safetensors", 1, 0),
+        ("run/train_state.pt", 1, 0),
+        ("run/questions.json", 2, 0),
+        ("run/train_state.pt", 1, 0),
+        ("run/questions.json", 2, 0),
+    ]
     killed_and_resumed(strike, "train", argv, tmp_path, moments)
 
 
@@ -82,8 +104,15 @@ def test_demonstrations(strike, tmp_path):
     argv = ["--config", "debug", "--out=set", "--workers=1"]
     assert strike("prepare", argv, tmp_path / "whole")[0] == 0
     a, b = (tmp_path / name / "set" for name in ("whole", "killed"))
-    moments = [("parts/settings.json", 2), ("place_0000000_2.npz", 2), ("start_place", 2), ("questions.tmp/wrist.npy", 1), ("set/wrist.npy", 1),
-               ("set/meta.json", 2), (".npz", 2)]  # the last: it was whole, and was clearing away
+    moments = [
+        ("parts/settings.json", 2),
+        ("place_0000000_2.npz", 2),
+        ("start_place", 2),
+        ("questions.tmp/wrist.npy", 1),
+        ("set/wrist.npy", 1),
+        ("set/meta.json", 2),
+        (".npz", 2),
+    ]  # the last: it was whole, and was clearing away
     for at, nth in (*moments, (None, 0)):
         status, said = strike("prepare", argv, tmp_path / "killed", at, nth)
         assert status == (0 if at is None else -9), said
@@ -94,7 +123,9 @@ def test_demonstrations(strike, tmp_path):
                 Episodes(b, Config(**PRESETS["debug"]))
         for path in b.glob("parts/*.npz"):
             assert {name: array.shape for name, array in np.load(path).items()}
-    assert {p.relative_to(a): p.is_file() and p.read_bytes() for p in a.rglob("*")} == {p.relative_to(b): p.is_file() and p.read_bytes() for p in b.rglob("*")}
+    assert {p.relative_to(a): p.is_file() and p.read_bytes() for p in a.rglob("*")} == {
+        p.relative_to(b): p.is_file() and p.read_bytes() for p in b.rglob("*")
+    }
 
 
 def test_one_worker_alone_is_killed(strike, tmp_path):

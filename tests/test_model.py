@@ -14,7 +14,13 @@ from model import PRESETS, Config, LanguageBlock, SyVLA, VisionEncoder, VLM, opt
 
 def pictures(policy, n, seed=0):
     cfg = policy.cfg
-    return torch.randint(0, 256, (n, cfg.views, cfg.image_size, cfg.image_size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0,
+        256,
+        (n, cfg.views, cfg.image_size, cfg.image_size, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def packed(rows):
@@ -27,7 +33,14 @@ def flow_inputs(policy, n, seed=0):
     draw = lambda *shape: torch.randn(*shape, generator=g).to(policy.vlm.queries.dtype)
     H, A, M = cfg.chunk, cfg.action_dim, cfg.noise_samples
     t = torch.rand(n, M, generator=g).to(policy.vlm.queries.dtype)
-    return draw(n, cfg.queries, cfg.width), draw(n, A), draw(n, H, A), torch.ones(n, H, dtype=torch.bool), draw(n, M, H, A), t
+    return (
+        draw(n, cfg.queries, cfg.width),
+        draw(n, A),
+        draw(n, H, A),
+        torch.ones(n, H, dtype=torch.bool),
+        draw(n, M, H, A),
+        t,
+    )
 
 
 def action_batch(policy, n, seed=0):
@@ -35,8 +48,15 @@ def action_batch(policy, n, seed=0):
     cfg, g = policy.cfg, torch.Generator().manual_seed(seed)
     rows = [[([1, 270 + i, 271, 2], [265, 266, 3])] for i in range(n)]
     _, _, _, valid, eps, t = flow_inputs(policy, n, seed)
-    return packed(rows) | {"images": pictures(policy, n, seed), "state": 50 * torch.randn(n, cfg.action_dim, generator=g), "valid": valid, "eps": eps,
-                           "actions": 50 * torch.randn(n, cfg.chunk, cfg.action_dim, generator=g), "t": t, "uniform": torch.rand(n, cfg.queries, generator=g)}  # fmt: skip
+    return packed(rows) | {
+        "images": pictures(policy, n, seed),
+        "state": 50 * torch.randn(n, cfg.action_dim, generator=g),
+        "valid": valid,
+        "eps": eps,
+        "actions": 50 * torch.randn(n, cfg.chunk, cfg.action_dim, generator=g),
+        "t": t,
+        "uniform": torch.rand(n, cfg.queries, generator=g),
+    }
 
 
 # -- command line -------------------------------------------------------------------------------------------------
@@ -57,30 +77,67 @@ def options(*argv, positional=None):
 
 def test_options_in_all_their_forms():
     assert options("--config", "tiny") == Options(config="tiny", steps=7)
-    assert options("--steps=9", "--config=tiny").steps == 9  # what is typed wins over the preset, in any order
+    assert (
+        options("--steps=9", "--config=tiny").steps == 9
+    )  # what is typed wins over the preset, in any order
     assert options("--steps", "-4").steps == -4
     assert options("--steps=1e5").steps == 100_000 and options(f"--steps={2**60 + 1}").steps == 2**60 + 1
     assert options("--name=a=b=c").name == "a=b=c"
     assert options("--name=").name == ""
     assert options("--rate", "2").rate == 2.0
     assert options("a b", "--steps=1", positional="name").name == "a b"
-    for words, value in ((["--fast"], True), (["--fast=1"], True), (["--fast", "false"], False), (["--fast=True"], True), (["--fast", "0"], False)):
+    for words, value in (
+        (["--fast"], True),
+        (["--fast=1"], True),
+        (["--fast", "false"], False),
+        (["--fast=True"], True),
+        (["--fast", "0"], False),
+    ):
         assert options(*words).fast is value
-    assert options("--fast", "--steps=2") == Options(fast=True, steps=2)  # a flag does not swallow the next option
+    assert options("--fast", "--steps=2") == Options(
+        fast=True, steps=2
+    )  # a flag does not swallow the next option
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--stepz=3"], "did you mean steps"), (["--config", "smal"], "did you mean small"), (["--config=qqq"], "choose from small, tiny"),
-    (["--steps=2.5"], "--steps takes int, not '2.5'"), (["--steps=many"], "takes int"), (["--steps=inf"], "takes int"), (["--rate=x"], "takes float"),
-    (["--fast=maybe"], "takes bool"), (["word"], "unexpected word 'word'"), (["--steps"], "needs a value"), (["--steps", "--fast"], "needs a value"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--stepz=3"], "did you mean steps"),
+        (["--config", "smal"], "did you mean small"),
+        (["--config=qqq"], "choose from small, tiny"),
+        (["--steps=2.5"], "--steps takes int, not '2.5'"),
+        (["--steps=many"], "takes int"),
+        (["--steps=inf"], "takes int"),
+        (["--rate=x"], "takes float"),
+        (["--fast=maybe"], "takes bool"),
+        (["word"], "unexpected word 'word'"),
+        (["--steps"], "needs a value"),
+        (["--steps", "--fast"], "needs a value"),
+    ],
+)
 def test_bad_options_exit_with_one_line(fails, argv, said):
     assert said in fails(lambda a: options(*a), argv)
 
 
-@pytest.mark.parametrize("argv", [["--image_size=50"], ["--heads=5"], ["--kv_heads=3"], ["--execute=9"], ["--execute=0"], ["--decouple=none"],
-                                  ["--decouple_percentile=100"], ["--decouple_samples=5"], ["--patch_size=0"], ["--heads=0"], ["--denoise_steps=0"],
-                                  ["--temperature=-1"], ["--patch_size=3", "--image_size=96"], ["--vision_width=47", "--vision_heads=1"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--image_size=50"],
+        ["--heads=5"],
+        ["--kv_heads=3"],
+        ["--execute=9"],
+        ["--execute=0"],
+        ["--decouple=none"],
+        ["--decouple_percentile=100"],
+        ["--decouple_samples=5"],
+        ["--patch_size=0"],
+        ["--heads=0"],
+        ["--denoise_steps=0"],
+        ["--temperature=-1"],
+        ["--patch_size=3", "--image_size=96"],
+        ["--vision_width=47", "--vision_heads=1"],
+    ],
+)
 def test_impossible_models_are_refused_before_anything_runs(fails, argv):
     assert argv[0][2:].split("=")[0] in fails(lambda a: parse_config(Config, PRESETS, a), argv)
 
@@ -89,7 +146,11 @@ def test_help_shows_every_field(capsys):
     with pytest.raises(SystemExit) as caught:
         options("--help")
     shown = capsys.readouterr().out
-    assert caught.value.code == 0 and all(f"--{name}=" in shown for name in ("steps", "rate", "fast", "name")) and "an int" in shown
+    assert (
+        caught.value.code == 0
+        and all(f"--{name}=" in shown for name in ("steps", "rate", "fast", "name"))
+        and "an int" in shown
+    )
 
 
 # -- vision and language -------------------------------------------------------------------------------------------
@@ -108,20 +169,28 @@ def test_shapes_of_every_part(make_policy):
     assert policy.flow_loss(*inputs).shape == (n, cfg.noise_samples)
     assert policy.gradient_norms(*inputs).shape == (n, cfg.queries)
     assert policy.keep_mask(*inputs, torch.rand(n, cfg.queries)).shape == (n, cfg.queries)
-    chunk, reasonings = policy.act(pictures(policy, n), torch.zeros(n, cfg.action_dim), ["put the red cube"] * n)
-    assert chunk.shape == (n, cfg.chunk, cfg.action_dim) and chunk.dtype == np.float32 and len(reasonings) == n
+    chunk, reasonings = policy.act(
+        pictures(policy, n), torch.zeros(n, cfg.action_dim), ["put the red cube"] * n
+    )
+    assert (
+        chunk.shape == (n, cfg.chunk, cfg.action_dim) and chunk.dtype == np.float32 and len(reasonings) == n
+    )
     assert sum(policy.parameter_table().values()) == sum(p.numel() for p in policy.parameters())
 
 
 def test_see_maps_bytes_to_minus_one_to_one_per_view(make_policy):
     policy = make_policy()
     images = pictures(policy, 2)
-    expected = torch.stack([policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1) for v in range(2)], dim=1)
+    expected = torch.stack(
+        [policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1) for v in range(2)], dim=1
+    )
     assert torch.allclose(policy.vlm.see(images), expected, atol=1e-4)
 
 
 def test_pixel_shuffle_gathers_square_neighbourhoods():
-    cfg = Config(**PRESETS["debug"] | dict(conv_stem=False, vision_depth=0, image_size=48, width=4 * 16))  # 6 x 6 patches -> 3 x 3 tokens
+    cfg = Config(
+        **PRESETS["debug"] | dict(conv_stem=False, vision_depth=0, image_size=48, width=4 * 16)
+    )  # 6 x 6 patches -> 3 x 3 tokens
     encoder = VisionEncoder(cfg)
     encoder.connector = encoder.norm = torch.nn.Identity()
     encoder.patch.bias.data.zero_()
@@ -139,7 +208,12 @@ def test_pixel_shuffle_gathers_square_neighbourhoods():
 def test_convolution_stem_makes_the_same_grid_of_patches_and_sees_what_is_there(make_policy, patch):
     cfg = Config(**PRESETS["debug"] | dict(patch_size=patch, image_size=8 * patch, pixel_shuffle=1))
     encoder = SyVLA(cfg, make_policy().tokenizer).vlm.vision  # freshly initialised
-    assert encoder.patch(torch.zeros(2, 3, cfg.image_size, cfg.image_size)).shape == (2, cfg.vision_width, 8, 8)
+    assert encoder.patch(torch.zeros(2, 3, cfg.image_size, cfg.image_size)).shape == (
+        2,
+        cfg.vision_width,
+        8,
+        8,
+    )
     grey = encoder.patch(torch.full((1, 3, cfg.image_size, cfg.image_size), 0.7))[0]
     assert grey[:, 2:-2, 2:-2].abs().max() < 1e-5  # an even surface is nothing, away from the border
     x = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
@@ -150,7 +224,7 @@ def test_convolution_stem_makes_the_same_grid_of_patches_and_sees_what_is_there(
 
 def test_mask_rule():
     #                        images | question 1 | question 2 | padding | queries of segment 1
-    segments = torch.tensor([[0, 0,   1, 1,        2, 2,        -1,       1, 1]])  # fmt: skip
+    segments = torch.tensor([[0, 0, 1, 1, 2, 2, -1, 1, 1]])
     seen = VLM.visible(segments)[0]
     for i, mine in enumerate(segments[0].tolist()):
         for j, other in enumerate(segments[0].tolist()):
@@ -176,7 +250,9 @@ def test_language_block_against_plain_loops(qk_norm):
     got = block(x, *rotation(torch.tensor([[positions]]), frequency), mask[None, None])[0]
 
     rms = lambda v: v / (v.square().mean(-1, keepdim=True) + torch.finfo(v.dtype).eps).sqrt()
-    turn = lambda v, i: (lambda z: torch.cat((z.real, z.imag)))(torch.complex(v[: hd // 2], v[hd // 2 :]) * torch.polar(torch.ones_like(angle[i]), angle[i]))
+    turn = lambda v, i: (lambda z: torch.cat((z.real, z.imag)))(
+        torch.complex(v[: hd // 2], v[hd // 2 :]) * torch.polar(torch.ones_like(angle[i]), angle[i])
+    )
     heads = (block.qkv.weight @ (rms(x[0]) * block.norm1.weight).T).T.view(n, nh + 2 * nkv, hd)
 
     def key_or_query(i, head):
@@ -188,8 +264,12 @@ def test_language_block_against_plain_loops(qk_norm):
         for h in range(nh):
             group = h // (nh // nkv)  # neighbouring query heads share one key/value head
             seen = [j for j in range(n) if mask[i, j]]
-            weights = torch.stack([key_or_query(i, h) @ key_or_query(j, nh + group) / math.sqrt(hd) for j in seen]).softmax(0)
-            mixed[i, h * hd : (h + 1) * hd] = sum(w * heads[j, nh + nkv + group] for w, j in zip(weights, seen))
+            weights = torch.stack(
+                [key_or_query(i, h) @ key_or_query(j, nh + group) / math.sqrt(hd) for j in seen]
+            ).softmax(0)
+            mixed[i, h * hd : (h + 1) * hd] = sum(
+                w * heads[j, nh + nkv + group] for w, j in zip(weights, seen)
+            )
     y = x[0] + mixed @ block.proj.weight.T
     gate, up = ((rms(y) * block.norm2.weight) @ block.gate_up.weight.T).split(cfg.mlp_width, dim=-1)
     expected = y + (gate / (1 + (-gate).exp()) * up) @ block.down.weight.T
@@ -206,7 +286,11 @@ def test_rotary_scores_depend_on_distance_alone():
     assert torch.allclose(at(q, 5).norm(), q.norm())
 
 
-QUESTIONS = [([4, 300, 301, 5], [302, 6]), ([4, 303, 5], [304, 305, 306, 6]), ([4, 307, 308, 309, 5], [310, 6])]
+QUESTIONS = [
+    ([4, 300, 301, 5], [302, 6]),
+    ([4, 303, 5], [304, 305, 306, 6]),
+    ([4, 307, 308, 309, 5], [310, 6]),
+]
 
 
 def test_packed_questions_equal_each_question_alone(make_policy):
@@ -219,18 +303,26 @@ def test_packed_questions_equal_each_question_alone(make_policy):
         one = packed([[question]])
         alone.append(policy.vlm(visual, one["tokens"], one["segments"], one["positions"], False)[0])
     assert torch.allclose(hidden, torch.cat(alone, dim=1), atol=1e-5)
-    assert torch.allclose(policy.vlm.lm.logits(hidden), policy.vlm.lm.logits(torch.cat(alone, dim=1)), atol=1e-4)
+    assert torch.allclose(
+        policy.vlm.lm.logits(hidden), policy.vlm.lm.logits(torch.cat(alone, dim=1)), atol=1e-4
+    )
 
 
 def test_a_question_never_sees_its_neighbours(make_policy):
     policy = make_policy()
     visual = policy.vlm.see(pictures(policy, 1))
-    run = lambda rows: policy.vlm(visual, *(packed([rows])[k] for k in ("tokens", "segments", "positions")), False)[0]
+    run = lambda rows: policy.vlm(
+        visual, *(packed([rows])[k] for k in ("tokens", "segments", "positions")), False
+    )[0]
     before = run(QUESTIONS)
     changed = run([([4, 311, 312, 5], [313, 6]), *QUESTIONS[1:]])
     assert torch.equal(changed[:, 6:], before[:, 6:]) and not torch.allclose(changed[:, :6], before[:, :6])
     # and it does see the picture
-    other = policy.vlm(policy.vlm.see(pictures(policy, 1, seed=1)), *(packed([QUESTIONS])[k] for k in ("tokens", "segments", "positions")), False)[0]
+    other = policy.vlm(
+        policy.vlm.see(pictures(policy, 1, seed=1)),
+        *(packed([QUESTIONS])[k] for k in ("tokens", "segments", "positions")),
+        False,
+    )[0]
     assert ((other - before).abs().amax(-1) > 1e-3).all()
 
 
@@ -238,7 +330,9 @@ def test_padding_does_not_change_the_query_states(make_policy):
     policy = make_policy()
     visual = policy.vlm.see(pictures(policy, 2))
     short, long = [([1, 300, 2], [301, 3])], [([1, 300, 302, 303, 304, 2], [305, 306, 3])]
-    states = lambda visual, rows: policy.vlm(visual, *(packed(rows)[k] for k in ("tokens", "segments", "positions")), True)[1]
+    states = lambda visual, rows: policy.vlm(
+        visual, *(packed(rows)[k] for k in ("tokens", "segments", "positions")), True
+    )[1]
     together = states(visual, [short, long])
     assert torch.allclose(together[:1], states(visual[:1], [short]), atol=1e-5)
     assert torch.allclose(together[1:], states(visual[1:], [long]), atol=1e-5)
@@ -276,14 +370,23 @@ def test_without_a_thought_the_queries_follow_the_instruction(make_policy):
     images = pictures(policy, 2)
     thoughts, states = policy.think(images, ["put the red cube", "put the blue cube on the pad"])
     assert thoughts == ["", ""]
-    rows = packed([[(policy.tokenizer.prompt(t, False), [])] for t in ("put the red cube", "put the blue cube on the pad")])
+    rows = packed(
+        [
+            [(policy.tokenizer.prompt(t, False), [])]
+            for t in ("put the red cube", "put the blue cube on the pad")
+        ]
+    )
     full = policy.vlm(policy.vlm.see(images), rows["tokens"], rows["segments"], rows["positions"], True)[1]
     assert torch.allclose(states, full, atol=1e-5)
 
 
 def test_a_given_thought_is_followed_as_if_it_were_written(make_policy):
     policy = make_policy()
-    images, tasks, thoughts = pictures(policy, 2), ["put the red cube", "put the blue cube on the pad"], ["red cube is near", "left"]
+    images, tasks, thoughts = (
+        pictures(policy, 2),
+        ["put the red cube", "put the blue cube on the pad"],
+        ["red cube is near", "left"],
+    )
     said, states = policy.think(images, tasks, thoughts)
     tok = policy.tokenizer
     rows = packed([[(tok.prompt(task), tok.thought(thought))] for task, thought in zip(tasks, thoughts)])
@@ -297,9 +400,14 @@ def test_answers_end_where_the_training_text_ends(make_policy, monkeypatch):
     """Questions end with <end>, instructions asked as questions with </reason>: what is written behind is no part of the answer."""
     policy = make_policy()
     tok = policy.tokenizer
-    for question, end in (("where is the red cube", tok.end_answer), ("<task> put the red cube", tok.end_thought)):
+    for question, end in (
+        ("where is the red cube", tok.end_answer),
+        ("<task> put the red cube", tok.end_thought),
+    ):
         script = iter([tok.ids[" red"], end] + [tok.ids[" blue"]] * 50)  # the model's next words
-        monkeypatch.setattr(policy.vlm.lm, "logits", lambda hidden: F.one_hot(torch.tensor([next(script)]), len(tok)).float())
+        monkeypatch.setattr(
+            policy.vlm.lm, "logits", lambda hidden: F.one_hot(torch.tensor([next(script)]), len(tok)).float()
+        )
         assert policy.answer(pictures(policy, 1), [question]) == ["red"]
 
 
@@ -317,7 +425,9 @@ def test_flow_loss_by_hand(make_policy):
         for m in range(cfg.noise_samples):
             time = t[b, m]
             x = time * eps[b, m] + (1 - time) * actions[b]
-            v = policy.expert(x[None, None], policy.expert.modulation(time.view(1, 1)), state[b : b + 1], kv)[0, 0]
+            v = policy.expert(x[None, None], policy.expert.modulation(time.view(1, 1)), state[b : b + 1], kv)[
+                0, 0
+            ]
             steps = 5 if b == 1 else cfg.chunk
             expected = (v - (eps[b, m] - actions[b]))[:steps].square().mean()
             assert torch.allclose(got[b, m], expected, rtol=1e-4)
@@ -328,7 +438,9 @@ def test_padded_steps_carry_no_target(make_policy):
     states, state, actions, valid, eps, t = flow_inputs(policy, 1)
     valid[:, 3:] = False
     actions.requires_grad_()
-    policy.flow_loss(states, state, actions, valid, eps, torch.ones_like(t)).sum().backward()  # at t=1 the input is pure noise
+    policy.flow_loss(
+        states, state, actions, valid, eps, torch.ones_like(t)
+    ).sum().backward()  # at t=1 the input is pure noise
     assert actions.grad[:, 3:].abs().max() == 0 and actions.grad[:, :3].abs().min() > 0
 
 
@@ -344,9 +456,13 @@ def test_gradient_norms_against_finite_differences(make_policy):
             for d in range(8):
                 bump = torch.zeros(1, 3, 8, dtype=torch.float64)
                 bump[0, i, d] = step
-                up, down = (policy.flow_loss(states[b : b + 1] + s * bump, *one).mean().item() for s in (1, -1))
+                up, down = (
+                    policy.flow_loss(states[b : b + 1] + s * bump, *one).mean().item() for s in (1, -1)
+                )
                 slope.append((up - down) / (2 * step))
-            assert norms[b, i].item() == pytest.approx(np.linalg.norm(slope), rel=2e-2)  # per sample: the batch does not mix
+            assert norms[b, i].item() == pytest.approx(
+                np.linalg.norm(slope), rel=2e-2
+            )  # per sample: the batch does not mix
 
 
 def test_closed_form_gradient_of_single_layer_attention():
@@ -407,7 +523,9 @@ def test_controls_drop_as_many_by_their_own_score(make_policy):
         policy.cfg.decouple = kind
         masks[kind] = ~policy.keep_mask(*inputs, uniform)
         assert (masks[kind].sum(1) == 2).all()
-    lowest = lambda score: torch.zeros(5, 20, dtype=torch.bool).scatter(1, score.topk(2, largest=False).indices, True)
+    lowest = lambda score: torch.zeros(5, 20, dtype=torch.bool).scatter(
+        1, score.topk(2, largest=False).indices, True
+    )
     assert torch.equal(masks["random"], lowest(uniform))
     # attention mass by hand: expert's only block, mean over heads and tokens
     states, state, actions, _, eps, t = inputs
@@ -417,7 +535,9 @@ def test_controls_drop_as_many_by_their_own_score(make_policy):
     x, modulation, (k, _), _ = seen[0]
     shift1, scale1, gate1, shift2, scale2 = modulation.chunk(9, dim=-1)[:5]
     B, M, L, De = x.shape
-    q, kk, v = block.qkv(F.layer_norm(x, (De,)) * (1 + scale1) + shift1).view(B, L, 3, block.heads, -1).unbind(2)
+    q, kk, v = (
+        block.qkv(F.layer_norm(x, (De,)) * (1 + scale1) + shift1).view(B, L, 3, block.heads, -1).unbind(2)
+    )
     w = torch.einsum("blhd,bshd->bhls", q, kk).div((De // block.heads) ** 0.5).softmax(-1)
     x = x + gate1 * block.proj(torch.einsum("bhls,bshd->blhd", w, v).reshape(B, 1, L, De))
     q = block.cross_q(F.layer_norm(x, (De,)) * (1 + scale2) + shift2).view(B, L, block.heads, -1)
@@ -451,9 +571,13 @@ def test_second_pass_with_the_same_noise_sends_no_gradient_into_a_masked_state(m
     losses["action"].backward()
     (first, second), (states,) = calls, queries
     m = policy.cfg.decouple_samples
-    assert torch.equal(first[4], second[4][:, :m]) and torch.equal(first[5], second[5][:, :m])  # the same eps and t
+    assert torch.equal(first[4], second[4][:, :m]) and torch.equal(
+        first[5], second[5][:, :m]
+    )  # the same eps and t
     dropped = (second[0] == 0).all(-1)
-    assert torch.equal(dropped.sum(1), torch.ones(3, dtype=torch.int64)) and losses["kept"].item() == pytest.approx(0.75)
+    assert torch.equal(dropped.sum(1), torch.ones(3, dtype=torch.int64)) and losses[
+        "kept"
+    ].item() == pytest.approx(0.75)
     assert states.grad[dropped].abs().max() == 0 and (states.grad[~dropped].norm(dim=-1) > 0).all()
     # the first pass leaves nothing behind: weights got the gradient of the masked loss alone
     got = policy.expert.action_out.weight.grad.clone()
@@ -474,7 +598,9 @@ def test_text_loss_is_a_mean_over_rows_of_means_over_targets(make_policy):
     policy = make_policy()
     rows = [QUESTIONS, QUESTIONS[:1]]
     batch = packed(rows) | {"images": pictures(policy, 2)}
-    hidden, _ = policy.vlm(policy.vlm.see(batch["images"]), batch["tokens"], batch["segments"], batch["positions"], False)
+    hidden, _ = policy.vlm(
+        policy.vlm.see(batch["images"]), batch["tokens"], batch["segments"], batch["positions"], False
+    )
     log_p, per_row = policy.vlm.lm.logits(hidden).log_softmax(-1), []
     for b, row in enumerate(rows):
         i, terms = 0, []
@@ -504,7 +630,9 @@ def test_sampler_lands_exactly_on_the_data_of_an_exact_field(make_policy, monkey
     monkeypatch.setattr(policy.expert, "forward", lambda x, modulation, *_: (x - a) / modulation[0])
     for steps in (1, 3, 5):
         policy.cfg.denoise_steps = steps
-        chunk = policy.sample_chunk(torch.zeros(2, 4, policy.cfg.width), torch.zeros(2, 6), torch.randn(2, policy.cfg.chunk, 6))
+        chunk = policy.sample_chunk(
+            torch.zeros(2, 4, policy.cfg.width), torch.zeros(2, 6), torch.randn(2, policy.cfg.chunk, 6)
+        )
         assert torch.allclose(chunk, a[:, 0], atol=1e-5)
 
 
@@ -512,7 +640,9 @@ def test_sampler_steps_a_linear_field_from_noise_to_data(make_policy, monkeypatc
     policy = make_policy(denoise_steps=4)
     times = []
     monkeypatch.setattr(policy.expert, "modulation", lambda t: [t[:, :, None, None]])
-    monkeypatch.setattr(policy.expert, "forward", lambda x, modulation, *_: times.append(modulation[0].item()) or 0.5 * x + 1)
+    monkeypatch.setattr(
+        policy.expert, "forward", lambda x, modulation, *_: times.append(modulation[0].item()) or 0.5 * x + 1
+    )
     noise = torch.rand(1, policy.cfg.chunk, 6) - 0.5
     chunk = policy.sample_chunk(torch.zeros(1, 4, policy.cfg.width), torch.zeros(1, 6), noise)
     assert times == pytest.approx([1, 0.75, 0.5, 0.25])
@@ -526,10 +656,16 @@ def test_temperature_scales_the_noise(make_policy):
     for temperature in (0.0, 0.5, 1.0):
         policy = make_policy(temperature=temperature)
         sampler = policy.sample_chunk
-        policy.sample_chunk = lambda states, state, noise: begun.append(noise) or sampler(states, state, noise)
+        policy.sample_chunk = lambda states, state, noise: (
+            begun.append(noise) or sampler(states, state, noise)
+        )
         chunks = [policy.act(images, state, ["put"], seed=seed)[0] for seed in (1, 2)]
         assert np.array_equal(*chunks) == (temperature == 0)
-    assert begun[0].abs().max() == 0 and torch.equal(2 * begun[2], begun[4]) and begun[4].std() == pytest.approx(1, abs=0.3)
+    assert (
+        begun[0].abs().max() == 0
+        and torch.equal(2 * begun[2], begun[4])
+        and begun[4].std() == pytest.approx(1, abs=0.3)
+    )
 
 
 def test_acting_is_deterministic_and_rows_do_not_mix(make_policy):
@@ -540,11 +676,18 @@ def test_acting_is_deterministic_and_rows_do_not_mix(make_policy):
     again, _ = policy.act(images.numpy(), state.numpy(), tasks, seed=3)  # arrays do as well as tensors
     assert np.array_equal(chunk, again)
     assert np.abs(policy.act(images, state, tasks, seed=4)[0] - chunk).max() > 1e-3
-    other, said_other = policy.act(pictures(policy, 2, seed=9).index_copy(0, torch.tensor([0]), images[:1]), state * torch.tensor([[1.0], [2]]), [tasks[0], "where is the pad"], seed=3)
+    other, said_other = policy.act(
+        pictures(policy, 2, seed=9).index_copy(0, torch.tensor([0]), images[:1]),
+        state * torch.tensor([[1.0], [2]]),
+        [tasks[0], "where is the pad"],
+        seed=3,
+    )
     assert np.allclose(other[0], chunk[0], atol=1e-3) and said_other[0] == said[0]  # degrees
     assert np.abs(other[1] - chunk[1]).max() > 1e-3
     low, high = policy.action_low.numpy(), policy.action_high.numpy()
-    assert (chunk >= low - 0.26 * (high - low)).all() and (chunk <= high + 0.26 * (high - low)).all()  # normalised to +-1.5
+    assert (chunk >= low - 0.26 * (high - low)).all() and (
+        chunk <= high + 0.26 * (high - low)
+    ).all()  # normalised to +-1.5
 
 
 def test_inputs_that_do_not_fit_show_both_sides(make_policy):
@@ -570,7 +713,11 @@ def test_normalisation(make_policy):
     low, high = [-90.0, 0, 5, 5, -1, 0], [90.0, 100, 5, 5.0001, 1, 100]  # joint 2 never moved, joint 3 hardly
     policy.set_statistics({name: {"q01": low, "q99": high} for name in ("state", "action")})
     x = torch.tensor([[-90.0, 100, 5, 5, 0, 25], [900, -900, 77, 77, 9, 50]])
-    assert torch.allclose(policy.normalise(x, "action"), torch.tensor([[-1.0, 1, 0, 0, 0, -0.5], [1.5, -1.5, 0, 0, 1.5, 0]]), atol=1e-6)
+    assert torch.allclose(
+        policy.normalise(x, "action"),
+        torch.tensor([[-1.0, 1, 0, 0, 0, -0.5], [1.5, -1.5, 0, 0, 1.5, 0]]),
+        atol=1e-6,
+    )
     inside = torch.tensor([[-100.0, 110, 5, 5, 1.2, 3]])  # up to 1.5 it can be undone
     assert torch.allclose(policy.denormalise(policy.normalise(inside, "action")), inside, atol=1e-3)
 
@@ -579,7 +726,9 @@ def test_without_statistics_nothing_runs_silently(make_policy):
     policy = make_policy(statistics=False)
     with pytest.raises(ValueError, match="no normalisation statistics"):
         policy.act(pictures(policy, 1), torch.zeros(1, 6), ["put the cube"])
-    assert not torch.isfinite(policy.normalise(torch.ones(1, 6), "action")).any()  # training on them shows as a NaN loss, not as zeros
+    assert not torch.isfinite(
+        policy.normalise(torch.ones(1, 6), "action")
+    ).any()  # training on them shows as a NaN loss, not as zeros
     with pytest.raises(ValueError, match="vocab_size"):
         make_policy(vocab_size=200)
 
@@ -594,8 +743,11 @@ def test_weights_round_trip_and_foreign_weights_are_named(make_policy, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), copy.state_dict().values()))
     weights = load_file(path)
     name = "expert.action_out.bias"
-    for change, shown in ((lambda w: w.pop(name), "missing"), (lambda w: w.update(extra=w[name].clone()), "unknown ['extra']"),
-                          (lambda w: w.update({name: w[name][:3].clone()}), f"{name} is (3,) there, (6,) here")):  # fmt: skip
+    for change, shown in (
+        (lambda w: w.pop(name), "missing"),
+        (lambda w: w.update(extra=w[name].clone()), "unknown ['extra']"),
+        (lambda w: w.update({name: w[name][:3].clone()}), f"{name} is (3,) there, (6,) here"),
+    ):
         other = dict(weights)
         change(other)
         save_file(other, path)

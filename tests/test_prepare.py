@@ -13,12 +13,22 @@ import sim_env
 from sim_env import SO100Env
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--config", "debug", "--demos=3", "--starts=2", "--start_steps=3", "--scenes=5", "--held_out_scenes=2"]
+TINY = [
+    "--config",
+    "debug",
+    "--demos=3",
+    "--starts=2",
+    "--start_steps=3",
+    "--scenes=5",
+    "--held_out_scenes=2",
+]
 
 
 def make(out, *more):
     """prepare.py in a process of its own: forking never meets another test's OpenGL context."""
-    return subprocess.run([sys.executable, ROOT / "prepare.py", *TINY, f"--out={out}", *more], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "prepare.py", *TINY, f"--out={out}", *more], capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +53,17 @@ def test_answers_are_true(scenes):
                 (pad,) = [p for p in scene["pads"] if p["colour"] == named[0]]
                 assert answer == f"pad {pad['number']} at {pad['t']}"
             elif kind == "describe pads":
-                assert answer.split() == [p["colour"] for p in sorted(scene["pads"], key=lambda p: p["number"])]
+                assert answer.split() == [
+                    p["colour"] for p in sorted(scene["pads"], key=lambda p: p["number"])
+                ]
             elif kind == "describe cubes":
                 words = answer.split()
-                assert len(words) == 12 and all(cubes[w]["t"] == f"t{i}" for i, w in enumerate(words) if w != "none")
-                assert {c["t"] for c in cubes.values()} == {f"t{i}" for i, w in enumerate(words) if w != "none"}
+                assert len(words) == 12 and all(
+                    cubes[w]["t"] == f"t{i}" for i, w in enumerate(words) if w != "none"
+                )
+                assert {c["t"] for c in cubes.values()} == {
+                    f"t{i}" for i, w in enumerate(words) if w != "none"
+                }
             elif kind == "count":
                 assert int(answer) == len(cubes)
             elif kind == "nearer":
@@ -62,7 +78,9 @@ def test_answers_are_true(scenes):
 def test_nothing_held_out_is_asked_in_training(scenes):
     held_out_names = {name for names in sim_env.HELD_OUT_NAMES.values() for name in names}
     for seed in range(400):
-        for kind, question, answer in prepare.questions(scenes[seed % len(scenes)], np.random.default_rng(seed)):
+        for kind, question, answer in prepare.questions(
+            scenes[seed % len(scenes)], np.random.default_rng(seed)
+        ):
             text = f"{question} {answer}".replace("plus", "+").replace("minus", "-")
             assert not any(f" {s} " in f" {text} " for s in sim_env.HELD_OUT_SUMS), text
             if kind != "looks like":  # the colour of a thing may be taught; an instruction never names it
@@ -80,7 +98,18 @@ def test_garble_keeps_what_carries_meaning():
 def test_data_do_not_depend_on_processes_or_on_a_kill(tmp_path):
     assert make(tmp_path / "whole").returncode == 0
     # a run that was killed leaves some shards and no meta.json: build that state, then let the command go on
-    cfg = prepare.PrepareConfig(**prepare.PRESETS["debug"] | dict(config="debug", demos=3, starts=2, start_steps=3, scenes=5, held_out_scenes=2, out=str(tmp_path / "killed")))
+    cfg = prepare.PrepareConfig(
+        **prepare.PRESETS["debug"]
+        | dict(
+            config="debug",
+            demos=3,
+            starts=2,
+            start_steps=3,
+            scenes=5,
+            held_out_scenes=2,
+            out=str(tmp_path / "killed"),
+        )
+    )
     half = "import prepare, sys, json; cfg = prepare.PrepareConfig(**json.loads(sys.argv[1])); [prepare.make_shard((cfg, s, None)) for s in prepare.shards(cfg)[:2]]"
     (tmp_path / "killed" / "parts").mkdir(parents=True)
     from dataclasses import asdict
@@ -93,11 +122,20 @@ def test_data_do_not_depend_on_processes_or_on_a_kill(tmp_path):
         other = tmp_path / "killed" / file.relative_to(tmp_path / "whole")
         assert file.read_bytes() == other.read_bytes(), file.name
     read = lambda folder: json.loads((tmp_path / folder / "meta.json").read_text())
-    assert read("whole")["episodes"] == read("killed")["episodes"] and read("whole")["statistics"] == read("killed")["statistics"]
+    assert (
+        read("whole")["episodes"] == read("killed")["episodes"]
+        and read("whole")["statistics"] == read("killed")["statistics"]
+    )
 
 
 def test_bad_input_is_one_line(tmp_path):
     assert make(tmp_path / "data").returncode == 0
-    for more, words in ((["--out=" + str(tmp_path / "data")], "already holds a data set"), (["--families=juggle"], "unknown family"), (["--demos=-1"], "0 or more")):
+    for more, words in (
+        (["--out=" + str(tmp_path / "data")], "already holds a data set"),
+        (["--families=juggle"], "unknown family"),
+        (["--demos=-1"], "0 or more"),
+    ):
         result = make(tmp_path / "new", *more)
-        assert result.returncode == 2 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1
+        assert (
+            result.returncode == 2 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1
+        )

@@ -16,15 +16,30 @@ import train
 from model import parse_config
 
 ROOMS = {  # file: which of our files it may import
-    "sim_env": set(), "data": set(), "model": set(),
+    "sim_env": set(),
+    "data": set(),
+    "model": set(),
     "real_env": {"sim_env"},
     "prepare": {"sim_env", "data", "model"},
     "train": {"sim_env", "data", "model"},
     "rl": {"train", "sim_env", "real_env", "data", "model"},
     "sample": {"sim_env", "real_env", "data", "model"},
-}  # fmt: skip
-OPTIONAL = {"matplotlib", "lerobot", "cv2", "scservo_sdk", "tokenizers", "transformers", "peft", "pyarrow", "av"}  # imported where it is used; without it the program says what to install
-DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}  # where the import's name is not the package's
+}
+OPTIONAL = {
+    "matplotlib",
+    "lerobot",
+    "cv2",
+    "scservo_sdk",
+    "tokenizers",
+    "transformers",
+    "peft",
+    "pyarrow",
+    "av",
+}  # imported where it is used; without it the program says what to install
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
+}  # where the import's name is not the package's
 
 
 def imports(path):
@@ -48,9 +63,19 @@ def test_imports_go_one_way(root):
 
 
 def test_requirements_name_what_is_imported_and_are_there(root):
-    required = {re.match(r"[\w-]+", line).group() for line in (root / "requirements.txt").read_text().splitlines() if line.strip() and line[0] != "#"}
+    required = {
+        re.match(r"[\w-]+", line).group()
+        for line in (root / "requirements.txt").read_text().splitlines()
+        if line.strip() and line[0] != "#"
+    }
     for path in [*root.glob("*.py"), *root.glob("tests/*.py")]:
-        foreign = imports(path) - set(ROOMS) - set(sys.stdlib_module_names) - OPTIONAL - {"conftest", "feetech_emulator"}
+        foreign = (
+            imports(path)
+            - set(ROOMS)
+            - set(sys.stdlib_module_names)
+            - OPTIONAL
+            - {"conftest", "feetech_emulator"}
+        )
         assert {DISTRIBUTION.get(name, name) for name in foreign} <= required, path.name
     for name in required:
         assert importlib.metadata.version(name)
@@ -71,9 +96,15 @@ def commands(text):
 
 
 def check(name, words):
-    cls, presets = {"prepare": (prepare.PrepareConfig, prepare.PRESETS), "train": (train.TrainConfig, train.PRESETS),
-                    "rl": (rl.RLConfig, rl.PRESETS),
-                    "sample": (sample.SampleConfig, dict.fromkeys(("debug", "tiny", "small", "base256", "base", "paper"), {}))}[name]  # fmt: skip
+    cls, presets = {
+        "prepare": (prepare.PrepareConfig, prepare.PRESETS),
+        "train": (train.TrainConfig, train.PRESETS),
+        "rl": (rl.RLConfig, rl.PRESETS),
+        "sample": (
+            sample.SampleConfig,
+            dict.fromkeys(("debug", "tiny", "small", "base256", "base", "paper"), {}),
+        ),
+    }[name]
     if not {"--help", "-h"} & set(words):
         parse_config(cls, presets, words, "task" if name == "sample" else None)
 
@@ -86,12 +117,18 @@ def test_documented_commands_parse(root, name):
     found = list(commands(text if name.endswith(".md") else ast.get_docstring(ast.parse(text))))
     assert found
     for file, words in found:
-        assert (root / f"{file}.py").exists() or f"# {file}.py:" in text, file  # its own, or one that the text itself shows
+        assert (root / f"{file}.py").exists() or f"# {file}.py:" in text, (
+            file
+        )  # its own, or one that the text itself shows
         if file in ("prepare", "train", "sample", "rl"):
             check(file, words)
 
 
 def test_no_path_of_somebodys_machine(root):
     pattern = re.compile("(?<![\\w.~])/(" + "|".join(("work", "tmp", "home", "root", "Users")) + r")/\w")
-    for path in [p for end in ("*.py", "*.md", "*.txt", "*.json", "*.toml", "tests/*.py", "assets/*.json") for p in root.glob(end)]:
+    for path in [
+        p
+        for end in ("*.py", "*.md", "*.txt", "*.json", "*.toml", "tests/*.py", "assets/*.json")
+        for p in root.glob(end)
+    ]:
         assert not pattern.search(path.read_text()), path.name

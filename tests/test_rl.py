@@ -15,8 +15,12 @@ import torch
 import rl
 from data import Neighbours
 
-FORMS = [dict(sampler="chain", noisy="last", noise="chunk", sigma=0.2), dict(sampler="chain", noisy="all", noise="step", sigma=0.2),
-         dict(sampler="sde", noisy="one", noise="step", sde_level=0.7), dict(sampler="sde", noisy="all", noise="chunk", sde_level=0.7)]  # fmt: skip
+FORMS = [
+    dict(sampler="chain", noisy="last", noise="chunk", sigma=0.2),
+    dict(sampler="chain", noisy="all", noise="step", sigma=0.2),
+    dict(sampler="sde", noisy="one", noise="step", sde_level=0.7),
+    dict(sampler="sde", noisy="all", noise="chunk", sde_level=0.7),
+]
 
 
 def config(**changes):
@@ -31,7 +35,13 @@ def chains(policy, n, cfg, seed=0, states=None, state=None):
     drawn = [rl.draw(rng, c.denoise_steps, c.chunk, c.action_dim, cfg) for _ in range(n)]
     noise, noisy = (torch.from_numpy(np.stack(x)) for x in zip(*drawn))
     executed = torch.arange(c.chunk) < torch.randint(1, c.execute + 1, (n, 1), generator=g)
-    return {"states": states, "state": state, "chain": rl.sample_chain(policy, states, state, noise, noisy, cfg), "noisy": noisy, "executed": executed}
+    return {
+        "states": states,
+        "state": state,
+        "chain": rl.sample_chain(policy, states, state, noise, noisy, cfg),
+        "noisy": noisy,
+        "executed": executed,
+    }
 
 
 # -- likelihood ----------------------------------------------------------------------------------------------------
@@ -42,7 +52,11 @@ def test_step_without_noise_is_the_euler_step(form):
     """sigma = a = 0 is the sampler of evaluation; Flow-SDE's mean is written differently, yet must agree."""
     quiet = config(**form)
     quiet.sigma = quiet.sde_level = 0.0
-    x, v, t = torch.randn(5, 8, 6), torch.randn(5, 8, 6), torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])[:, None, None]
+    x, v, t = (
+        torch.randn(5, 8, 6),
+        torch.randn(5, 8, 6),
+        torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])[:, None, None],
+    )
     mean, std = rl.step(x, v, t, 0.2, quiet)
     assert torch.allclose(mean, x - 0.2 * v, atol=1e-5) and std.abs().max() == 0
 
@@ -54,7 +68,11 @@ def test_flow_sde_against_the_published_formula():
     for t in (1.0, 0.75, 0.5, 0.25):
         variance = 0.25 * t / (1 - t) if t < 1 else 0.25 * t / (1 - 0.75)
         mean, std = rl.step(x, v, torch.tensor(t).view(1, 1), 0.25, cfg)
-        assert torch.allclose(mean, x * (1 - variance * 0.25 / (2 * t)) - v * 0.25 * (1 + variance * (1 - t) / (2 * t)), atol=1e-5)
+        assert torch.allclose(
+            mean,
+            x * (1 - variance * 0.25 / (2 * t)) - v * 0.25 * (1 + variance * (1 - t) / (2 * t)),
+            atol=1e-5,
+        )
         stds.append(std.item())
     assert stds == pytest.approx([0.50, 0.433, 0.25, 0.144], abs=1e-3)
 
@@ -70,12 +88,25 @@ def test_log_probability_against_an_independent_computation(make_policy, form):
         for k in b["noisy"][row].tolist():
             t = torch.tensor([[1 - k / K]])
             x, following = b["chain"][row, k], b["chain"][row, k + 1]
-            v = policy.expert(x[None, None], policy.expert.modulation(t), b["state"][row : row + 1], policy.expert.condition(policy.adapter(b["states"][row : row + 1])))[0, 0]
+            v = policy.expert(
+                x[None, None],
+                policy.expert.modulation(t),
+                b["state"][row : row + 1],
+                policy.expert.condition(policy.adapter(b["states"][row : row + 1])),
+            )[0, 0]
             mean, std = rl.step(x, v, t, 1 / K, cfg)
-            mean, std, following = mean[b["executed"][row]].double(), std.double(), following[b["executed"][row]].double()
+            mean, std, following = (
+                mean[b["executed"][row]].double(),
+                std.double(),
+                following[b["executed"][row]].double(),
+            )
             if cfg.noise == "chunk":  # one draw per joint
                 mean, following = mean.mean(0), following.mean(0)
-            terms.append(torch.distributions.Normal(mean, std.reshape(-1)[0].expand_as(mean)).log_prob(following).mean())
+            terms.append(
+                torch.distributions.Normal(mean, std.reshape(-1)[0].expand_as(mean))
+                .log_prob(following)
+                .mean()
+            )
         assert logp[row].item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-4)
 
 
@@ -101,10 +132,14 @@ def test_flow_sde_is_noisy_in_the_drawn_step_alone(make_policy):
     K, n = policy.cfg.denoise_steps, 6
     a = torch.randn(n, policy.cfg.queries, policy.cfg.width), torch.randn(n, 6)
     noisy = torch.tensor([[2]] * n)
-    one, two = (rl.sample_chain(policy, *a, torch.randn(n, K + 1, 8, 6), noisy, cfg) for _ in range(2))  # temperature 0: both begin at 0
+    one, two = (
+        rl.sample_chain(policy, *a, torch.randn(n, K + 1, 8, 6), noisy, cfg) for _ in range(2)
+    )  # temperature 0: both begin at 0
     assert torch.allclose(one[:, :3], two[:, :3], atol=1e-6) and (one[:, 3] - two[:, 3]).abs().min() > 0
     quiet = rl.sample_chain(policy, *a, torch.randn(n, K + 1, 8, 6), torch.full((n, 1), -1), cfg)
-    assert torch.allclose(quiet[:, -1].clamp(-1.5, 1.5), policy.sample_chunk(*a, torch.zeros(n, 8, 6)), atol=1e-5)
+    assert torch.allclose(
+        quiet[:, -1].clamp(-1.5, 1.5), policy.sample_chunk(*a, torch.zeros(n, 8, 6)), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -153,14 +188,19 @@ def test_gae_by_hand():
 def test_clipped_surrogate_by_hand():
     logp, old = torch.tensor([1.0, 1.0, 0.0, 0.0]).log1p(), torch.zeros(4)  # ratios 2, 2, 1, 1
     losses, ratio = rl.ppo_loss(logp, old, torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
-    assert ratio.tolist() == pytest.approx([2, 2, 1, 1]) and losses.tolist() == pytest.approx([-1.2, 2, -1, 1])
+    assert ratio.tolist() == pytest.approx([2, 2, 1, 1]) and losses.tolist() == pytest.approx(
+        [-1.2, 2, -1, 1]
+    )
 
 
 # -- retrieval -----------------------------------------------------------------------------------------------------
 
 
 def test_retrieval_finds_the_frame_itself_within_its_family():
-    tokens, weights = torch.randn(30, 2, 48, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 0.5])
+    tokens, weights = (
+        torch.randn(30, 2, 48, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1.0, 0.5]),
+    )
     families, uniform = ["place", "calculate"] * 15, np.random.default_rng(0).random(30)
     index = Neighbours(tokens, families, weights)
     rows, similarity = index.nearest(tokens, families, 1, uniform)
@@ -180,9 +220,17 @@ def test_retrieval_finds_the_frame_itself_within_its_family():
 def expert_batch(policy, n, seed=3):
     g, c = torch.Generator().manual_seed(seed), policy.cfg
     draw = lambda *shape: torch.randn(n, *shape, generator=g)  # noqa: E731
-    return {"states": draw(c.queries, c.width), "state": draw(6), "actions": draw(8, 6), "valid": torch.ones(n, 8, dtype=torch.bool), "eps": draw(4, 8, 6),
-            "t": torch.rand(n, 4, generator=g) * 0.9 + 0.1, "uniform": torch.rand(n, c.queries, generator=g), "path": draw(c.denoise_steps + 1, 8, 6),
-            "left": torch.ones(n)}  # fmt: skip
+    return {
+        "states": draw(c.queries, c.width),
+        "state": draw(6),
+        "actions": draw(8, 6),
+        "valid": torch.ones(n, 8, dtype=torch.bool),
+        "eps": draw(4, 8, 6),
+        "t": torch.rand(n, 4, generator=g) * 0.9 + 0.1,
+        "uniform": torch.rand(n, c.queries, generator=g),
+        "path": draw(c.denoise_steps + 1, 8, 6),
+        "left": torch.ones(n),
+    }
 
 
 @pytest.mark.parametrize("form", ["cfm", "ratio", "chain"])
@@ -193,7 +241,9 @@ def test_expert_advantage_is_one_whatever_the_rollouts_advantages_are(make_polic
     terms = [rl.expert_term(policy, critic, e, scale, cfg) for scale in ((0.0, 1.0), (5.0, 0.1))]
     assert torch.equal(*terms)
     by_value = config(expert_form=form, sigma=0.2, expert_advantage="gae")
-    assert not torch.equal(*(rl.expert_term(policy, critic, e, scale, by_value) for scale in ((0.0, 1.0), (5.0, 0.1))))
+    assert not torch.equal(
+        *(rl.expert_term(policy, critic, e, scale, by_value) for scale in ((0.0, 1.0), (5.0, 0.1)))
+    )
 
 
 def test_forms_of_the_expert_term_pull_the_same_way(make_policy):
@@ -206,7 +256,9 @@ def test_forms_of_the_expert_term_pull_the_same_way(make_policy):
         cfg = config(expert_form=form, sigma=0.2)
         policy.zero_grad()
         rl.expert_term(policy, critic, e, (0.0, 1.0), cfg).backward()
-        gradients[form] = torch.cat([p.grad.flatten() for p in policy.expert.parameters() if p.grad is not None])
+        gradients[form] = torch.cat(
+            [p.grad.flatten() for p in policy.expert.parameters() if p.grad is not None]
+        )
     K = policy.cfg.denoise_steps
     beta = (1 / K) ** 2 / (2 * 0.2**2)
     assert torch.allclose(gradients["ratio"], beta * gradients["cfm"], rtol=1e-3, atol=1e-5)
@@ -219,23 +271,35 @@ def test_forms_of_the_expert_term_pull_the_same_way(make_policy):
 def learner_of(policy):
     torch.manual_seed(0)
     policy.requires_grad_(False)
-    return torch.nn.ModuleDict({"adapter": policy.adapter, "expert": policy.expert, "critic": rl.Critic(policy.cfg)}).requires_grad_(True)
+    return torch.nn.ModuleDict(
+        {"adapter": policy.adapter, "expert": policy.expert, "critic": rl.Critic(policy.cfg)}
+    ).requires_grad_(True)
 
 
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_a_bandit_with_a_known_optimum_is_solved(make_policy, form):
     """One observation, one chunk; reward for first joint targets near 0.8 on average: PPO moves the chain there."""
     policy = make_policy()
-    cfg = config(**form | dict(sigma=0.3, minibatch=64, epochs=3, critic_warmup=0, experts="none", target_kl=0.05))
+    cfg = config(
+        **form | dict(sigma=0.3, minibatch=64, epochs=3, critic_warmup=0, experts="none", target_kl=0.05)
+    )
     learner = learner_of(policy)
     optimizer = torch.optim.AdamW(learner.parameters())
-    states, state = torch.randn(1, policy.cfg.queries, policy.cfg.width).expand(128, -1, -1), torch.zeros(128, 6)
+    states, state = (
+        torch.randn(1, policy.cfg.queries, policy.cfg.width).expand(128, -1, -1),
+        torch.zeros(128, 6),
+    )
     error = lambda chunk: (chunk[:, : policy.cfg.execute, 0].mean(1) - 0.8).square()  # noqa: E731
     before = error(policy.sample_chunk(states[:1], state[:1], torch.zeros(1, 8, 6))).item()
     for iteration in range(50):
         b = chains(policy, 128, cfg, iteration, states, state)
         reward = -error(b["chain"][:, -1])
-        b |= {"executed": (torch.arange(8) < policy.cfg.execute).expand(128, -1), "advantage": reward - reward.mean(), "return": reward, "value": torch.zeros(128)}
+        b |= {
+            "executed": (torch.arange(8) < policy.cfg.execute).expand(128, -1),
+            "advantage": reward - reward.mean(),
+            "return": reward,
+            "value": torch.zeros(128),
+        }
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - iteration / 50)
         assert rl.update(policy, None, learner, b, None, optimizer, cfg, iteration)["kl"] < 0.5
     after = error(policy.sample_chunk(states[:1], state[:1], torch.zeros(1, 8, 6))).item()
@@ -246,20 +310,38 @@ def test_value_model_warms_up_before_the_policy_moves(make_policy):
     policy, cfg = make_policy(), config(critic_warmup=1)
     learner = learner_of(policy)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2, weight_decay=0)
-    b = chains(policy, 16, cfg) | {"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}
+    b = chains(policy, 16, cfg) | {
+        "advantage": torch.randn(16),
+        "return": torch.rand(16),
+        "value": torch.zeros(16),
+    }
     old = {k: v.clone() for k, v in learner.state_dict().items()}
     first = rl.update(policy, None, learner, b, None, optimizer, cfg, 0)
-    assert all(torch.equal(v, old[k]) == (not k.startswith("critic")) for k, v in learner.state_dict().items()) and "kl" not in first
+    assert (
+        all(torch.equal(v, old[k]) == (not k.startswith("critic")) for k, v in learner.state_dict().items())
+        and "kl" not in first
+    )
     again = rl.update(policy, None, learner, b, None, optimizer, cfg, 1)
-    assert again["value_loss"] < first["value_loss"] and any(not torch.equal(v, old[k]) for k, v in learner.state_dict().items() if k.startswith("expert"))
+    assert again["value_loss"] < first["value_loss"] and any(
+        not torch.equal(v, old[k]) for k, v in learner.state_dict().items() if k.startswith("expert")
+    )
 
 
 def test_update_stops_at_the_target_divergence(make_policy):
     policy = make_policy()
     cfg = config(critic_warmup=0, epochs=20, target_kl=1e-4)
     learner = learner_of(policy)
-    b = chains(policy, 16, cfg) | {"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}
-    assert rl.update(policy, None, learner, b, None, torch.optim.AdamW(learner.parameters(), lr=3e-3), cfg, 1)["updates"] < 20
+    b = chains(policy, 16, cfg) | {
+        "advantage": torch.randn(16),
+        "return": torch.rand(16),
+        "value": torch.zeros(16),
+    }
+    assert (
+        rl.update(policy, None, learner, b, None, torch.optim.AdamW(learner.parameters(), lr=3e-3), cfg, 1)[
+            "updates"
+        ]
+        < 20
+    )
 
 
 def test_anchor_is_zero_at_the_start_and_grows(make_policy):
@@ -267,25 +349,43 @@ def test_anchor_is_zero_at_the_start_and_grows(make_policy):
     cfg = config(critic_warmup=0, anchor=1e-9, epochs=1, minibatch=16)
     learner = learner_of(policy)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
-    b = chains(policy, 16, cfg) | {"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}
+    b = chains(policy, 16, cfg) | {
+        "advantage": torch.randn(16),
+        "return": torch.rand(16),
+        "value": torch.zeros(16),
+    }
     first, second = (rl.update(policy, start, learner, b, None, optimizer, cfg, i)["anchor"] for i in (1, 2))
     assert first < 1e-6 < second
 
 
 def test_proximal_penalty_is_the_divergence_from_the_policy_that_played(make_policy):
     """KL of Gaussian steps against torch.distributions, at the noisy step and one other; the likelihood does not see the other."""
-    policy, cfg = make_policy(), config(sampler="chain", noisy="last", critic_warmup=0, proximal=1e-9, epochs=2, minibatch=16)
+    policy, cfg = (
+        make_policy(),
+        config(sampler="chain", noisy="last", critic_warmup=0, proximal=1e-9, epochs=2, minibatch=16),
+    )
     learner = learner_of(policy)
-    b = chains(policy, 16, cfg) | {"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}
+    b = chains(policy, 16, cfg) | {
+        "advantage": torch.randn(16),
+        "return": torch.rand(16),
+        "value": torch.zeros(16),
+    }
     alone = rl.chain_logp(policy, b, cfg)[0]
     other = b | {"other": torch.randint(policy.cfg.denoise_steps - 1, (16, 1))}
     together, before, std = rl.chain_logp(policy, other, cfg)
     assert torch.allclose(alone, together, atol=1e-5) and before.shape[1] == 2
-    moved = rl.update(policy, None, learner, b, None, torch.optim.AdamW(learner.parameters(), lr=1e-2), cfg, 1)
+    moved = rl.update(
+        policy, None, learner, b, None, torch.optim.AdamW(learner.parameters(), lr=1e-2), cfg, 1
+    )
     assert moved["proximal"] > 0  # mean over two passes: zero in the first, not in the second
     after = rl.chain_logp(policy, other, cfg)[1]
     normal = lambda mean: torch.distributions.Normal(mean.detach(), std.expand_as(mean))
-    assert torch.allclose(0.5 * ((after - before) / std).square(), torch.distributions.kl_divergence(normal(after), normal(before)), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(
+        0.5 * ((after - before) / std).square(),
+        torch.distributions.kl_divergence(normal(after), normal(before)),
+        rtol=1e-3,
+        atol=1e-5,
+    )
     assert (after - before)[:, 1].abs().max() > 0
 
 
@@ -293,7 +393,15 @@ def test_proximal_penalty_is_the_divergence_from_the_policy_that_played(make_pol
 
 
 def arguments(trained, out, *flags):
-    return ["--config", "debug", f"--init_from={trained}", f"--out={out}", "--device=cpu", "--threads=1", *flags]
+    return [
+        "--config",
+        "debug",
+        f"--init_from={trained}",
+        f"--out={out}",
+        "--device=cpu",
+        "--threads=1",
+        *flags,
+    ]
 
 
 def test_run_resume_and_frozen_language(trained, tmp_path, capsys, monkeypatch, fails):
@@ -311,13 +419,22 @@ def test_run_resume_and_frozen_language(trained, tmp_path, capsys, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         rl.main(arguments(trained, tmp_path / "cut"))
     monkeypatch.setattr(rl, "update", real)
-    assert "begun with sigma" in fails(rl.main, arguments(trained, tmp_path / "cut", "--resume", "--sigma=0.5"))
+    assert "begun with sigma" in fails(
+        rl.main, arguments(trained, tmp_path / "cut", "--resume", "--sigma=0.5")
+    )
     rl.main(arguments(trained, tmp_path / "cut", "--resume"))
-    whole, cut = (torch.load(tmp_path / name / "train_state.pt", weights_only=True) for name in ("whole", "cut"))
+    whole, cut = (
+        torch.load(tmp_path / name / "train_state.pt", weights_only=True) for name in ("whole", "cut")
+    )
     for part in ("learner", "ema"):
         assert all(torch.equal(v, cut[part][k]) for k, v in whole[part].items())
     lines = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2] and {"kl", "similarity", "gnorm", "validation"} <= lines[1].keys()
+    assert [line["iteration"] for line in lines] == [1, 2] and {
+        "kl",
+        "similarity",
+        "gnorm",
+        "validation",
+    } <= lines[1].keys()
 
 
 def test_two_processes_make_the_same_update_as_one(make_policy, tmp_path):
@@ -342,18 +459,36 @@ if world > 1: dist.barrier(); dist.destroy_process_group()
         port = s.getsockname()[1]
     run = [sys.executable, "-c", code]
     subprocess.run([*run, tmp_path / "one"], check=True)
-    both = [subprocess.Popen([*run, tmp_path / "two"], env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for r in (0, 1)]
+    both = [
+        subprocess.Popen(
+            [*run, tmp_path / "two"],
+            env=os.environ
+            | {"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for r in (0, 1)
+    ]
     assert [p.wait() for p in both] == [0, 0]
     (one, logs), (two, logs_two) = (torch.load(tmp_path / name) for name in ("one", "two"))
     assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
     assert logs == pytest.approx(logs_two, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--init_from=nowhere"], "no checkpoint"), (["--experts=all"], "experts must be one of"), (["--seed=99999"], "leaves the training seeds"), (["--view_weights=1"], "view_weights"), (["--view_weights=a,b"], "must be numbers"),
-    (["--families=place,calculate"], "calculate"), (["--data=nowhere"], "no data set"), (["--sigma=0"], "sigma"), (["--resume"], "nothing to resume"),
-    (["--ppo=false", "--experts=none"], "imitate"), (["--families=dance"], "dance"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--init_from=nowhere"], "no checkpoint"),
+        (["--experts=all"], "experts must be one of"),
+        (["--seed=99999"], "leaves the training seeds"),
+        (["--view_weights=1"], "view_weights"),
+        (["--view_weights=a,b"], "must be numbers"),
+        (["--families=place,calculate"], "calculate"),
+        (["--data=nowhere"], "no data set"),
+        (["--sigma=0"], "sigma"),
+        (["--resume"], "nothing to resume"),
+        (["--ppo=false", "--experts=none"], "imitate"),
+        (["--families=dance"], "dance"),
+    ],
+)
 def test_bad_input_is_one_line(trained, tmp_path, fails, flags, said):
     assert said in fails(rl.main, arguments(trained, tmp_path / "x", *flags))
 
@@ -363,5 +498,8 @@ def test_checkpoint_without_statistics_is_refused(trained, tmp_path, fails):
 
     shutil.copytree(trained, tmp_path / "bare")
     weights = load_file(tmp_path / "bare" / "model.safetensors")
-    save_file({k: v * math.nan if k == "state_low" else v for k, v in weights.items()}, tmp_path / "bare" / "model.safetensors")
+    save_file(
+        {k: v * math.nan if k == "state_low" else v for k, v in weights.items()},
+        tmp_path / "bare" / "model.safetensors",
+    )
     assert "statistics" in fails(rl.main, arguments(tmp_path / "bare", tmp_path / "x"))

@@ -1,4 +1,5 @@
 """Tests of sim_env.py: kinematics, units, determinism, success tests, splits, expert, many arms. About half a minute."""
+
 import os
 import subprocess
 import sys
@@ -10,23 +11,62 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import sim_env
-from sim_env import (COLOURS, CUBE, FAMILIES, HELD_OUT_NAMES, HELD_OUT_SUMS, HIGH, LIMIT, LOW, OPEN, SEEDS, SPLITS, SUMS,
-                     VAGUE_NAMES, Expert, SO100Env, VecEnv, demonstrate, held_out, instruction, inverse, mujoco, number_of,
-                     pinch_x, polar_to_xy, random_task, reasoning, rollout, sample_goal, to_position, to_qpos, xy_to_polar)
+from sim_env import (
+    COLOURS,
+    CUBE,
+    FAMILIES,
+    HELD_OUT_NAMES,
+    HELD_OUT_SUMS,
+    HIGH,
+    LIMIT,
+    LOW,
+    OPEN,
+    SEEDS,
+    SPLITS,
+    SUMS,
+    VAGUE_NAMES,
+    Expert,
+    SO100Env,
+    VecEnv,
+    demonstrate,
+    held_out,
+    instruction,
+    inverse,
+    mujoco,
+    number_of,
+    pinch_x,
+    polar_to_xy,
+    random_task,
+    reasoning,
+    rollout,
+    sample_goal,
+    to_position,
+    to_qpos,
+    xy_to_polar,
+)
 
 VAL = SEEDS["val"].start
 
 # MuJoCo Menagerie's trs_so_arm100 (f3475402): joint angles in radians, places of the two fingertips in metres
 VECTORS = [
-    ([0, 0, 0, 0, 0, 0], [0, -.484770, .087298], [0, -.484771, .105097]),
-    ([0, -1.57, 1.57, 1.57, -1.57, 0], [.008900, -.238910, .075247], [-.008899, -.238924, .075247]),
-    ([0, -3.32, 3.11, 1.18, 0, -.174], [0, -.174854, .021534], [0, -.176918, .026729]),
-    ([.5259328793, -2.3773652221, -.0382137417, -1.60512825, 1.7480479347, 1.5821417307],
-     [-.126770, .155742, .177397], [-.022266, .183983, .240617]),
-    ([.4094813789, -.7711390159, 1.6275732217, 1.444440447, 1.762462832, -.1687311257],
-     [.038448, -.155731, -.042602], [.043486, -.154940, -.039734]),
-    ([1.3724324221, -3.2026519999, 2.2440781495, -1.0768233396, 2.0265383867, .8677713878],
-     [-.085950, -.036077, .396091], [-.032462, .026935, .395348]),
+    ([0, 0, 0, 0, 0, 0], [0, -0.484770, 0.087298], [0, -0.484771, 0.105097]),
+    ([0, -1.57, 1.57, 1.57, -1.57, 0], [0.008900, -0.238910, 0.075247], [-0.008899, -0.238924, 0.075247]),
+    ([0, -3.32, 3.11, 1.18, 0, -0.174], [0, -0.174854, 0.021534], [0, -0.176918, 0.026729]),
+    (
+        [0.5259328793, -2.3773652221, -0.0382137417, -1.60512825, 1.7480479347, 1.5821417307],
+        [-0.126770, 0.155742, 0.177397],
+        [-0.022266, 0.183983, 0.240617],
+    ),
+    (
+        [0.4094813789, -0.7711390159, 1.6275732217, 1.444440447, 1.762462832, -0.1687311257],
+        [0.038448, -0.155731, -0.042602],
+        [0.043486, -0.154940, -0.039734],
+    ),
+    (
+        [1.3724324221, -3.2026519999, 2.2440781495, -1.0768233396, 2.0265383867, 0.8677713878],
+        [-0.085950, -0.036077, 0.396091],
+        [-0.032462, 0.026935, 0.395348],
+    ),
 ]
 
 
@@ -44,14 +84,15 @@ def begin(env, family, seed=VAL, split="id"):
 def put_cube(env, colour, xyz, speed=0.0):
     """Teleport a cube, let the physics settle unless it shall move, and look."""
     i = env.cube_colours.index(colour)
-    env.data.qpos[env.cube_q[i]:env.cube_q[i] + 7] = (*xyz, 1, 0, 0, 0)
-    env.data.qvel[env.cube_v[i]:env.cube_v[i] + 6] = (speed, 0, 0, 0, 0, 0)
+    env.data.qpos[env.cube_q[i] : env.cube_q[i] + 7] = (*xyz, 1, 0, 0, 0)
+    env.data.qvel[env.cube_v[i] : env.cube_v[i] + 6] = (speed, 0, 0, 0, 0, 0)
     for _ in range(0 if speed else 100):
         mujoco.mj_step(env.model, env.data)
     mujoco.mj_forward(env.model, env.data)
 
 
 # -- geometry and units ---------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("qpos, gripper, jaw_tip", VECTORS)
 def test_kinematics_are_those_of_the_so100(env, qpos, gripper, jaw_tip):
@@ -63,35 +104,39 @@ def test_kinematics_are_those_of_the_so100(env, qpos, gripper, jaw_tip):
 
 def test_units():
     np.testing.assert_allclose(to_position([0, 0, 0, 0, 0, 0]), [0, 90, -90, 0, 0, 9.043659], atol=1e-4)
-    np.testing.assert_allclose(to_position([0, -3.32, 3.11, 1.18, 0, -.174]), [0, -100.222, 88.190, 67.609, 0, 0], atol=1e-3)
+    np.testing.assert_allclose(
+        to_position([0, -3.32, 3.11, 1.18, 0, -0.174]), [0, -100.222, 88.190, 67.609, 0, 0], atol=1e-3
+    )
     qpos = np.random.default_rng(0).normal(size=(4, 5, 6))
     np.testing.assert_allclose(to_qpos(to_position(qpos)), qpos, atol=1e-12)
     assert LOW[5] == pytest.approx(0) and HIGH[5] == pytest.approx(100) and (LOW < HIGH).all()
 
 
 def test_model_limits_match_the_units(env):
-    np.testing.assert_allclose(np.sort(to_position(env.model.jnt_range[:6].T), axis=0), [LOW, HIGH], atol=1e-9)
+    np.testing.assert_allclose(
+        np.sort(to_position(env.model.jnt_range[:6].T), axis=0), [LOW, HIGH], atol=1e-9
+    )
     np.testing.assert_allclose(env.model.actuator_ctrlrange, env.model.jnt_range[:6])
 
 
 def test_inverse_kinematics_round_trip(env):
     rng = np.random.default_rng(0)
     for _ in range(100):
-        phi, r, z, roll, gripper = rng.uniform((-60, .13, .01, -150, 3), (60, .29, .12, 0, 40))
+        phi, r, z, roll, gripper = rng.uniform((-60, 0.13, 0.01, -150, 3), (60, 0.29, 0.12, 0, 40))
         position = inverse(phi, r, z, roll, gripper)
         assert (position >= LOW).all() and (position <= HIGH).all()
         env.data.qpos[:6] = to_qpos(position)
         mujoco.mj_forward(env.model, env.data)
         jaw = env.data.body("fixed_jaw")
-        tool = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(gripper), -.1014, 0)
+        tool = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(gripper), -0.1014, 0)
         np.testing.assert_allclose(tool, [*polar_to_xy(phi, r), z], atol=1e-6)
     with pytest.raises(ValueError, match="out of reach"):
-        inverse(0, .6, .02)
+        inverse(0, 0.6, 0.02)
 
 
 def test_inverse_kinematics_is_vertical_where_it_can_be():
-    for r in (.14, .18, .22, .26):
-        assert inverse(0, r, .012)[1:4].sum() == pytest.approx(90, abs=.1)  # lift + elbow + wrist = tilt
+    for r in (0.14, 0.18, 0.22, 0.26):
+        assert inverse(0, r, 0.012)[1:4].sum() == pytest.approx(90, abs=0.1)  # lift + elbow + wrist = tilt
 
 
 def test_pads_read_left_to_right_in_the_front_image(env):
@@ -108,6 +153,7 @@ def test_pads_read_left_to_right_in_the_front_image(env):
 
 
 # -- the interface --------------------------------------------------------------------------------------------------
+
 
 def test_observation_contract(env):
     obs, info = begin(env, "place")
@@ -155,7 +201,9 @@ def test_chunk_equals_single_steps(env):
         one = env.step(action)
     begin(env, "place")
     chunk = env.step_chunk(actions)
-    assert (one[0]["state"] == chunk[0]["state"]).all() and (one[0]["images"]["wrist"] == chunk[0]["images"]["wrist"]).all()
+    assert (one[0]["state"] == chunk[0]["state"]).all() and (
+        one[0]["images"]["wrist"] == chunk[0]["images"]["wrist"]
+    ).all()
     assert chunk[4]["executed"] == chunk[4]["steps"] == one[4]["steps"] == 4 and one[1:4] == chunk[1:4]
 
 
@@ -166,7 +214,9 @@ def test_truncation(env):
     assert truncated and not terminated and reward == 0 and info["steps"] == LIMIT["place"]
 
 
-@pytest.mark.parametrize("action", [np.zeros(5), np.zeros((2, 6)), np.array([0, 0, 0, 0, 0, np.nan]), np.full(6, np.inf)])
+@pytest.mark.parametrize(
+    "action", [np.zeros(5), np.zeros((2, 6)), np.array([0, 0, 0, 0, 0, np.nan]), np.full(6, np.inf)]
+)
 def test_bad_actions_raise(env, action):
     begin(env, "place")
     with pytest.raises(ValueError, match="action"):
@@ -199,25 +249,26 @@ def test_a_thousand_random_steps_without_a_warning(env):
 
 # -- success tests ----------------------------------------------------------------------------------------------------
 
+
 def test_success_and_near_misses(env):
     begin(env, "place")
-    (colour, _, _, number), = env.goal["legs"]
+    ((colour, _, _, number),) = env.goal["legs"]
     x, y = env.pad_xy(number)
     other = next(c for c in env.cube_colours if c != colour)
     place = lambda dx=0, dz=0, speed=0.0: put_cube(env, colour, (x + dx, y, CUBE + dz), speed)
     place()
     assert env._info()["success"] and env._info()["reason"] == "done"
-    place(dx=.045)
+    place(dx=0.045)
     assert not env._judge() and env._info()["reason"] != "done"  # beside the pad
-    place(speed=.2)
+    place(speed=0.2)
     assert not env._judge()  # sliding through
-    place(dz=.02, speed=1e-9)
+    place(dz=0.02, speed=1e-9)
     assert not env._judge()  # in the air
-    put_cube(env, colour, polar_to_xy(0, .17).tolist() + [CUBE])
+    put_cube(env, colour, polar_to_xy(0, 0.17).tolist() + [CUBE])
     put_cube(env, other, (x, y, CUBE))
     assert not env._judge()  # the wrong cube
-    put_cube(env, other, (x - .013, y, CUBE))
-    put_cube(env, colour, (x + .013, y, CUBE))
+    put_cube(env, other, (x - 0.013, y, CUBE))
+    put_cube(env, colour, (x + 0.013, y, CUBE))
     assert not env._judge()  # the right one, but another beside it on the pad
     put_cube(env, other, (x, y, CUBE))
     put_cube(env, colour, (x, y, 3 * CUBE))
@@ -235,7 +286,7 @@ def test_a_held_cube_is_not_placed(env):
     expert, held_over_pad = Expert(env), 0
     for _ in range(LIMIT["tiny"]):
         terminated, _ = env._advance(expert.action())
-        over = np.linalg.norm(env.cube_xyz("red")[:2] - env.pad_xy(3)) < .02
+        over = np.linalg.norm(env.cube_xyz("red")[:2] - env.pad_xy(3)) < 0.02
         if any(env.touching("red")):
             held_over_pad += over
             assert not terminated
@@ -259,7 +310,11 @@ def test_sequence_needs_the_right_order(env):
     info = env._info()
     assert not info["success"] and info["failure"] == "wrong order"
     begin(env, "sequence")  # first in place, then knocked off again: still the right order
-    for colour, place in ((first, (*env.pad_xy(one), CUBE)), (first, (*env.pad_xy(one) - (0, .08), CUBE)), (second, (*env.pad_xy(two), CUBE))):
+    for colour, place in (
+        (first, (*env.pad_xy(one), CUBE)),
+        (first, (*env.pad_xy(one) - (0, 0.08), CUBE)),
+        (second, (*env.pad_xy(two), CUBE)),
+    ):
         put_cube(env, colour, place)
         assert not env._judge()
     put_cube(env, first, (*env.pad_xy(one), CUBE))
@@ -273,14 +328,19 @@ def test_another_cube_on_the_pad_hides_no_wrong_order(env):
             break
     (first, _, _, one), (second, _, _, two) = env.goal["legs"]
     third = next(colour for colour in env.cube_colours if colour not in (first, second))
-    for colour, place in ((third, (*env.pad_xy(two) + (.012, 0), CUBE)), (second, (*env.pad_xy(two) - (.014, 0), CUBE)),
-                          (first, (*env.pad_xy(one), CUBE)), (third, (0, -.2, CUBE))):
+    for colour, place in (
+        (third, (*env.pad_xy(two) + (0.012, 0), CUBE)),
+        (second, (*env.pad_xy(two) - (0.014, 0), CUBE)),
+        (first, (*env.pad_xy(one), CUBE)),
+        (third, (0, -0.2, CUBE)),
+    ):
         put_cube(env, colour, place)
         assert not env._judge()
     assert env.failure == "wrong order"
 
 
 # -- splits and language ----------------------------------------------------------------------------------------------
+
 
 def test_layouts_keep_to_their_split(env):
     for family in LIMIT:
@@ -292,7 +352,7 @@ def test_layouts_keep_to_their_split(env):
                 turned = xy_to_polar(env.pad_xy(3))[0]
                 assert abs(turned) <= 3 and len(set(env.pad_colours)) == 5 and 2 <= len(places) <= 4
             xy = [env.cube_xyz(colour)[:2] for colour in env.cube_colours]
-            assert all(np.linalg.norm(a - b) > .054 for i, a in enumerate(xy) for b in xy[:i])
+            assert all(np.linalg.norm(a - b) > 0.054 for i, a in enumerate(xy) for b in xy[:i])
     for family in FAMILIES:
         for seed in range(VAL, VAL + 20):
             begin_layout(env, family, seed, "ood_position")
@@ -307,7 +367,10 @@ def test_scenes_amid_work(env):
     for seed in range(100):
         begin_layout(env, "sequence", seed, "id", start=True)
         scene = env.scene()
-        cubes, on_pads = cubes + len(scene["cubes"]), on_pads + sum(cube["pad"] is not None for cube in scene["cubes"])
+        cubes, on_pads = (
+            cubes + len(scene["cubes"]),
+            on_pads + sum(cube["pad"] is not None for cube in scene["cubes"]),
+        )
         assert not any(held_out(*xy_to_polar(env.cube_xyz(colour))) for colour in env.cube_colours)
         for family in FAMILIES:
             goal = sample_goal(scene, family, np.random.default_rng(seed))
@@ -316,20 +379,31 @@ def test_scenes_amid_work(env):
                 assert [cube["colour"] for cube in scene["cubes"] if cube["pad"] == number] in ([], [colour])
             thought = reasoning(goal, scene).split()[0]
             first_words[thought] = first_words.get(thought, 0) + 1
-    assert .2 < on_pads / cubes < .45 and first_words["first"] > 40 and first_words["then"] > 15 and first_words["done"] > 8
+    assert (
+        0.2 < on_pads / cubes < 0.45
+        and first_words["first"] > 40
+        and first_words["then"] > 15
+        and first_words["done"] > 8
+    )
 
 
 def begin_layout(env, family, seed, split, start=False):
     """Only the part of reset() that lays things out: a reset without pictures."""
     env.family, env.split = family, split
     mujoco.mj_resetData(env.model, env.data)
-    env._place_things(np.random.default_rng([list(LIMIT).index(family), SPLITS.index(split), seed, int(start)]), start)
+    env._place_things(
+        np.random.default_rng([list(LIMIT).index(family), SPLITS.index(split), seed, int(start)]), start
+    )
     mujoco.mj_forward(env.model, env.data)
 
 
-SCENE = {"cubes": [{"colour": c, "t": f"t{i}", "r": "r3", "x": 0.0, "y": -.2, "held": False, "pad": None}
-                   for i, c in enumerate(COLOURS[:4])],
-         "pads": [{"colour": c, "number": i + 1, "t": f"t{2 * i}"} for i, c in enumerate(COLOURS)]}
+SCENE = {
+    "cubes": [
+        {"colour": c, "t": f"t{i}", "r": "r3", "x": 0.0, "y": -0.2, "held": False, "pad": None}
+        for i, c in enumerate(COLOURS[:4])
+    ],
+    "pads": [{"colour": c, "number": i + 1, "t": f"t{2 * i}"} for i, c in enumerate(COLOURS)],
+}
 
 
 def texts(family, split, n=500):
@@ -356,8 +430,10 @@ def test_training_text_has_nothing_held_out(family):
 def test_canonical_sentences_and_reasons():
     assert "put the red cube on the blue pad" in {task for task, _ in texts("place", "id", 3000)}
     canonical = [task.startswith("put the ") and " on the " in task for task, _ in texts("place", "id")]
-    share = np.mean([yes and len(task.split()) == 8 for yes, (task, _) in zip(canonical, texts("place", "id"))])
-    assert .2 < share < .45
+    share = np.mean(
+        [yes and len(task.split()) == 8 for yes, (task, _) in zip(canonical, texts("place", "id"))]
+    )
+    assert 0.2 < share < 0.45
     goal = {"legs": [("red", None, "blue", 3)], "sum": None}
     scene = {**SCENE, "cubes": [dict(SCENE["cubes"][0], t="t5")]}
     assert reasoning(goal, scene) == "blue is pad 3 , red cube at t5 r3"
@@ -373,7 +449,7 @@ def test_canonical_sentences_and_reasons():
 def test_sums_and_names():
     assert not set(SUMS) & set(HELD_OUT_SUMS)
     assert {number_of(s) for s in HELD_OUT_SUMS} == {number_of(s) for s in SUMS} == {1, 2, 3, 4, 5}
-    assert .15 < len(HELD_OUT_SUMS) / len(SUMS + HELD_OUT_SUMS) < .25
+    assert 0.15 < len(HELD_OUT_SUMS) / len(SUMS + HELD_OUT_SUMS) < 0.25
     names = [name for group in VAGUE_NAMES.values() for name in group]
     assert len(names) == len(set(names)) and all(HELD_OUT_NAMES[c] == VAGUE_NAMES[c][-2:] for c in COLOURS)
     assert not set(SEEDS["train"]) & set(SEEDS["val"]) and SEEDS["val"].stop <= SEEDS["report"].start
@@ -386,9 +462,14 @@ def test_random_task_says_what_is_missing():
 
 # -- the expert ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("family", LIMIT)
 def test_expert_succeeds(env, family):
-    demos = [demonstrate(env, VAL + seed, family, noise=noise, images=False) for seed in range(3) for noise in (False, True)]
+    demos = [
+        demonstrate(env, VAL + seed, family, noise=noise, images=False)
+        for seed in range(3)
+        for noise in (False, True)
+    ]
     assert all(demo["success"] for demo in demos), [demo["failure"] for demo in demos]
 
 
@@ -402,7 +483,10 @@ def test_expert_succeeds_out_of_distribution(env):
 def test_demonstration_contract(env):
     demo = demonstrate(env, VAL, "place")
     n = len(demo["actions"])
-    assert demo["images"].shape == (n, 2, 96, 96, 3) and demo["states"].shape == demo["actions"].shape == (n, 6)
+    assert demo["images"].shape == (n, 2, 96, 96, 3) and demo["states"].shape == demo["actions"].shape == (
+        n,
+        6,
+    )
     assert len(demo["reasons"]) == n and demo["reasons"][-1] == "done" and demo["failure"] == ""
     short = demonstrate(env, VAL, "place", start=True, limit=3)
     assert len(short["actions"]) == 3 and not short["success"]
@@ -424,8 +508,8 @@ def test_demonstration_says_where_the_arm_did_not_obey(env):
 def test_expert_recovers_from_a_mistake(env):
     """What demonstrations show in part: one that is wrong about where things lie fails, the right one goes on from there."""
     begin(env, "place", VAL)
-    mistaken, expert = Expert(env, (.03, .01)), Expert(env)
-    assert not np.allclose(mistaken.action(), expert.action(), atol=.5)
+    mistaken, expert = Expert(env, (0.03, 0.01)), Expert(env)
+    assert not np.allclose(mistaken.action(), expert.action(), atol=0.5)
     assert not any(env._advance(mistaken.action())[0] for _ in range(15))
     assert any(env._advance(expert.action())[0] for _ in range(45))
 
@@ -438,7 +522,7 @@ def test_expert_bears_errors_of_a_pupil(env):
         rng, expert = np.random.default_rng(seed), Expert(env)
         for step in range(LIMIT["calculate"]):
             if step % 4 == 0:
-                expert.mistake = rng.normal(0, .009, 2)
+                expert.mistake = rng.normal(0, 0.009, 2)
             if env._advance(expert.action())[0]:
                 wins += 1
                 break
@@ -447,10 +531,10 @@ def test_expert_bears_errors_of_a_pupil(env):
 
 def test_expert_aims_within_reach_whatever_it_is_asked(env):
     begin(env, "place", VAL)
-    for z in np.linspace(0, .15, 6):
+    for z in np.linspace(0, 0.15, 6):
         for roll in np.linspace(-160, 0, 9):
             for gripper in np.linspace(0, 100, 9):
-                for r in (.02, .5):
+                for r in (0.02, 0.5):
                     Expert(env).towards(np.array([0, 0, 0, 0, 0, gripper]), polar_to_xy(10, r), z, roll, OPEN)
 
 
@@ -461,17 +545,22 @@ def test_expert_starts_anywhere(env):
 
 # -- many arms ----------------------------------------------------------------------------------------------------------
 
+
 def test_vec_env_matches_one_env(env):
     actions = np.tile([5, -20, 10, 80, -80, 50], (3, 4, 1)) + np.arange(3)[:, None, None]
     with VecEnv(3, workers=2) as vec:
         obs, infos = vec.reset([VAL, VAL + 1, VAL + 2], ["place", "calculate", "sequence"])
-        assert obs["images"].shape == (3, 2, 96, 96, 3) and [info["family"] for info in infos] == list(FAMILIES)
+        assert obs["images"].shape == (3, 2, 96, 96, 3) and [info["family"] for info in infos] == list(
+            FAMILIES
+        )
         after, reward, terminated, truncated, _ = vec.step_chunk(actions)
         for i, family in enumerate(FAMILIES):
             alone, _ = begin(env, family, VAL + i)
             assert alone["task"] == obs["task"][i] and (alone["images"]["front"] == obs["images"][i, 0]).all()
             alone = env.step_chunk(actions[i])[0]
-            assert (alone["state"] == after["state"][i]).all() and (alone["images"]["wrist"] == after["images"][i, 1]).all()
+            assert (alone["state"] == after["state"][i]).all() and (
+                alone["images"]["wrist"] == after["images"][i, 1]
+            ).all()
         for _ in range(14):  # place and calculate run out of time, then rest; sequence goes on
             last, reward, terminated, truncated, infos = vec.step_chunk(actions)
         assert truncated.tolist() == [True, True, False] and infos[0]["steps"] == infos[2]["steps"] == 60
@@ -504,12 +593,22 @@ def test_import_needs_neither_torch_nor_a_display():
 
 def test_pictures_become_square():
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    assert np.array_equal(sim_env.square(Image.fromarray(noise[:, :48]), 48, "stretch"), noise[:, :48])  # already this size
-    assert np.array_equal(sim_env.square(Image.fromarray(noise), 48, "crop"), noise[:, 8:56]) and np.array_equal(sim_env.square(Image.fromarray(noise.swapaxes(0, 1)), 48, "crop"), noise.swapaxes(0, 1)[8:56])
-    wide = Image.fromarray(np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (50, 1, 3)))  # 100 x 50, brighter to the right
+    assert np.array_equal(
+        sim_env.square(Image.fromarray(noise[:, :48]), 48, "stretch"), noise[:, :48]
+    )  # already this size
+    assert np.array_equal(
+        sim_env.square(Image.fromarray(noise), 48, "crop"), noise[:, 8:56]
+    ) and np.array_equal(
+        sim_env.square(Image.fromarray(noise.swapaxes(0, 1)), 48, "crop"), noise.swapaxes(0, 1)[8:56]
+    )
+    wide = Image.fromarray(
+        np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (50, 1, 3))
+    )  # 100 x 50, brighter to the right
     stretched, cropped = sim_env.square(wide, 20, "stretch"), sim_env.square(wide, 20, "crop")
     assert stretched.shape == cropped.shape == (20, 20, 3)
     assert stretched[0, 0, 0] < 10 and stretched[0, -1, 0] > 185  # all of it
     assert 45 < cropped[0, 0, 0] < 60 and 140 < cropped[0, -1, 0] < 155  # the middle half
-    stripes = np.tile(np.uint8([0, 250])[None, :, None], (60, 30, 3))  # one pixel wide: a filter that looks at fewer shows them as moire
+    stripes = np.tile(
+        np.uint8([0, 250])[None, :, None], (60, 30, 3)
+    )  # one pixel wide: a filter that looks at fewer shows them as moire
     assert np.ptp(sim_env.square(Image.fromarray(stripes), 20, "stretch")[:, 1:-1].astype(int)) < 60

@@ -48,17 +48,44 @@ def state(folder):
 
 
 def test_overfits_one_batch(data):
-    cfg = train.TrainConfig(**train.PRESETS["debug"] | dict(data=str(data), adam_lr=1e-2, muon_lr=2e-2, warmup=5, steps=80, ground_steps=0, mix=0.5, max_thought=24))
+    cfg = train.TrainConfig(
+        **train.PRESETS["debug"]
+        | dict(
+            data=str(data),
+            adam_lr=1e-2,
+            muon_lr=2e-2,
+            warmup=5,
+            steps=80,
+            ground_steps=0,
+            mix=0.5,
+            max_thought=24,
+        )
+    )
     policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
     optimizers = train.make_optimizers(policy, cfg)
     micro = train.batches(0, cfg, policy, episodes, questions, 0, 1, torch.device("cpu"))
-    logs = [train.train_step(step, cfg, policy, policy, optimizers, micro, 1, train.contextlib.nullcontext) for step in range(80)]
+    logs = [
+        train.train_step(step, cfg, policy, policy, optimizers, micro, 1, train.contextlib.nullcontext)
+        for step in range(80)
+    ]
     first, last = logs[0], logs[-1]
-    assert last["action"] < 0.35 * first["action"] and last["text"] < 0.1 * first["text"] and last["question"] < 0.5 * first["question"]
+    assert (
+        last["action"] < 0.35 * first["action"]
+        and last["text"] < 0.1 * first["text"]
+        and last["question"] < 0.5 * first["question"]
+    )
     assert last["kept"] == 0.75  # debug: one of four query states is masked
     # the thought of the batch can now be generated
     batch = micro[0][1]
-    said, _ = policy.think(batch["images"], [policy.tokenizer.decode([i for i in row.tolist()[1 : row.tolist().index(policy.tokenizer.reason)]]) for row in batch["tokens"]])
+    said, _ = policy.think(
+        batch["images"],
+        [
+            policy.tokenizer.decode(
+                [i for i in row.tolist()[1 : row.tolist().index(policy.tokenizer.reason)]]
+            )
+            for row in batch["tokens"]
+        ],
+    )
     wanted = [policy.tokenizer.decode([i for i in row.tolist() if i >= 0]) for row in batch["labels"]]
     assert np.mean([a == b for a, b in zip(said, wanted)]) >= 0.5
 
@@ -72,7 +99,16 @@ def test_every_parameter_learns(data):
     listed = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(listed) == len(set(listed)) == len(before)  # every parameter has exactly one optimizer
     for step in (0, 1, 1, 1):  # the gates open one after the other
-        train.train_step(0, cfg, policy, policy, optimizers, train.batches(step, cfg, policy, episodes, questions, 0, 1, "cpu"), 1, train.contextlib.nullcontext)
+        train.train_step(
+            0,
+            cfg,
+            policy,
+            policy,
+            optimizers,
+            train.batches(step, cfg, policy, episodes, questions, 0, 1, "cpu"),
+            1,
+            train.contextlib.nullcontext,
+        )
     still = [k for k, v in policy.named_parameters() if torch.equal(v, before[k])]
     assert not still
 
@@ -81,9 +117,15 @@ def test_learning_rate(data):
     cfg = train.TrainConfig(ground_steps=100, steps=200, warmup=10)
     lr = lambda step: train.learning_rate(step, cfg)
     assert lr(0) == pytest.approx(0.1) and lr(4) == pytest.approx(0.5, rel=0.01)
-    assert lr(50) == pytest.approx(0.75) and lr(99) == pytest.approx(0.5, abs=0.01)  # grounding decays to a half
+    assert lr(50) == pytest.approx(0.75) and lr(99) == pytest.approx(
+        0.5, abs=0.01
+    )  # grounding decays to a half
     assert lr(100) == pytest.approx(0.1)  # actions warm up again
-    assert lr(150) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4))) and lr(200) == pytest.approx(0.5) and lr(299) == pytest.approx(0, abs=1e-3)
+    assert (
+        lr(150) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+        and lr(200) == pytest.approx(0.5)
+        and lr(299) == pytest.approx(0, abs=1e-3)
+    )
 
 
 # -- Muon ----------------------------------------------------------------------------------------------------------
@@ -105,7 +147,9 @@ def test_muon_steps_like_torch():
     ours, theirs = ([torch.nn.Parameter(torch.ones(n, 32)) for n in (16, 64, 16)] for _ in range(2))
     start = [p.detach().clone() for p in ours]
     a = train.Muon(ours, lr=0.02, weight_decay=0.1)
-    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    b = torch.optim.Muon(
+        theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(3):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn_like(p)
@@ -114,7 +158,9 @@ def test_muon_steps_like_torch():
         b.step()
     for p, q, s in zip(ours, theirs, start):
         x, y = (p - s).detach().flatten(), (q - s).detach().flatten()
-        assert torch.cosine_similarity(x, y, dim=0) > 0.99 and (x.norm() / y.norm()).item() == pytest.approx(1, abs=0.03)  # torch's runs in bf16
+        assert torch.cosine_similarity(x, y, dim=0) > 0.99 and (x.norm() / y.norm()).item() == pytest.approx(
+            1, abs=0.03
+        )  # torch's runs in bf16
 
 
 # -- resuming, accumulating, processes -----------------------------------------------------------------------------
@@ -136,7 +182,9 @@ def kill_before(step, monkeypatch):
     monkeypatch.setattr(train, "batches", batches)
 
 
-@pytest.mark.parametrize("flags, dies", [(["--mix=0.5"], 2), (["--mix=0.5", "--steps=4", "--save_every=3"], 5)])
+@pytest.mark.parametrize(
+    "flags, dies", [(["--mix=0.5"], 2), (["--mix=0.5", "--steps=4", "--save_every=3"], 5)]
+)
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, monkeypatch, flags, dies):
     whole = go("whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -146,7 +194,13 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(go, monkeypatch, f
     parts = go("parts", *flags, "--resume")
     assert differences(weights(whole), weights(parts)) == 0 and differences(state(whole), state(parts)) == 0
     clock = ("seconds", "samples_per_s", "data_ms")
-    losses = [[{k: v for k, v in json.loads(line).items() if k not in clock} for line in (f / "log.jsonl").read_text().splitlines()] for f in (whole, parts)]
+    losses = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in clock}
+            for line in (f / "log.jsonl").read_text().splitlines()
+        ]
+        for f in (whole, parts)
+    ]
     assert losses[0] == losses[1] and [x["step"] for x in losses[0]] == list(range(1, len(losses[0]) + 1))
 
 
@@ -162,9 +216,17 @@ def test_two_processes_equal_one(go, data, tmp_path):
         port = s.getsockname()[1]
     workers = []
     for rank in range(2):  # what torchrun sets
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         command = [sys.executable, train.__file__, *arguments(data, tmp_path / "two", "--mix=0.5")]
-        workers.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        workers.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
     said = [worker.communicate(timeout=120) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     assert not said[1][0].strip()  # only the first process talks
@@ -172,7 +234,9 @@ def test_two_processes_equal_one(go, data, tmp_path):
 
 
 def test_samples_that_do_not_divide_are_refused(fails, data, tmp_path):
-    assert "change --batch_size, --mix or --accumulate" in fails(train.main, arguments(data, tmp_path / "a", "--accumulate=3"))
+    assert "change --batch_size, --mix or --accumulate" in fails(
+        train.main, arguments(data, tmp_path / "a", "--accumulate=3")
+    )
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -188,7 +252,14 @@ def test_saved_policy_is_the_moving_average(go, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", spy)
     flags = ["--mix=0.5", "--save_every=1", "--ema=0.2", "--adam_lr=0.01"]
     out = go("ema", *flags)
-    policy = train.build(train.parse_config(train.TrainConfig, train.PRESETS, ["--config", "debug", f"--data={json.loads((out / 'config.json').read_text())['data']}"]), torch.device("cpu"))[0]
+    policy = train.build(
+        train.parse_config(
+            train.TrainConfig,
+            train.PRESETS,
+            ["--config", "debug", f"--data={json.loads((out / 'config.json').read_text())['data']}"],
+        ),
+        torch.device("cpu"),
+    )[0]
     ema = dict(policy.named_parameters())  # the same seed: what the run began with
     for step, now in enumerate(raw):
         decay = min(0.2, (1 + step) / (10 + step))  # an early average forgets faster
@@ -204,17 +275,33 @@ def test_saved_policy_is_the_moving_average(go, monkeypatch):
 
 def test_checkpoint_folder_is_enough_to_act(trained, make_policy):
     names = {p.name for p in trained.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "train_state.pt", "log.jsonl", "questions.json", "grounded"} <= names and not [n for n in names if n.endswith(".tmp")]
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "train_state.pt",
+        "log.jsonl",
+        "questions.json",
+        "grounded",
+    } <= names and not [n for n in names if n.endswith(".tmp")]
     for folder in (trained, trained / "grounded"):
         policy = SyVLA.load(folder, Tokenizer.load(folder))
         images = np.zeros((1, 2, 32, 32, 3), np.uint8)
         chunk, _ = policy.act(images, np.zeros((1, 6), np.float32), ["put the red cube on the blue pad"])
         assert np.isfinite(chunk).all()
     questions = json.loads((trained / "questions.json").read_text())
-    assert list(questions) == ["before action training", "after action training"] and 0 <= questions["after action training"]["all"]["accuracy"] <= 1
+    assert (
+        list(questions) == ["before action training", "after action training"]
+        and 0 <= questions["after action training"]["all"]["accuracy"] <= 1
+    )
     assert json.loads((trained / "config.json").read_text())["image_size"] == 32
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["phase"]) for line in lines] == [(1, "grounding"), (2, "grounding"), (3, "actions"), (4, "actions")]
+    assert [(line["step"], line["phase"]) for line in lines] == [
+        (1, "grounding"),
+        (2, "grounding"),
+        (3, "actions"),
+        (4, "actions"),
+    ]
     assert "action" not in lines[1] and lines[-1]["kept"] == 0.75
 
 
@@ -262,7 +349,10 @@ def test_a_kill_between_any_two_files_leaves_a_run_that_goes_on(trained, data, t
 def test_non_finite_numbers_stop_the_run_and_spare_the_checkpoint(trained, data, tmp_path, fails):
     out = tmp_path / "run"
     shutil.copytree(trained, out)
-    before = {name: (out / name).read_bytes() for name in ("model.safetensors", "train_state.pt", "config.json", "tokenizer.json")}
+    before = {
+        name: (out / name).read_bytes()
+        for name in ("model.safetensors", "train_state.pt", "config.json", "tokenizer.json")
+    }
     said = fails(train.main, arguments(data, out, "--resume", "--steps=9", "--adam_lr=1e30"))
     assert "non-finite" in said and "--resume" in said
     assert all((out / name).read_bytes() == content for name, content in before.items())
@@ -272,27 +362,51 @@ def test_folders_and_stages(trained, data, tmp_path, fails):
     assert "add --resume" in fails(train.main, arguments(data, trained))
     assert "nothing to resume" in fails(train.main, arguments(data, tmp_path / "new", "--resume"))
     assert "--init_from" in fails(train.main, ["--config", "debug", "--stage=finetune"])
-    assert "is no checkpoint" in fails(train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={tmp_path}"))
+    assert "is no checkpoint" in fails(
+        train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={tmp_path}")
+    )
     assert "stage must be" in fails(train.main, ["--stage=pretain"])
-    assert "python prepare.py --config debug" in fails(train.main, arguments(tmp_path / "none", tmp_path / "new"))
+    assert "python prepare.py --config debug" in fails(
+        train.main, arguments(tmp_path / "none", tmp_path / "new")
+    )
     for families in ("sequence", "place,squence"):
-        assert "no successful episode" in fails(train.main, arguments(data, tmp_path / "new", f"--families={families}"))
+        assert "no successful episode" in fails(
+            train.main, arguments(data, tmp_path / "new", f"--families={families}")
+        )
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("flag", ["--batch_size=0", "--accumulate=0", "--log_every=0", "--save_every=0", "--warmup=0", "--eval=-1", "--steps=-1", "--ema=2"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--batch_size=0",
+        "--accumulate=0",
+        "--log_every=0",
+        "--save_every=0",
+        "--warmup=0",
+        "--eval=-1",
+        "--steps=-1",
+        "--ema=2",
+    ],
+)
 def test_numbers_that_cannot_be_are_refused(fails, data, tmp_path, flag):
     assert flag[2:].split("=")[0] in fails(train.main, arguments(data, tmp_path / "new", flag))
 
 
 def test_device_that_is_not_there(fails, data, tmp_path):
     for device in ("abacus",) if torch.cuda.is_available() else ("abacus", "cuda"):
-        assert f"--device={device} is not available" in fails(train.main, arguments(data, tmp_path / "x") + [f"--device={device}"])
+        assert f"--device={device} is not available" in fails(
+            train.main, arguments(data, tmp_path / "x") + [f"--device={device}"]
+        )
 
 
 def test_finetuning_starts_from_the_weights_and_scale_of_its_parent(trained, data, tmp_path):
     out = tmp_path / "fine"
-    train.main(arguments(data, out, "--stage=finetune", f"--init_from={trained}", "--adam_lr=0", "--muon_lr=0", "--mix=0"))
+    train.main(
+        arguments(
+            data, out, "--stage=finetune", f"--init_from={trained}", "--adam_lr=0", "--muon_lr=0", "--mix=0"
+        )
+    )
     assert differences(weights(out), weights(trained)) < 1e-6
     assert (out / "tokenizer.json").read_text() == (trained / "tokenizer.json").read_text()
 
@@ -302,11 +416,27 @@ def test_new_expert_of_another_size_learns_on_a_vlm_that_stays_bit_for_bit(train
     flags = ("--stage=finetune", "--new_expert", f"--init_from={trained}")
     train.main(arguments(data, out, *flags, "--expert_width=48", "--chunk=6"))
     new, old = weights(out), weights(trained)
-    assert all(torch.equal(new[k], old[k]) for k in old if k.startswith("vlm.")) and new["expert.action_in.weight"].shape[0] == 48
+    assert (
+        all(torch.equal(new[k], old[k]) for k in old if k.startswith("vlm."))
+        and new["expert.action_in.weight"].shape[0] == 48
+    )
     assert not torch.equal(new["adapter.0.weight"][:32, :32], old["adapter.0.weight"])
-    train.main(arguments(data, out, "--stage=finetune", "--new_expert", "--resume", "--expert_width=48", "--chunk=6", "--steps=3"))
+    train.main(
+        arguments(
+            data,
+            out,
+            "--stage=finetune",
+            "--new_expert",
+            "--resume",
+            "--expert_width=48",
+            "--chunk=6",
+            "--steps=3",
+        )
+    )
     assert all(torch.equal(v, old[k]) for k, v in weights(out).items() if k.startswith("vlm."))
-    assert "--stage=finetune" in fails(train.main, arguments(data, tmp_path / "x", "--new_expert", f"--init_from={trained}"))
+    assert "--stage=finetune" in fails(
+        train.main, arguments(data, tmp_path / "x", "--new_expert", f"--init_from={trained}")
+    )
     assert "--width=32" in fails(train.main, arguments(data, tmp_path / "x", *flags, "--width=64"))
 
 
@@ -319,14 +449,21 @@ def test_what_a_frozen_vlm_makes_of_a_frame_is_kept(trained, data, tmp_path):
     def see(batch):
         asked.append(len(batch["images"]))
         with torch.no_grad():
-            return policy.vlm(policy.vlm.see(batch["images"]), *(batch[k] for k in ("tokens", "segments", "positions")), True)[1]
+            return policy.vlm(
+                policy.vlm.see(batch["images"]),
+                *(batch[k] for k in ("tokens", "segments", "positions")),
+                True,
+            )[1]
 
     kept.freeze(tmp_path / "states.npy", (policy.cfg.queries, policy.cfg.width), see)
     picks, older = np.arange(20, 40), np.arange(20) % 4
     with_pictures = fresh.samples(policy.tokenizer, picks, older)
     for _ in range(2):
         batch = kept.samples(policy.tokenizer, picks, older)
-        assert set(with_pictures) - set(batch) == {"images", "tokens", "segments", "positions", "labels"} and (batch["age"] == with_pictures["age"]).all()
+        assert (
+            set(with_pictures) - set(batch) == {"images", "tokens", "segments", "positions", "labels"}
+            and (batch["age"] == with_pictures["age"]).all()
+        )
         assert torch.allclose(batch["states"], see(with_pictures), rtol=2e-3, atol=1e-3)
     assert asked[0] <= 20 and asked[1:] == [20, 20]  # ours; the second time the file knew them all
     again = Episodes(data, fresh.cfg)
@@ -338,12 +475,20 @@ def test_no_room_to_keep_what_a_frozen_vlm_makes(trained, data, tmp_path, capsys
     mine = tmp_path / "data"
     shutil.copytree(data, mine, ignore=shutil.ignore_patterns("states_*"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    train.main(arguments(mine, tmp_path / "new", "--stage=finetune", "--new_expert", f"--init_from={trained}"))
-    assert "cannot be kept" in capsys.readouterr().out and not list(mine.glob("states_*")) and (tmp_path / "new" / "model.safetensors").is_file()
+    train.main(
+        arguments(mine, tmp_path / "new", "--stage=finetune", "--new_expert", f"--init_from={trained}")
+    )
+    assert (
+        "cannot be kept" in capsys.readouterr().out
+        and not list(mine.glob("states_*"))
+        and (tmp_path / "new" / "model.safetensors").is_file()
+    )
 
 
 def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fails):
-    tell = lambda folder, *flags: fails(train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={folder}", *flags))
+    tell = lambda folder, *flags: fails(
+        train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={folder}", *flags)
+    )
     assert "--width=32" in tell(trained, "--width=64")
     foreign = tmp_path / "foreign"
     shutil.copytree(trained, foreign)
@@ -359,7 +504,9 @@ def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fail
 
 def test_resuming_another_run_is_refused_in_one_line(trained, data, tmp_path, fails):
     for flag in ("--width=64", "--mlp_width=64", "--decouple=off", "--seed=5", "--mix=0.5", "--batch_size=8"):
-        assert flag[2:].split("=")[0] in fails(train.main, arguments(data, trained, "--resume", "--steps=9", flag))
+        assert flag[2:].split("=")[0] in fails(
+            train.main, arguments(data, trained, "--resume", "--steps=9", flag)
+        )
 
 
 def test_bench_prints_the_split_and_writes_nothing(trained, data, capsys):
@@ -382,5 +529,13 @@ def test_lessons_go_from_easy_to_hard():
     kinds = [train.lesson(step, cfg) for step in range(100)]
     assert kinds[0] == ("describe pads",)  # naming by place comes before finding by colour
     first = lambda kind: next(i for i, k in enumerate(kinds) if k is None or kind in k)
-    assert first("describe pads") < first("pad") < first("describe cubes") < first("where") < first("instruction")
-    assert train.lesson(100, cfg) is None and train.lesson(0, train.TrainConfig(ground_steps=0)) is None  # actions: every kind
+    assert (
+        first("describe pads")
+        < first("pad")
+        < first("describe cubes")
+        < first("where")
+        < first("instruction")
+    )
+    assert (
+        train.lesson(100, cfg) is None and train.lesson(0, train.TrainConfig(ground_steps=0)) is None
+    )  # actions: every kind

@@ -19,7 +19,6 @@ same global batch and takes its own rows.
 """
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -27,7 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from common import UserError, read_json
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Text
@@ -49,7 +50,7 @@ class Tokenizer:
         self.first_word = len(self.SPECIAL) + 256
         self.ids = {word: self.first_word + i for i, word in enumerate(self.words)}
         self.encoded = {}  # training meets the same few thousand sentences again and again
-        self.task, self.reason, self.end_thought, self.ask, self.reply, self.end_answer = range(1, 7)
+        self.task, self.reason, self.end_reasoning, self.ask, self.reply, self.end_answer = range(1, 7)
 
     @classmethod
     def train(cls, texts, limit):
@@ -90,32 +91,32 @@ class Tokenizer:
                 parts.append(bytes([i - len(self.SPECIAL)]))
         return b"".join(parts).decode("utf-8", "replace").removeprefix(" ")
 
-    def tidy(self, text, what):
+    def encode_user_text(self, text, what):
         """A user's words in the form of the training text (lower case, punctuation apart), or a ValueError."""
         ids = self.encode(" ".join(re.findall(r"\w+|[^\w\s]", text.lower())))
         if not text.strip():
-            raise ValueError(f'the {what} is empty; try "put the red cube on the blue pad"')
+            raise UserError(f'the {what} is empty; try "put the red cube on the blue pad"')
         if len(ids) > self.LONGEST:
-            raise ValueError(
+            raise UserError(
                 f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words"
             )
         return ids
 
     def prompt(self, task, reasoning=True):
         """Instruction -> the ids that the chain of thought (or, without reasoning, the feature queries) follows."""
-        return [self.task, *self.tidy(task, "instruction"), *([self.reason] if reasoning else [])]
+        return [self.task, *self.encode_user_text(task, "instruction"), *([self.reason] if reasoning else [])]
 
-    def thought(self, reason):
-        return [*self.encode(reason), self.end_thought]
+    def reasoning_ids(self, reason):
+        return [*self.encode(reason), self.end_reasoning]
 
     def question(self, question):
         """Question -> the ids that the answer follows. An instruction as a question asks for its reasoning."""
         if question.startswith("<task>"):
             return self.prompt(question.removeprefix("<task>"))
-        return [self.ask, *self.tidy(question, "question"), self.reply]
+        return [self.ask, *self.encode_user_text(question, "question"), self.reply]
 
     def answer(self, question, answer):
-        return [*self.encode(answer), self.end_thought if question.startswith("<task>") else self.end_answer]
+        return [*self.encode(answer), self.end_reasoning if question.startswith("<task>") else self.end_answer]
 
     def dumps(self):
         """What stands in a checkpoint's tokenizer.json."""
@@ -126,111 +127,11 @@ class Tokenizer:
         """The tokenizer of a checkpoint, or of a pretrained model: words, or what the package `tokenizers` writes."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"{folder} is no checkpoint: it has no tokenizer.json; run: python train.py --config small"
             )
         text = path.read_text()
-        return Tokenizer(json.loads(text)) if text.lstrip().startswith("[") else ChatTokenizer(text)
-
-
-class ChatTokenizer:
-    """A pretrained model's tokenizer and chat format behind Tokenizer's interface. Needs the package `tokenizers`.
-
-    The conversation is written as the model learnt it: START (OPEN picture CLOSE)* instruction TURN answer END. A thought is an
-    answer that begins with the words <reason>; END stands for </reason>, one token that every chat model knows how to say.
-    """
-
-    LONGEST = 512
-    FORMATS = (  # START, OPEN, CLOSE, TURN, space before an answer, END; the first whose special tokens are all there
-        (
-            "<|im_start|>User:",
-            "<fake_token_around_image><global-img>",
-            "<fake_token_around_image>",
-            "<end_of_utterance>\nAssistant:",
-            " ",
-            "<end_of_utterance>",
-        ),  # SmolVLM
-        (
-            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
-            "<|vision_start|>",
-            "<|vision_end|>",
-            "<|im_end|>\n<|im_start|>assistant\n",
-            "",
-            "<|im_end|>",
-        ),  # Qwen-VL
-    )
-
-    def __init__(self, text):
-        try:
-            from tokenizers import Tokenizer as Pretrained
-        except ImportError:
-            raise ValueError("a pretrained backbone needs its tokenizer: pip install tokenizers") from None
-        try:
-            self.text, self.pretrained = text, Pretrained.from_str(text)
-        except Exception as e:  # the package raises nothing narrower
-            raise ValueError(f"tokenizer.json cannot be read ({str(e)[:100]}); download it again") from None
-        known = lambda format: all(
-            self.pretrained.token_to_id(token) is not None
-            for piece in format
-            for token in re.findall(r"<[^<>\s]+>", piece)
-        )
-        format = next((f for f in self.FORMATS if known(f)), None)
-        if format is None:
-            raise ValueError(
-                "the chat format of this tokenizer is unknown; add a line to ChatTokenizer.FORMATS in data.py"
-            )
-        ids = lambda piece: self.pretrained.encode(piece, add_special_tokens=False).ids
-        self.start, self.image_open, self.image_close, self.turn, _, (self.end_answer,) = map(ids, format)
-        self.end_thought, self.space = self.end_answer, format[4]
-        self.pretrained.encode_special_tokens = True  # from here on: nobody types control tokens
-        self.encoded = {}
-
-    def __len__(self):
-        return self.pretrained.get_vocab_size(with_added_tokens=True)
-
-    def encode(self, text):
-        if text not in self.encoded and len(self.encoded) < 1_000_000:
-            self.encoded[text] = self.pretrained.encode(text, add_special_tokens=False).ids
-        return self.encoded.get(text) or self.pretrained.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        return self.pretrained.decode(list(ids), skip_special_tokens=True).strip()
-
-    def tidy(self, text, what):
-        """A user's words with single spaces, or a ValueError."""
-        ids = self.encode(" ".join(text.split()))
-        if not ids:
-            raise ValueError(f'the {what} is empty; try "put the red cube on the blue pad"')
-        if len(ids) > self.LONGEST:
-            raise ValueError(
-                f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words"
-            )
-        return ids
-
-    def prompt(self, task, reasoning=True):
-        return [
-            *self.tidy(task, "instruction"),
-            *self.turn,
-            *(self.encode(self.space + "<reason>") if reasoning else []),
-        ]
-
-    def thought(self, reason):
-        return [*self.encode(" " + reason if reason else ""), self.end_thought]
-
-    def question(self, question):
-        if question.startswith("<task>"):
-            return self.prompt(question.removeprefix("<task>"))
-        return [*self.tidy(question, "question"), *self.turn]
-
-    def answer(self, question, answer):
-        return (
-            self.thought(answer)
-            if question.startswith("<task>")
-            else [*self.encode(self.space + answer), self.end_answer]
-        )
-
-    def dumps(self):
-        return self.text
+        return Tokenizer(json.loads(text))
 
 
 def pack(rows):
@@ -278,13 +179,13 @@ def save_episodes(folder, episodes, cameras, motors, fps=10, state=()):
     """
     folder = Path(folder)
     if (folder / "meta.json").is_file():
-        raise ValueError(f"{folder} already holds a data set; delete it or choose another folder")
+        raise UserError(f"{folder} already holds a data set; delete it or choose another folder")
     arrays = {
         name: np.concatenate([e[name] for e in episodes]).astype(np.float32) for name in ("state", "action")
     }
     for name, names in (("state", state or motors), ("action", motors)):
         if arrays[name].shape[1:] != (len(names),):
-            raise ValueError(f"{name} has shape {arrays[name].shape}, its names are {list(names)}")
+            raise UserError(f"{name} has shape {arrays[name].shape}, its names are {list(names)}")
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -318,18 +219,18 @@ def save_episodes(folder, episodes, cameras, motors, fps=10, state=()):
     (folder / "meta.json.tmp").replace(folder / "meta.json")  # last: a folder without it is no data set
 
 
-def read_json(folder, name):
-    path = Path(folder) / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no data set (no {name}); run: python prepare.py --config small")
-    return json.loads(path.read_text())
+def read_meta(folder):
+    """meta.json of a data set folder; UserError says what to type where there is none."""
+    if not Path(folder, "meta.json").is_file():
+        raise UserError(f"{folder} is no data set (no meta.json); run: python prepare.py --config small")
+    return read_json(Path(folder, "meta.json"))
 
 
 def read_images(folder, meta, cfg):
     """The camera arrays of a data set, memory-mapped, in the model's order; an error that shows both sides if they do not fit."""
-    wanted = cfg.cameras.split(",")
+    wanted = cfg.camera_names
     if missing := [c for c in wanted if c not in meta["cameras"]]:
-        raise ValueError(
+        raise UserError(
             f"{folder} has cameras {meta['cameras']}, the model wants {wanted} ({missing} missing); set --cameras or choose another --data"
         )
     grey = meta.get("grey", [])
@@ -339,7 +240,7 @@ def read_images(folder, meta, cfg):
         if camera not in grey
     }
     if not stored:
-        raise ValueError(
+        raise UserError(
             f"{folder} has pictures for {[c for c in meta['cameras'] if c not in grey]} alone, the model wants {wanted}; set --cameras or --mix=0"
         )
     images = [
@@ -347,7 +248,7 @@ def read_images(folder, meta, cfg):
         for c in wanted
     ]
     if images[0].shape[1] != cfg.image_size:
-        raise ValueError(
+        raise UserError(
             f"{folder} has images of {images[0].shape[1]} px, the model takes {cfg.image_size}; set --image_size={images[0].shape[1]}"
         )
     return images
@@ -362,23 +263,23 @@ class Episodes:
     """Demonstrations: frames to draw action samples from."""
 
     def __init__(self, folder, cfg, families=None):
-        self.meta, self.cfg, self.frozen = read_json(folder, "meta.json"), cfg, None
+        self.meta, self.cfg, self.frozen = read_meta(folder), cfg, None
         if missing := {"cameras", "motors", "statistics", "episodes"} - self.meta.keys():
-            raise ValueError(
+            raise UserError(
                 f"{folder}/meta.json lacks {', '.join(sorted(missing))}; the README lists what it must hold"
             )
         for what, theirs, own in (
-            ("motors", self.meta["motors"], cfg.motors.split(",")),
+            ("motors", self.meta["motors"], cfg.motor_names),
             ("state", self.meta.get("state") or self.meta["motors"], cfg.state_names),
         ):
             if theirs != own:
-                raise ValueError(f"{folder} has {what} {theirs}, the model {own}")
+                raise UserError(f"{folder} has {what} {theirs}, the model {own}")
         self.images = read_images(folder, self.meta, cfg)
         self.state, self.action = (
             np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("state", "action")
         )
         if (self.state.shape[1], self.action.shape[1]) != (cfg.state_dim, cfg.action_dim):
-            raise ValueError(
+            raise UserError(
                 f"{folder} has states of {self.state.shape[1]} and actions of {self.action.shape[1]} numbers, its meta.json names {cfg.state_dim} and {cfg.action_dim}"
             )
         usable = [
@@ -386,7 +287,7 @@ class Episodes:
         ]  # a start is a few good steps
         there = sorted({e.get("family", "") for e in usable})
         if not usable or (missing := [f for f in families or () if f not in there]):
-            raise ValueError(
+            raise UserError(
                 f"{folder} has no successful episode of family {', '.join(missing) if usable else 'any'}; it has {', '.join(there) or 'none'}: set --families"
             )
         self.episodes = [e for e in usable if families is None or e["family"] in families]
@@ -418,15 +319,12 @@ class Episodes:
 
         All random numbers are drawn for the whole batch first, so every process of a job agrees on them.
         """
-        cfg, H, A = self.cfg, self.cfg.chunk, self.cfg.action_dim
+        cfg, H, A = self.cfg, self.cfg.chunk_size, self.cfg.action_dim
         picks = np.searchsorted(self.cumulative, rng.random(n))[rows]
         eps = rng.standard_normal((n, cfg.noise_samples, H, A), dtype=np.float32)[rows]
         t = flow_times(rng, (n, cfg.noise_samples))[rows]
         uniform = rng.random((n, cfg.queries), dtype=np.float32)[rows]
         older = rng.integers(cfg.stale + 1, size=n)[rows] if cfg.stale else None
-        if cfg.committed:  # some first actions are given: clean, at flow time 0
-            given = rng.integers(cfg.committed + 1, size=(n, cfg.noise_samples, 1))[rows]
-            t = t[..., None] * (np.arange(H) >= given)  # (B, M, H)
         return self.samples(tokenizer, picks, older) | {
             k: torch.from_numpy(np.ascontiguousarray(v))
             for k, v in {"eps": eps, "t": t, "uniform": uniform}.items()
@@ -438,7 +336,7 @@ class Episodes:
         older (B,): images and text are of so many control steps before, or of the episode's start; "age" says how many.
         Where `frozen` is set, "states" (B, Q, D), what a VLM that does not learn makes of images and text, stand in their place.
         """
-        H, seen = self.cfg.chunk, np.asarray(picks)  # seen: the frames whose pictures and text the VLM gets
+        H, seen = self.cfg.chunk_size, np.asarray(picks)  # seen: the frames whose pictures and text the VLM gets
         if older is not None:
             age = np.array(
                 [
@@ -451,7 +349,7 @@ class Episodes:
         steps = frames[:, None] + np.arange(H)  # (B, H)
         last = np.array([self.end[i] for i in picks])[:, None] - 1
         batch = (
-            self.prompts(tokenizer, seen) if self.frozen is None else {"states": self.states(tokenizer, seen)}
+            self.prompts(tokenizer, seen) if self.frozen is None else {"query_states": self.states(tokenizer, seen)}
         )
         batch |= {
             "state": self.state[frames],
@@ -469,7 +367,7 @@ class Episodes:
                 [
                     (
                         tokenizer.prompt(task, self.cfg.reasoning),
-                        tokenizer.thought(reason) if self.cfg.reasoning else [],
+                        tokenizer.reasoning_ids(reason) if self.cfg.reasoning else [],
                     )
                 ]
             )
@@ -508,9 +406,9 @@ class Questions:
     """Pictures with questions and answers: the multimodal part of the mix, and the held-out test of language ability."""
 
     def __init__(self, folder, cfg):
-        self.meta = read_json(folder, "meta.json")
+        self.meta = read_meta(folder)
         self.images = read_images(folder, self.meta, cfg)
-        self.questions = read_json(folder, "questions.json")
+        self.questions = read_json(Path(folder, "questions.json"))
         self.scenes = np.arange(len(self.questions))
 
     def drop_long(self, tokenizer):
@@ -523,13 +421,13 @@ class Questions:
                 return True
             try:
                 return bool(tokenizer.question(question))
-            except ValueError:
+            except UserError:
                 return False
 
         self.questions = [[q for q in scene if fits(q[1])] for scene in self.questions]
         self.scenes = np.array([i for i, scene in enumerate(self.questions) if scene])
         if not len(self.scenes):
-            raise ValueError(
+            raise UserError(
                 f"no question of the set has at most {tokenizer.LONGEST} tokens; make it again with a smaller --longest"
             )
 
@@ -579,43 +477,3 @@ class Questions:
                     right[name] += said == truth
                     total[name] += 1
         return {kind: {"accuracy": right[kind] / total[kind], "n": total[kind]} for kind in sorted(total)}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Retrieval
-
-
-class Neighbours:
-    """Recorded frames by similarity of what the cameras saw: sum_v w_v cos(E(o_v), E(x_v)) (SyVLA), one matrix product per batch.
-
-    keys (N, V, E): what an image encoder E makes of every frame's views; families: N names; weights (V,): w_v.
-    """
-
-    def __init__(self, keys, families, weights):
-        self.keys, self.families, self.weights = (
-            F.normalize(keys.float(), dim=-1).flatten(1),
-            np.asarray(families),
-            weights,
-        )
-
-    def queries(self, tokens):
-        """Embeddings (n, V, E) -> (n, V * E), whose inner products with keys are the weighted sums of cosines."""
-        return (F.normalize(tokens.float(), dim=-1) * self.weights[:, None]).flatten(1)
-
-    def random(self, tokens, uniform):
-        """Any frame for every embedding (n, V, E), drawn by uniform (n,) -> rows (n,), similarity (n,): the control for nearest()."""
-        rows = torch.from_numpy((uniform * len(self.keys)).astype(np.int64))
-        return rows, (self.queries(tokens) * self.keys[rows]).sum(1)
-
-    def nearest(self, tokens, families, k, uniform):
-        """For every embedding (n, V, E) one of the k most similar frames of its family, drawn by uniform (n,) -> rows (n,), similarity (n,)."""
-        k = min(k, *(int((self.families == family).sum()) for family in set(families)))
-        if k == 0:
-            raise ValueError(
-                f"no frame of family {', '.join(sorted(set(families) - set(self.families)))} can be retrieved; raise --index_frames"
-            )
-        similarity = self.queries(tokens) @ self.keys.T  # (n, N)
-        other = np.asarray(families)[:, None] != self.families[None]
-        best, rows = similarity.masked_fill_(torch.from_numpy(other), -math.inf).topk(k, dim=1)  # (n, k)
-        column = torch.from_numpy((uniform * k).astype(np.int64))[:, None]  # (n, 1)
-        return rows.gather(1, column)[:, 0], best.gather(1, column)[:, 0]

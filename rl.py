@@ -22,7 +22,6 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,7 +29,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-
 import real_env
 import sim_env
 from data import Episodes, Neighbours, Tokenizer, flow_times
@@ -46,6 +44,46 @@ from train import (
     trim_log,
     write_atomically,
 )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Retrieval
+
+
+class Neighbours:
+    """Recorded frames by similarity of what the cameras saw: sum_v w_v cos(E(o_v), E(x_v)) (SyVLA), one matrix product per batch.
+
+    keys (N, V, E): what an image encoder E makes of every frame's views; families: N names; weights (V,): w_v.
+    """
+
+    def __init__(self, keys, families, weights):
+        self.keys, self.families, self.weights = (
+            F.normalize(keys.float(), dim=-1).flatten(1),
+            np.asarray(families),
+            weights,
+        )
+
+    def queries(self, tokens):
+        """Embeddings (n, V, E) -> (n, V * E), whose inner products with keys are the weighted sums of cosines."""
+        return (F.normalize(tokens.float(), dim=-1) * self.weights[:, None]).flatten(1)
+
+    def random(self, tokens, uniform):
+        """Any frame for every embedding (n, V, E), drawn by uniform (n,) -> rows (n,), similarity (n,): the control for nearest()."""
+        rows = torch.from_numpy((uniform * len(self.keys)).astype(np.int64))
+        return rows, (self.queries(tokens) * self.keys[rows]).sum(1)
+
+    def nearest(self, tokens, families, k, uniform):
+        """For every embedding (n, V, E) one of the k most similar frames of its family, drawn by uniform (n,) -> rows (n,), similarity (n,)."""
+        k = min(k, *(int((self.families == family).sum()) for family in set(families)))
+        if k == 0:
+            raise ValueError(
+                f"no frame of family {', '.join(sorted(set(families) - set(self.families)))} can be retrieved; raise --index_frames"
+            )
+        similarity = self.queries(tokens) @ self.keys.T  # (n, N)
+        other = np.asarray(families)[:, None] != self.families[None]
+        best, rows = similarity.masked_fill_(torch.from_numpy(other), -math.inf).topk(k, dim=1)  # (n, k)
+        column = torch.from_numpy((uniform * k).astype(np.int64))[:, None]  # (n, 1)
+        return rows.gather(1, column)[:, 0], best.gather(1, column)[:, 0]
 
 
 @dataclass

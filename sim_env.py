@@ -11,20 +11,18 @@ metres. The front camera looks back at the arm, so phi grows from left to right 
 right there. LeRobot's shoulder_pan is -phi.
 """
 
-import contextlib
-import importlib
-import itertools
 import math
 import os
-import pickle
 import re
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
+
+
+from common import UserError
 
 GL_HELP = (
     "MuJoCo cannot draw: no working OpenGL library. On Debian or Ubuntu type: apt-get install libegl1 libgl1 "
@@ -56,115 +54,12 @@ SEEDS = {
 FPS = 10
 LIMIT = {"place": 60, "calculate": 60, "sequence": 110, "tiny": 60}  # control steps before truncation
 
+
 # ---------------------------------------------------------------------------------------------------------------
 # The arm and the table. Kinematics, inertias and gripper pads are the real SO-100's, every rotation a right angle; shapes
 # are a few primitives, because on a CPU drawing costs more than physics. Only jaws, wrist and base can touch anything.
 
-MJCF = """
-<mujoco model="so100">
-  <compiler angle="radian"/>
-  <option timestep="0.004" integrator="implicitfast" cone="elliptic" impratio="10"/>
-  <visual>
-    <global offwidth="1024" offheight="1024"/>
-    <quality offsamples="0" shadowsize="0" numslices="12" numstacks="4" numquads="1"/>
-    <headlight ambient=".4 .4 .4" diffuse=".25 .25 .25" specular="0 0 0"/>
-    <map znear=".005" zfar="20"/>
-  </visual>
-  <default>
-    <geom contype="0" conaffinity="0" rgba=".93 .92 .88 1"/>
-    <joint armature=".1" frictionloss=".1"/>
-    <site group="4"/>
-    <position kp="50" dampratio="1" forcerange="-3.5 3.5" inheritrange="1"/>
-    <default class="motor"><geom type="box" rgba=".16 .16 .18 1"/></default>
-    <default class="solid"><geom type="box" contype="1"/></default>
-    <default class="pad_contact">
-      <!-- Menagerie's solimp="2 1 .01" for these pads loses one cube in four on the way; MuJoCo's own value loses none -->
-      <geom type="box" group="3" contype="1" friction="1 .005 .0001" solref=".01 1"/>
-    </default>
-    <default class="cube">
-      <!-- 1 mm larger than the mean cube: bounding volumes are fixed here, reset() then sets the true size -->
-      <geom type="box" size=".013 .013 .013" mass=".02" condim="4" friction="1.5 .005 .0001" contype="1" conaffinity="1"/>
-    </default>
-    <default class="pad"><geom type="box" size=".03 .03 .0005"/></default>
-  </default>
-  <worldbody>
-    <light name="lamp" pos=".3 -.6 1.2" dir="-.2 .3 -1" diffuse=".45 .45 .45" specular="0 0 0" directional="true"/>
-    <geom name="table" type="plane" size="3 3 9" conaffinity="1" rgba=".72 .7 .66 1"/>
-    <camera name="front" pos="0 -.63 .74" xyaxes="1 0 0 0 .87 .494" fovy="32"/>
-    <body name="base">
-      <geom class="solid" pos="0 -.023 .035" size=".04 .045 .035"/>
-      <body name="pan_link" pos="0 -.0452 .0165" quat="1 1 0 0">
-        <joint name="shoulder_pan" axis="0 1 0" range="-1.92 1.92"/>
-        <inertial pos="-9.07886e-5 .0590972 .031089" mass=".119226" quat=".363978 .441169 -.623108 .533504"
-                  diaginertia="5.94278e-5 5.89975e-5 3.13712e-5"/>
-        <geom class="motor" pos="0 .085 .03" size=".021 .03 .022"/>
-        <body name="upper_arm" pos="0 .1025 .0306" quat="1 1 0 0">
-          <joint name="shoulder_lift" axis="1 0 0" range="-3.32 .174"/>
-          <inertial pos="-1.72052e-5 .0701802 .00310545" mass=".162409" quat=".50104 .498994 -.493562 .50632"
-                    diaginertia="2.13312e-4 1.67164e-4 7.01522e-5"/>
-          <geom type="capsule" fromto="0 0 0 0 .11257 .01" size=".017"/>
-          <geom class="motor" pos="0 .11 .02" size=".022 .016 .017"/>
-          <body name="lower_arm" pos="0 .11257 .028" quat="1 -1 0 0">
-            <joint name="elbow_flex" axis="1 0 0" range="-.174 3.14"/>
-            <inertial pos="-.00339604 .00137796 .0768007" mass=".147968" quat=".701995 .0787996 .0645626 .704859"
-                      diaginertia="1.38803e-4 1.07748e-4 4.84242e-5"/>
-            <geom type="capsule" fromto="0 .003 0 0 .005 .11" size=".016"/>
-            <geom class="motor" pos="0 .005 .125" size=".022 .014 .018"/>
-            <body name="wrist" pos="0 .0052 .1349" quat="1 -1 0 0">
-              <joint name="wrist_flex" axis="1 0 0" range="-1.66 1.66"/>
-              <inertial pos="-.00852653 -.0352279 -2.34622e-5" mass=".0661321" quat="-.0522806 .705235 .0549524 .704905"
-                        diaginertia="3.45403e-5 2.39041e-5 1.94704e-5"/>
-              <geom class="solid" pos="0 -.03 0" size=".018 .026 .014"/>
-              <body name="fixed_jaw" pos="0 -.0601 0" quat="1 0 1 0">
-                <joint name="wrist_roll" axis="0 1 0" range="-2.79 2.79"/>
-                <inertial pos=".00552377 -.0280167 4.83583e-4" mass=".0929859" quat=".41836 .620891 -.350644 .562599"
-                          diaginertia="5.03136e-5 4.64098e-5 2.72961e-5"/>
-                <camera name="wrist" pos="-.004 -.03 -.06" xyaxes="-1 0 0 0 .53 .85" fovy="75"/>
-                <geom class="motor" pos="0 -.018 0" size=".025 .018 .018"/>
-                <geom class="solid" pos=".02 -.066 0" size=".006 .036 .009"/>
-                <geom class="pad_contact" pos=".0089 -.1014 0" size=".001 .005 .004"/>
-                <geom class="pad_contact" pos=".0109 -.0914 0" size=".001 .005 .006"/>
-                <geom class="pad_contact" pos=".0126 -.0768 0" size=".001 .01 .007"/>
-                <geom class="solid" pos=".013 -.1 0" size=".0025 .006 .005"/>
-                <site name="gripper" pos=".0089 -.1014 0"/>
-                <body name="moving_jaw" pos="-.0202 -.0244 0" quat="0 0 1 0">
-                  <joint name="gripper" axis="0 0 1" range="-.174 1.75"/>
-                  <inertial pos="-.00161745 -.0303473 4.49646e-4" mass=".0202444"
-                            quat=".696562 .716737 -.0239844 -.0227026" diaginertia="1.11265e-5 8.99651e-6 2.99548e-6"/>
-                  <geom class="solid" pos="0 -.038 0" size=".006 .036 .009"/>
-                  <geom class="solid" pos="-.0065 -.077 0" size=".0035 .005 .005"/>
-                  <geom class="pad_contact" pos="-.0113 -.077 0" size=".001 .005 .004"/>
-                  <geom class="pad_contact" pos="-.0093 -.067 0" size=".001 .005 .006"/>
-                  <geom class="pad_contact" pos="-.0073 -.055 0" size=".001 .01 .006"/>
-                  <site name="jaw_tip" pos="-.0113 -.077 0"/>
-                </body>
-              </body>
-            </body>
-          </body>
-        </body>
-      </body>
-    </body>
-    <body name="pad1"><geom class="pad"/></body>
-    <body name="pad2"><geom class="pad"/></body>
-    <body name="pad3"><geom class="pad"/></body>
-    <body name="pad4"><geom class="pad"/></body>
-    <body name="pad5"><geom class="pad"/></body>
-    <!-- gravcomp 1 makes unused cubes float where they are parked, under the table; reset() clears it for the others -->
-    <body name="cube0" gravcomp="1"><freejoint/><geom class="cube"/></body>
-    <body name="cube1" gravcomp="1"><freejoint/><geom class="cube"/></body>
-    <body name="cube2" gravcomp="1"><freejoint/><geom class="cube"/></body>
-    <body name="cube3" gravcomp="1"><freejoint/><geom class="cube"/></body>
-  </worldbody>
-  <actuator>
-    <position joint="shoulder_pan"/>
-    <position joint="shoulder_lift"/>
-    <position joint="elbow_flex"/>
-    <position joint="wrist_flex"/>
-    <position joint="wrist_roll"/>
-    <position joint="gripper"/>
-  </actuator>
-</mujoco>
-"""
+MJCF = (Path(__file__).parent / "assets" / "so100.xml").read_text()
 SUBSTEPS = 25  # physics steps of 4 ms in one control step
 PAN_AXIS = np.array([0.0, -0.0452])
 CUBE = 0.012  # half size of a cube, metres
@@ -177,7 +72,6 @@ RGB = {
     "purple": (0.62, 0.15, 0.7),
 }
 TABLE, LINK = (0.72, 0.70, 0.66), (0.93, 0.92, 0.88)
-
 JOINT_RANGE = np.array(
     [(-1.92, 1.92), (-3.32, 0.174), (-0.174, 3.14), (-1.66, 1.66), (-2.79, 2.79), (-0.174, 1.75)]
 )
@@ -242,7 +136,6 @@ ARTICLE = {
     "the": ("sky", "sea", "sun", "ocean"),
     "": ("grass", "fire", "blood", "ketchup", "jeans", "corn", "butter", "lavender", "lilac", "broccoli"),
 }
-
 ALL_SUMS = [
     f"{a} {op} {b}"
     for result in range(1, 6)
@@ -253,6 +146,7 @@ ALL_SUMS = [
 ]  # 11 for each result 1..5
 HELD_OUT_SUMS = ALL_SUMS[2::5]  # two or three for each result, never trained on
 SUMS = [s for s in ALL_SUMS if s not in HELD_OUT_SUMS]
+
 
 # {c} cube, {d} destination, {v} verb, {p} preposition
 FRAMES = ("{v} {c} {p} {d}", "{v} {c} {p} {d}", "{p} {d} {v} {c}", "{c} goes {p} {d}", "{d} gets {c}")
@@ -354,7 +248,7 @@ def sample_goal(scene, family, rng, split="id"):
     """
     n = 2 if family == "sequence" else 1
     if len(scene["cubes"]) < n or len(scene["pads"]) < n:
-        raise ValueError(
+        raise UserError(
             f"family {family!r} needs {n} cubes and {n} pads, the scene has "
             f"{len(scene['cubes'])} and {len(scene['pads'])}"
         )
@@ -414,7 +308,7 @@ def parse(task):
     ]
     different = len({c for c, _ in cubes}) == len(cubes) and len(set(pads)) == len(pads)
     if not cubes or len(cubes) != len(pads) or len(cubes) > 2 or (sums and len(cubes) != 1) or not different:
-        raise ValueError(
+        raise UserError(
             f"cannot tell which cube goes where in {task[:80]!r}; say it like: put the red cube on the blue pad"
         )
     return cubes, pads
@@ -427,12 +321,12 @@ def understand(task, scene):
     number_with = {colour: number for number, colour in colour_of.items()}
     present = {cube["colour"] for cube in scene["cubes"]}
     if missing := [c for c, _ in cubes if c not in present]:
-        raise ValueError(
+        raise UserError(
             f"there is no {missing[0]} cube in this scene, only {', '.join(sorted(present))}; choose another --seed"
         )
     numbers = [number_with.get(colour) if colour else number_of(s) for colour, s in pads]
     if missing := [p for p, n in zip(pads, numbers) if n not in colour_of]:
-        raise ValueError(
+        raise UserError(
             f"there is no pad {missing[0][0] or missing[0][1]} in this scene; pads are {', '.join(f'{n} {c}' for n, c in colour_of.items())}"
         )
     return {"legs": [(c, v, colour_of[n], n) for (c, v), n in zip(cubes, numbers)], "sum": pads[0][1]}
@@ -559,7 +453,7 @@ def inverse(phi, r, z, roll=-90.0, gripper=CLOSED):
             steep = flat + math.radians(5)
             break
     if best is None:
-        raise ValueError(f"out of reach: r={r:.3f} z={z:.3f} metres; stay within r .13 to .38 and z 0 to .15")
+        raise UserError(f"out of reach: r={r:.3f} z={z:.3f} metres; stay within r .13 to .38 and z 0 to .15")
     for _ in range(
         12 if flat is not None else 0
     ):  # halve the interval between a tilt that works and one that does not
@@ -572,23 +466,11 @@ def inverse(phi, r, z, roll=-90.0, gripper=CLOSED):
     return position
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The environment.
-
-
-def check_families(families, env="sim"):
-    there = environment(env).families
-    if unknown := [family for family in families if family not in there]:
-        raise ValueError(
-            f"{', '.join(unknown)} is no task family of --env={env}; set --families to some of {', '.join(there)}"
-        )
-
-
 def check_task(family, split):
     if family not in LIMIT:
-        raise ValueError(f"unknown family {family!r}: type one of {', '.join(LIMIT)}")
+        raise UserError(f"unknown family {family!r}: type one of {', '.join(LIMIT)}")
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: type one of {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}: type one of {', '.join(SPLITS)}")
 
 
 class SO100Env:
@@ -668,12 +550,12 @@ class SO100Env:
         start = options.pop("start", False)
         family, split = options.pop("family", self.family), options.pop("split", self.split)
         if options:
-            raise ValueError(f"unknown reset options {sorted(options)}: type family, split or start")
+            raise UserError(f"unknown reset options {sorted(options)}: type family, split or start")
         check_task(family, split)
         if seed is None:
             seed = int(self.seeder.choice(SEEDS["train" if split == "id" else "report"]))
         if seed in SEEDS["train"] and split != "id":
-            raise ValueError(
+            raise UserError(
                 f"seed {seed} is a training seed and split {split} must never be trained on: "
                 f"type a seed of at least {SEEDS['val'].start}"
             )
@@ -696,7 +578,7 @@ class SO100Env:
             self.reset(seed=s, options={"family": family})
             try:
                 return self.instruct(task), self._info()
-            except ValueError as error:
+            except UserError as error:
                 problem = error
         raise problem
 
@@ -936,14 +818,14 @@ class SO100Env:
         The reward is the sum, info["executed"] says how many were executed, info["steps"] how many since reset.
         """
         if self.goal is None:
-            raise ValueError("the episode has not begun: call reset() first")
+            raise UserError("the episode has not begun: call reset() first")
         actions = np.asarray(actions, np.float64)
         if actions.ndim != 2 or actions.shape[1] != 6 or not len(actions):
-            raise ValueError(
+            raise UserError(
                 f"an action has 6 numbers, one for each of {', '.join(MOTORS)}; got shape {actions.shape[1:]}"
             )
         if not np.isfinite(actions).all():
-            raise ValueError(f"an action must be finite; got {actions[~np.isfinite(actions).all(1)][0]}")
+            raise UserError(f"an action must be finite; got {actions[~np.isfinite(actions).all(1)][0]}")
         for executed, action in enumerate(actions, 1):
             terminated, truncated = self._advance(action)
             if terminated or truncated:
@@ -993,11 +875,11 @@ class SO100Env:
 def make_renderer(model, px):
     """An offscreen renderer without shadows and reflections, which cost twenty times the rest."""
     if not 8 <= px <= 1024:
-        raise ValueError(f"images of {px} pixels: type a px between 8 and 1024")
+        raise UserError(f"images of {px} pixels: type a px between 8 and 1024")
     try:
         renderer = mujoco.Renderer(model, px, px, max_geom=100)
     except (RuntimeError, ImportError, AttributeError, mujoco.FatalError) as error:
-        raise RuntimeError(GL_HELP) from error
+        raise UserError(GL_HELP) from error
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
@@ -1010,7 +892,7 @@ def draw(renderer, data, camera):
     return renderer.render()
 
 
-def square(picture, px, fit):
+def resize_image(picture, px, fit):
     """A camera's picture, PIL's, of any size -> (px, px, 3) uint8; one that has this size already comes out bit for bit.
 
     fit: stretch (all is seen) or crop (the middle, in proportion). Recordings and live cameras both come through here: a policy
@@ -1019,712 +901,3 @@ def square(picture, px, fit):
     (w, h), side = picture.size, min(picture.size)
     box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2) if fit == "crop" else None
     return np.asarray(picture.convert("RGB").resize((px, px), Image.Resampling.BILINEAR, box=box))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The scripted expert.
-
-HOVER = 0.055  # the tool travels this far above the height at which it grasps
-GAIN = 1.3  # aim a little past the target: the servo gives way to gravity and to the noise of demonstrate()
-STRIDE = np.array(
-    [18, 16, 16, 16, 24, 10]
-)  # largest step of a command away from the measured position, LeRobot units
-
-
-class Expert:
-    """A teacher that sees the truth. Each action depends on the present state alone, never on a clock or a remembered
-    phase: a policy without memory can imitate it, and after a disturbance it simply carries on from where things are.
-
-    Its thresholds are as loose as the fingers and the pads allow, for the sake of a pupil that is a centimetre wrong: one that
-    waits for perfect alignment before it closes or lets go never does either.
-    """
-
-    def __init__(self, env, mistake=(0, 0)):
-        self.env, self.mistake = (
-            env,
-            np.array(mistake),
-        )  # metres (2,) by which it believes cubes and pads to lie elsewhere
-
-    def action(self):
-        """The next target position (6,) float32 in LeRobot units."""
-        env, scene = self.env, self.env.scene()
-        at = env.position()
-        jaw = env.data.body("fixed_jaw")
-        tool = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(at[5]), -0.1014, 0)
-        pads = {cube["colour"]: cube["pad"] for cube in scene["cubes"]}
-        todo = [leg for leg in env.goal["legs"] if pads[leg[0]] != leg[3]]
-        if not todo:
-            xy, z, gripper = self.leave(tool, at[5])
-            return self.towards(at, xy, z, -90, gripper)
-        colour, _, _, number = todo[0]
-        cube = env.cube_xyz(colour)
-        if env.held(colour):
-            return self.towards(
-                at, *self.carry(tool, cube, env.pad_xy(number) + 2 * self.mistake)
-            )  # pads are larger
-        cube[:2] += self.mistake
-        return self.towards(at, *self.fetch(tool, at, cube, env.cube_yaw(colour)))
-
-    def leave(self, tool, gripper):
-        """Open where we are, then rise."""
-        return tool[:2], CUBE + HOVER if gripper > OPEN - 7 else tool[2], OPEN
-
-    def fetch(self, tool, at, cube, yaw):
-        """Above the cube, down around it, close -> xy, z, roll, gripper."""
-        phi, _ = xy_to_polar(cube)
-        roll = at[4] + wrap(
-            yaw - phi - at[4], 90
-        )  # of the four ways to hold a cube the one that turns the wrist least,
-        if abs(roll + 90) > 60:
-            roll = -90 + wrap(yaw - phi, 90)  # unless that leads away from the middle of its range
-        gap = np.linalg.norm(cube[:2] - tool[:2])
-        if gap < 0.02 and tool[2] < CUBE + 0.009 and at[5] > CLOSED + 1.5:  # closed on nothing: try again
-            return cube[:2], CUBE, roll, CLOSED
-        if (
-            tool[2] < CUBE + 0.03 and gap > 0.028
-        ):  # low beside something: open, then rise, before going anywhere
-            xy, z, gripper = self.leave(tool, at[5])
-            return xy, z, at[4], gripper
-        unready = gap + 0.0007 * abs(roll - at[4]) + 0.002 * max(OPEN - 4 - at[5], 0)
-        return cube[:2], CUBE + np.clip(4 * (unready - 0.02), 0, HOVER), roll, OPEN
-
-    def carry(self, tool, cube, pad):
-        """Up, over the pad, down, open -> xy, z, roll, gripper. Aims with the cube, wherever it sits between the fingers."""
-        gap = np.linalg.norm(pad - cube[:2])
-        if gap < 0.02 and min(cube[2] - CUBE, tool[2] - 0.008) < 0.007:  # the cube or the fingertips are down
-            return tool[:2], tool[2], -90, OPEN
-        sink = tool[2] - cube[2]
-        z = CUBE + np.clip(4 * (gap - 0.015), 0, HOVER)
-        free = (
-            np.clip((cube[2] - 0.028) / 0.02, 0, 1) if gap > 0.03 else 1
-        )  # do not drag it through its neighbours
-        return tool[:2] + free * (pad - cube[:2]), z + sink, -90, CLOSED
-
-    def towards(self, at, xy, z, roll, gripper):
-        """One stride in joint space towards a pose of the tool."""
-        phi, r = xy_to_polar(xy)
-        z = np.clip(z, 0.008, 0.12)
-        target = inverse(phi, np.clip(r, 0.09 + 0.4 * z, 0.34), z, roll, at[5])
-        target[5] = gripper
-        step = GAIN * (target - at) / STRIDE
-        step[:5] /= max(1, np.abs(step[:5]).max())  # all joints arrive together
-        step[5] = np.clip(step[5], -1, 1)
-        return np.clip(at + step * STRIDE, LOW, HIGH).astype(np.float32)
-
-
-def demonstrate(env, seed, family, noise=True, start=False, limit=None, images=True):
-    """One episode by the expert, from the id split -> dict: states and actions (n, 6) float32, images (n, V, px, px, 3)
-    uint8, reasons [n strings], disturbed [[first step, end], ...], task, success, failure ("" or why not).
-
-    With noise the arm executes disturbed actions, but the label is always the clean one the expert would take there, so
-    the data show how to come back (DART: Laskey et al. 2017, arXiv:1703.09327). For a while in half of the episodes the arm
-    obeys an expert that is mistaken about where things lie, as a policy will be: it misses the cube or the pad, and the data
-    show what to do then. Goes on for three steps after success.
-    start: from any arm pose; limit: at most so many steps; images=False saves the time of drawing.
-    """
-    _, info = env.reset(seed=seed, options={"family": family, "split": "id", "start": start})
-    rng = np.random.default_rng([seed, 7])
-    accident = rng.choice(["open", "push", ""], p=[0.04, 0.04, 0.92]) if noise else ""
-    begin, push, drift = int(rng.integers(4, LIMIT[family] // 3)), rng.normal(0, 12, 6), np.zeros(6)
-    mistaken, astray = Expert(env, rng.normal(0, 0.016, 2)), range(0)
-    if noise and rng.random() < 0.5:
-        first = int(rng.integers(0, LIMIT[family] // 3))
-        astray = range(first, first + int(rng.integers(6, 16)))
-    expert, success, lifted, after = Expert(env), False, False, 0
-    hit = range(begin, begin + 3) if accident else range(0)
-    states, actions, reasons, frames = [], [], [], []
-    while after < 4 and len(actions) < (limit or LIMIT[family]):
-        states.append(env.position())
-        actions.append(expert.action())
-        reasons.append(info["reason"])
-        if images:
-            frames.append([draw(env.renderer, env.data, camera) for camera in CAMERAS])
-        drift = 0.8 * drift + rng.normal(0, 0.9, 6) * noise  # stays near 1.5 degrees
-        step = len(actions) - 1
-        executed = (mistaken.action() if step in astray else actions[-1]) + drift
-        if step in hit:
-            executed = executed + push if accident == "push" else np.append(executed[:5], OPEN)
-        env._advance(executed)
-        info = env._info()
-        lifted = lifted or info["reason"].endswith("in hand")
-        success = success or info["success"]
-        after += success
-    why = env.failure or (
-        "never grasped" if not lifted else "timeout" if info["reason"].endswith("in hand") else "dropped"
-    )
-    return {
-        "states": np.array(states, np.float32),
-        "actions": np.array(actions),
-        "images": np.array(frames, np.uint8),
-        "reasons": reasons,
-        "disturbed": [[r.start, r.stop] for r in (astray, hit) if r],
-        "task": env.task,
-        "success": success,
-        "failure": "" if success else why,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Any environment, and many at once.
-
-
-def environment(name):
-    """The class that `--env` names, "sim" or "package.module:Class", or a ValueError.
-
-    It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally splits and state
-    (names of the state's numbers; without it they are the motors' positions), is made by Class(px=...), and has Gymnasium's
-    reset(*, seed, options), step(action) and close(), optionally instruct(task) -> observation, for another instruction in mid
-    motion. options hold family and split, observations {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str};
-    terminated means success.
-    """
-    if name == "sim":
-        return SO100Env
-    if name == "real":
-        raise ValueError(
-            "the real arm is no simulation: only films, sample.py --eval and --interactive, and rl.py take --env=real, with a person beside it"
-        )
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(f"--env={name} is neither sim, real nor package.module:Class")
-    if os.getcwd() not in sys.path:  # the user's own file lies where the command is typed
-        sys.path.append(os.getcwd())
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--env={name} cannot be imported: {error}") from None
-    if missing := [
-        need for need in ("cameras", "motors", "families", "reset", "step", "close") if not hasattr(cls, need)
-    ]:
-        raise ValueError(f"--env={name} is no environment: the class lacks {', '.join(missing)}")
-    if not isinstance(state_names(cls), (tuple, list)):
-        raise ValueError(
-            f"--env={name}: the class attribute state must name the state's numbers, as motors does an action's, not be {cls.state!r}"
-        )
-    return cls
-
-
-def state_names(cls):
-    """Names of what an environment's state measures: its own, or its motors, whose positions it then is."""
-    return getattr(cls, "state", cls.motors)
-
-
-class Chunked:
-    """An environment that only has step(), played in chunks as SO100Env is."""
-
-    def __init__(self, env):
-        self.env = env
-
-    def reset(self, *, seed=None, options=None):
-        self.obs, info = self.env.reset(seed=seed, options=options)
-        self.steps = 0
-        return self.obs, self._info(info, False, 0)
-
-    def _info(self, info, success, executed):
-        return {
-            "reason": "",
-            "failure": "",
-            **info,
-            "success": success,
-            "steps": self.steps,
-            "executed": executed,
-        }
-
-    def step(self, action):
-        return self.step_chunk(np.asarray(action)[None])
-
-    def step_chunk(self, actions):
-        total = 0.0
-        for executed, action in enumerate(np.asarray(actions, np.float32), 1):
-            self.obs, reward, terminated, truncated, info = self.env.step(action)
-            self.steps += 1
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return (
-            self.obs,
-            total,
-            bool(terminated),
-            bool(truncated),
-            self._info(info, bool(terminated), executed),
-        )
-
-    def spent(self):
-        return {}
-
-    def render(self, px=256, camera="front"):
-        """The last observation's picture, enlarged."""
-        image = self.obs["images"][camera]
-        rows = np.arange(px) * len(image) // px
-        return image[rows][:, rows]
-
-    def close(self):
-        self.env.close()
-
-
-def make_env(name, px=96, **options):
-    """An environment by its name, with step_chunk(), render() and spent() whatever it brings itself."""
-    env = environment(name)(px=px, **options)
-    return env if hasattr(env, "step_chunk") else Chunked(env)
-
-
-def serve():
-    """Body of a worker process: answer pickled requests (method, {arm: arguments}) on standard input until it closes."""
-    requests, answers, sys.stdout = sys.stdin.buffer, sys.stdout.buffer, sys.stderr
-    n, name, options = pickle.load(requests)
-    envs = [make_env(name, **options) for _ in range(n)]
-    while True:
-        try:
-            method, calls = pickle.load(requests)
-        except EOFError:
-            return
-        try:
-            answer = {arm: getattr(envs[arm], method)(**arguments) for arm, arguments in calls.items()}
-        except Exception as error:
-            answer = error if isinstance(error, (ValueError, RuntimeError)) else RuntimeError(repr(error))
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
-
-
-class VecEnv:
-    """n arms in worker processes. An arm whose episode ended rests until it is reset; its last observation stays.
-
-    env: a name that environment() takes; options: of its constructor.
-    obs = {"images": (n, V, px, px, 3) uint8, views in the order of its cameras, "state": (n, S) float32, "task": [n strings]}.
-    Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor spawn's second
-    import of the main program. Use it in a `with` statement or call close().
-    """
-
-    def __init__(self, n, workers=2, env="sim", px=96, **options):
-        cls = environment(env)  # complain here, not in a worker
-        self.n, self.px, self.cameras = n, px, list(cls.cameras)
-        here = os.path.dirname(os.path.abspath(__file__))
-        variables = dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
-        self.groups = np.array_split(np.arange(n), min(workers, n))  # arms of each worker
-        self.workers = [
-            subprocess.Popen(
-                [sys.executable, "-c", "import sim_env; sim_env.serve()"],
-                env=variables,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            for _ in self.groups
-        ]
-        for worker, group in zip(self.workers, self.groups):
-            self._send(worker, (len(group), env, options | {"px": px}))
-        self._empty(len(state_names(cls)))
-
-    def _empty(self, S):
-        n, px = self.n, self.px
-        self.obs = {
-            "images": np.zeros((n, len(self.cameras), px, px, 3), np.uint8),
-            "state": np.zeros((n, S), np.float32),
-            "task": [""] * n,
-        }
-        self.infos = [{} for _ in range(n)]
-        self.terminated, self.truncated = (
-            np.zeros(n, bool),
-            np.ones(n, bool),
-        )  # nothing moves before its first reset
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def _send(self, worker, message):
-        pickle.dump(message, worker.stdin, pickle.HIGHEST_PROTOCOL)
-        worker.stdin.flush()
-
-    def _call(self, method, calls):
-        """Run env.method(**arguments) for {arm: arguments} in all workers at once -> {arm: result}."""
-        busy = []
-        for worker, group in zip(self.workers, self.groups):
-            mine = {arm - group[0]: arguments for arm, arguments in calls.items() if arm in group}
-            if mine:
-                self._send(worker, (method, mine))
-                busy.append((worker, group[0]))
-        try:
-            answers = [
-                (pickle.load(worker.stdout), first) for worker, first in busy
-            ]  # all, before complaining of one
-        except EOFError:
-            raise RuntimeError("a simulation worker died: its message is above") from None
-        for answer, _ in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return {arm + first: result for answer, first in answers for arm, result in answer.items()}
-
-    def _store(self, arm, obs, info):
-        for view, camera in enumerate(self.cameras):
-            if camera in obs["images"]:  # a real arm may have one alone
-                self.obs["images"][arm, view] = obs["images"][camera]
-        if np.shape(obs["state"]) != self.obs["state"].shape[1:]:
-            raise ValueError(
-                f"the environment's state has shape {np.shape(obs['state'])}, its class names {self.obs['state'].shape[1]} numbers"
-            )
-        self.obs["state"][arm], self.obs["task"][arm], self.infos[arm] = obs["state"], obs["task"], info
-
-    def observations(self, arms=slice(None)):
-        """What the arms (all by default) see now: {"images" (n, V, px, px, 3) uint8, "state" (n, S), "task" [n strings]}."""
-        task = self.obs["task"] if isinstance(arms, slice) else [self.obs["task"][arm] for arm in arms]
-        return {
-            "images": self.obs["images"][arms].copy(),
-            "state": self.obs["state"][arms].copy(),
-            "task": list(task),
-        }
-
-    def reset(self, seeds, families="place", splits="id", arms=None, start=False):
-        """Reset the named arms (all by default) -> obs and infos of all arms. families and splits: one for all, or a list."""
-        arms = range(self.n) if arms is None else arms
-        every = lambda x: [x] * len(arms) if isinstance(x, str) else x
-        calls = {
-            int(arm): {
-                "seed": int(seed),
-                "options": {"family": family, "split": split} | ({"start": True} if start else {}),
-            }
-            for arm, seed, family, split in zip(arms, seeds, every(families), every(splits))
-        }
-        for arm, (obs, info) in self._call("reset", calls).items():
-            self._store(arm, obs, info)
-            self.terminated[arm] = self.truncated[arm] = False
-        return self.observations(), list(self.infos)
-
-    def step_chunk(self, actions):
-        """actions (n, h, A) -> obs, reward (n,), terminated (n,), truncated (n,), infos. Resting arms get reward 0 and
-        info["executed"] 0."""
-        reward = np.zeros(self.n, np.float32)
-        awake = np.flatnonzero(~self.terminated & ~self.truncated)
-        self.infos = [{**info, "executed": 0} for info in self.infos]
-        calls = {int(arm): {"actions": actions[arm]} for arm in awake}
-        for arm, (obs, r, terminated, truncated, info) in self._call("step_chunk", calls).items():
-            self._store(arm, obs, info)
-            reward[arm], self.terminated[arm], self.truncated[arm] = r, terminated, truncated
-        return self.observations(), reward, self.terminated.copy(), self.truncated.copy(), list(self.infos)
-
-    def spent(self):
-        """Seconds that a worker has spent so far, on average -> {"physics": s, "rendering": s}."""
-        arms = self._call("spent", {arm: {} for arm in range(self.n)}).values()
-        return {
-            stage: sum(arm.get(stage, 0.0) for arm in arms) / len(self.workers)
-            for stage in ("physics", "rendering")
-        }
-
-    def close(self):
-        for worker in self.workers:
-            with contextlib.suppress(OSError):  # it may have died already
-                worker.stdin.close()
-            worker.wait()
-            worker.stdout.close()
-
-
-class Alone(VecEnv):
-    """VecEnv's interface to one environment in this process: a real arm, whose person sits at this terminal."""
-
-    def __init__(self, env, px=96):
-        self.env, self.n, self.px, self.cameras = env, 1, px, list(CAMERAS)
-        self._empty(len(MOTORS))
-
-    def _call(self, method, calls):
-        return {arm: getattr(self.env, method)(**arguments) for arm, arguments in calls.items()}
-
-    def spent(self):
-        return {}
-
-    def close(self):
-        self.env.close()
-
-
-def rollout(
-    policy,
-    seeds,
-    family="place",
-    split="id",
-    n_arms=16,
-    px=96,
-    workers=2,
-    name="episodes",
-    env="sim",
-    **options,
-):
-    """Run one episode per seed; arms that finish take the next seed, so all stay busy.
-
-    policy(obs of the busy arms) -> actions (n, h, 6), or (actions, extras) with one extra per arm; obs["episode"] says which
-    of the seeds each arm is playing, obs["reason"] what a teacher would think now. Returns a list of dicts in the order of seeds:
-    seed, success, steps, failure, task, reason (the true one at the start), extra (of the first decision), moved_at (as SO100Env tells it).
-    """
-    seeds = list(seeds)
-    n_arms = min(n_arms, len(seeds))
-    results, waiting, running = {}, list(enumerate(seeds)), {}  # running: arm -> index of its episode
-    bar = tqdm(total=len(seeds), desc=name, unit="episode", leave=False, disable=not sys.stderr.isatty())
-    with bar, VecEnv(n_arms, workers, env, px, **options) as vec:
-        while waiting or running:
-            free = [arm for arm in range(n_arms) if arm not in running][: len(waiting)]
-            if free:
-                for arm in free:
-                    running[arm], seed = waiting.pop(0)
-                    results[running[arm]] = {"seed": seed, "extra": None}
-                _, infos = vec.reset([results[running[arm]]["seed"] for arm in free], family, split, free)
-                for arm in free:
-                    results[running[arm]].update(task=vec.obs["task"][arm], reason=infos[arm]["reason"])
-            busy = sorted(running)
-            answer = policy(
-                vec.observations(busy)
-                | {
-                    "episode": [running[arm] for arm in busy],
-                    "reason": [vec.infos[arm]["reason"] for arm in busy],
-                }
-            )
-            chosen, extras = answer if isinstance(answer, tuple) else (answer, [None] * len(busy))
-            for arm, extra in zip(busy, extras):
-                if arm in free:
-                    results[running[arm]]["extra"] = extra
-            actions = np.zeros((n_arms, *np.shape(chosen)[1:]))
-            actions[busy] = chosen
-            _, _, terminated, truncated, infos = vec.step_chunk(actions)
-            for arm in busy:
-                if terminated[arm] or truncated[arm]:
-                    episode, info = results[running.pop(arm)], infos[arm]
-                    episode.update(
-                        success=info["success"],
-                        steps=info["steps"],
-                        failure=info["failure"],
-                        moved_at=info.get("moved_at"),
-                    )
-                    bar.update()
-    return [results[i] for i in range(len(seeds))]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Numbers: success by family and split.
-
-
-def wilson(successes, n):
-    """95 % Wilson interval of a success rate -> (low, high)."""
-    z, p = 1.959964, successes / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-
-
-def target_of(reason):
-    """The (cube colour, pad number) that a reasoning names, or None: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
-    named = re.search(r"is pad (\d) , (\w+) cube", reason or "")
-    return (named[2], named[1]) if named else None
-
-
-def views_of(policy, env="sim"):
-    """Which of the environment's cameras the policy looks through, as indices; a ValueError if they, motors or state do not fit."""
-    cls, wanted = environment(env), policy.cfg.cameras.split(",")
-    if missing := [camera for camera in wanted if camera not in cls.cameras]:
-        raise ValueError(
-            f"the policy looks through {wanted}, the environment has {list(cls.cameras)}: {missing} missing"
-        )
-    if policy.cfg.motors.split(",") != list(cls.motors):
-        raise ValueError(
-            f"the policy moves {policy.cfg.motors.split(',')}, the environment has {list(cls.motors)}"
-        )
-    if policy.cfg.state_names != list(state_names(cls)):
-        raise ValueError(
-            f"the policy's state is {policy.cfg.state_names}, the environment's {list(state_names(cls))}"
-        )
-    return [cls.cameras.index(camera) for camera in wanted]
-
-
-def driver(policy, env="sim", taught=False):
-    """A policy with `act(images, state, task, seed)` and `cfg` (cameras, execute) as rollout() wants it: obs -> (actions, thoughts).
-
-    taught: it thinks what a teacher would, in place of its own thoughts.
-    """
-    calls, views = itertools.count(), views_of(policy, env)
-
-    def act(obs):
-        told = {"thoughts": obs["reason"]} if taught else {}
-        chunk, thoughts = policy.act(
-            obs["images"][:, views], obs["state"], obs["task"], seed=next(calls), **told
-        )
-        return chunk[:, : policy.cfg.execute], thoughts
-
-    return act
-
-
-def latency(policy, family, n=30, env="sim"):
-    """Median milliseconds of one policy.act on a single observation, over n of them -> {stage: ms, ..., "total": ms}."""
-    act, cameras, env, samples = (
-        driver(policy, env),
-        environment(env).cameras,
-        make_env(env, policy.cfg.image_size),
-        [],
-    )
-    for i in range(n + 5):  # five to warm up
-        obs, _ = env.reset(seed=SEEDS["val"][i], options={"family": family})
-        one = {
-            "images": np.stack([obs["images"][camera] for camera in cameras])[None],
-            "state": obs["state"][None],
-            "task": [obs["task"]],
-        }
-        marks = [("", time.perf_counter())]
-        policy.mark = lambda stage: marks.append((stage, time.perf_counter()))  # noqa: B023
-        act(one)
-        samples.append(
-            {stage: (now - before) * 1e3 for (_, before), (stage, now) in zip(marks, marks[1:])}
-            | {"total": (marks[-1][1] - marks[0][1]) * 1e3}
-        )
-    env.close()
-    policy.mark = lambda stage: None
-    return {stage: float(np.median([sample[stage] for sample in samples[5:]])) for stage in samples[0]}
-
-
-def evaluate(policy, families, n, n_arms=24, seeds="report", splits=SPLITS, env="sim", taught=False):
-    """Closed-loop episodes on the first n seeds of a range; policy and taught as driver() takes them, env as environment() does.
-
-    Seeds "report" are for the numbers one publishes, "val" for choosing between policies.
-    -> {family: {split: {"success", "n", "low", "high" (95 % interval), "target_at_0" (cube and pad named correctly in the
-    first thought), "reasoning" (first thought equal to the teacher's), "steps" (mean of the successful episodes),
-    "ms_per_chunk" (at batch 1), "ms_by_stage"}}}; the two about thoughts are None for a policy that does not think.
-    """
-    if n > len(SEEDS[seeds]):
-        raise ValueError(f"there are {len(SEEDS[seeds])} {seeds} seeds, not {n}")
-    check_families(families, env)
-    results, there = {}, getattr(environment(env), "splits", ("id",))
-    for family in families:
-        results[family] = {}
-        stages = latency(policy, family, env=env)
-        for split in [s for s in splits if s in there] if family != "tiny" else ("id",):
-            episodes = rollout(
-                driver(policy, env, taught),
-                SEEDS[seeds][:n],
-                family,
-                split,
-                n_arms,
-                policy.cfg.image_size,
-                name=f"{family} {split}",
-                env=env,
-            )
-            wins = sum(e["success"] for e in episodes)
-            low, high = wilson(wins, n)
-            thinks = any(e["extra"] for e in episodes)
-            results[family][split] = {
-                "success": wins / n,
-                "n": n,
-                "low": low,
-                "high": high,
-                "target_at_0": float(
-                    np.mean([target_of(e["extra"]) == target_of(e["reason"]) for e in episodes])
-                )
-                if thinks
-                else None,
-                "reasoning": float(np.mean([e["extra"] == e["reason"] for e in episodes]))
-                if thinks
-                else None,
-                "steps": float(np.mean([e["steps"] for e in episodes if e["success"]])) if wins else None,
-                "ms_per_chunk": stages["total"],
-                "ms_by_stage": {k: v for k, v in stages.items() if k != "total"},
-            }
-    return results
-
-
-def table(results):
-    """evaluate()'s result as text: one line per family and split."""
-    percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
-    lines = [
-        f"{'family':<10} {'split':<16} {'success %':>9} {'n':>5} {'95 % interval':>15} {'target at 0 %':>14} {'thought exact %':>16} {'steps':>6}"
-    ]
-    for family, splits in results.items():
-        for split, c in splits.items():
-            lines.append(
-                f"{family:<10} {split:<16} {percent(c['success']):>9} {c['n']:>5} {percent(c['low']) + ' - ' + percent(c['high']):>15} "
-                f"{percent(c['target_at_0']):>14} {percent(c['reasoning']):>16} {'-' if c['steps'] is None else format(c['steps'], '.1f'):>6}"
-            )
-    for family, splits in results.items():
-        c = next(iter(splits.values()))
-        lines.append(
-            f"{family}: {c['ms_per_chunk']:.1f} ms a chunk at batch 1 ("
-            + ", ".join(f"{k} {v:.1f}" for k, v in c["ms_by_stage"].items())
-            + ")"
-        )
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def contact_sheet():
-    """Every family (rows) in every split (columns), both cameras, as one picture."""
-    from PIL import ImageDraw
-
-    px, rows, env = 224, [], SO100Env()
-    for family in FAMILIES:
-        row = []
-        for split in SPLITS:
-            env.reset(seed=SEEDS["val"].start, options={"family": family, "split": split})
-            tile = Image.new("RGB", (2 * px, px + 32), "white")
-            for i, camera in enumerate(CAMERAS):
-                tile.paste(Image.fromarray(env.render(px, camera)), (i * px, 32))
-            ImageDraw.Draw(tile).text((4, 2), f"{family}, {split}\n{env.task}", fill="black")
-            row.append(np.asarray(tile))
-        rows.append(np.hstack(row))
-    env.close()
-    return Image.fromarray(np.vstack(rows))
-
-
-def expert_film(family, seed=1, px=256):
-    """Frames [(px, 2 * px, 3), ...] of the expert at work, one for each control step."""
-    env, frames = SO100Env(family), []
-    env.reset(seed=seed)
-    expert, terminated, truncated = Expert(env), False, False
-    while not terminated and not truncated:
-        frames.append(np.hstack([env.render(px, camera) for camera in CAMERAS]))
-        terminated, truncated = env._advance(expert.action())
-    frames += [np.hstack([env.render(px, camera) for camera in CAMERAS])] * FPS
-    env.close()
-    return frames
-
-
-def expert_success(n):
-    """Print how often the expert succeeds on the first n training seeds of each family, with noise and mistakes and without."""
-    for family in LIMIT:
-        env = SO100Env(family)
-        for noise in (True, False):
-            demos = [
-                demonstrate(env, seed, family, noise, images=False)
-                for seed in tqdm(range(n), family, leave=False, disable=not sys.stderr.isatty())
-            ]
-            low, high = wilson(sum(demo["success"] for demo in demos), n)
-            why = ", ".join(sorted({demo["failure"] for demo in demos if demo["failure"]}))
-            print(
-                f"{family}, {'with noise and mistakes' if noise else 'undisturbed'}: {100 * np.mean([demo['success'] for demo in demos]):.1f} % of {n} "
-                f"({100 * low:.1f} - {100 * high:.1f}), {np.mean([len(demo['actions']) for demo in demos]):.0f} steps{'; failed: ' + why if why else ''}",
-                flush=True,
-            )
-        env.close()
-
-
-def main():
-    if len(sys.argv) > 2 or not all(word.isdigit() and int(word) for word in sys.argv[1:]):
-        sys.exit("error: the only argument is a number of expert episodes a family: python sim_env.py 500")
-    if len(sys.argv) == 2:
-        return expert_success(int(sys.argv[1]))
-    out = os.path.join("out", "sim")
-    os.makedirs(out, exist_ok=True)
-    try:
-        contact_sheet().save(os.path.join(out, "contact_sheet.png"))
-    except RuntimeError as error:
-        sys.exit(str(error))
-    print(f"wrote {out}/contact_sheet.png")
-    for family in LIMIT:
-        first, *rest = [Image.fromarray(frame) for frame in expert_film(family)]
-        path = os.path.join(out, f"expert_{family}.gif")
-        first.save(path, save_all=True, append_images=rest, duration=1000 // FPS, loop=0)
-        print(f"wrote {path}")
-    expert_success(20)
-    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32"):
-        import mujoco.viewer
-
-        print("opening the viewer: drag the sliders under Control; close the window to end")
-        env = SO100Env()
-        env.reset(seed=1)
-        mujoco.viewer.launch(env.model, env.data)
-
-
-if __name__ == "__main__":
-    main()

@@ -29,17 +29,14 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-
 import numpy as np
 import torch
 import torch.distributed as dist
-
 import model as model_module
 from data import Episodes, Questions, Tokenizer
 from model import (
     Config,
     SyVLA,
-    backbone_fields,
     fast_cpu,
     fetch_backbone,
     opt,
@@ -155,33 +152,6 @@ PRESETS = {
     ),
     "tiny": dict(model_module.PRESETS["tiny"], families="tiny", ground_steps=0, steps=500, mix=0.0),
     "small": dict(model_module.PRESETS["small"]),
-}
-# Pretrained backbones already know words and pictures: no grounding phase. These numbers are first guesses, not yet tried.
-FINETUNE = dict(
-    data="data/small",
-    ground_steps=0,
-    steps=20000,
-    batch_size=64,
-    question_tokens=128,
-    mix=0.25,
-    backbone_lr=2e-5,
-    bridge_lr=1e-4,
-    expert_lr=1e-4,
-    warmup=500,
-    ema=0.999,
-    save_every=1000,
-)
-PRESETS |= {
-    "base256": dict(model_module.PRESETS["base256"], **FINETUNE, accumulate=4, checkpointing=True),
-    "base": dict(model_module.PRESETS["base"], **FINETUNE, accumulate=8, checkpointing=True),
-    "paper": dict(
-        model_module.PRESETS["paper"],
-        **FINETUNE,
-        accumulate=16,
-        freeze_vision=True,
-        checkpointing=True,
-        ema_on_host=True,
-    ),
 }
 
 
@@ -299,42 +269,6 @@ def learning_rate(step, cfg):
     return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Devices, processes, checkpoints
-
-
-def choose_device(name):
-    """-> (torch.device, autocast context factory, a sentence that says why)."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.zeros(
-            1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-        ).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(
-            f"--device={name} is not available here ({str(e).splitlines()[0]}); try --device=cpu"
-        ) from None
-    if has_bf16(device):
-        return device, lambda: torch.autocast("cuda", torch.bfloat16), "bf16 (the GPU has it), fp32 masters"
-    return device, contextlib.nullcontext, "fp32"
-
-
-def write_atomically(path, write):
-    """Write to a temporary name beside `path`, then rename: a kill at any moment leaves the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def trim_log(path, key, last):
-    """Drop the lines behind the checkpoint that a run resumes from, the last perhaps cut short by a kill: they will be written again."""
-    lines = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
-    write_atomically(
-        path, lambda p: p.write_text("".join(f"{line}\n" for line in lines if json.loads(line)[key] <= last))
-    )
-
-
 def save_policy(folder, policy, config, state=None):
     """What running a policy needs: weights with statistics, config (a dict that holds at least the model's fields), tokenizer."""
     folder = Path(folder)
@@ -396,194 +330,6 @@ def evaluating(policy):
         policy.train()
 
 
-class Stopwatch:
-    """Seconds per stage, for --bench: pass `mark` to the policy; each mark books the time since the one before."""
-
-    def __init__(self, device):
-        self.device, self.seconds, self.last = device, defaultdict(float), time.perf_counter()
-
-    def mark(self, stage):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[stage] += now - self.last
-        self.last = now
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Memory and work, foretold
-
-
-def memory(cfg, policy, world, bf16):
-    """Predicted peak bytes on one device by kind. policy: parameters and their requires_grad matter, values do not (meta device will do).
-
-    Activations: what autograd keeps of one micro-batch, counted from the blocks' definitions; tests hold it against autograd's own count.
-    """
-    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-    n = sum(p.numel() for _, p in trained)
-    frozen = [p for p in policy.parameters() if not p.requires_grad]
-    still = sum((2 if bf16 and p.ndim > 1 else 4) * p.numel() for p in frozen) + 2 * bf16 * sum(
-        p.numel() for p in frozen if p.shape == (cfg.vocab_size, cfg.width)
-    )
-    states = sum(
-        4 * p.numel() if isinstance(o, Muon) else 8 * p.numel()
-        for o in make_optimizers(policy, cfg)
-        for g in o.param_groups
-        for p in g["params"]
-    )
-    e = 2 if bf16 else 4  # bytes of a number in arithmetic; the residual stream has 4
-    rows = math.ceil(cfg.batch_size / (world * cfg.accumulate))
-    text = max(
-        cfg.question_tokens, 32 + cfg.max_thought
-    )  # tokens of instruction, thought and answers, at most
-    tokens = cfg.views * (cfg.tokens_per_view + 4) + text + cfg.queries
-    patches = cfg.views * ((cfg.vision_size or cfg.image_size) // cfg.patch_size) ** 2
-    D, F, W = cfg.width, cfg.mlp_width, cfg.vision_width
-    kv = D // cfg.heads * cfg.kv_heads
-    # a block's norms keep their fp32 input and its matrices theirs; attention q, k, v, its output and (general masks) its weights
-    block = tokens * (4 * 2 * D + e * (2 * D + D + 2 * kv + 2 * D + 4 * F) + e * cfg.heads * tokens)
-    hidden = cfg.vision_mlp or 4 * W
-    eye = patches * (4 * 2 * W + e * (2 * W + 5 * W + 2 * hidden))
-    sees = any(p.requires_grad for p in policy.vlm.parts()["vision"][:1])  # a frozen tower keeps nothing
-    if cfg.checkpointing:
-        language, vision = tokens * 4 * D * cfg.depth + block, patches * 4 * W * cfg.vision_depth * sees + eye
-    else:
-        language, vision = block * cfg.depth, eye * max(1, cfg.vision_depth * sees)
-    De, chunk = cfg.expert_width, cfg.noise_samples * (1 + cfg.chunk)
-    expert = chunk * cfg.expert_depth * De * (4 * 9 + e * 22)
-    logits = (
-        text * cfg.vocab_size * (e + 4 + 4 + 4) // 2
-    )  # logits, log-softmax, their gradients; half of the text are targets
-    return {
-        "weights": 4 * n + still,
-        "bf16 copies": 2 * n if bf16 else 0,
-        "gradients": 4 * n,
-        "optimizer": states,
-        "EMA": 0 if cfg.ema_on_host else 4 * n,
-        "activations": rows * (language + vision + expert + logits),
-    }
-
-
-def work(cfg, policy):
-    """Floating point operations of one training sample: 2 per weight and token forward, as many again for inputs' and for weights' gradients."""
-    tokens = {
-        "vision": cfg.views * ((cfg.vision_size or cfg.image_size) // cfg.patch_size) ** 2,
-        "expert": cfg.noise_samples * (1 + cfg.chunk),
-        "adapter": cfg.queries,
-    }
-    tokens["language"] = (
-        cfg.views * (cfg.tokens_per_view + 4) + max(cfg.question_tokens, 32 + cfg.max_thought) + cfg.queries
-    )
-    widths = {"vision": (cfg.vision_width, cfg.vision_depth), "language": (cfg.width, cfg.depth)}
-    total, parts = (
-        0,
-        policy.vlm.parts()
-        | {"adapter": list(policy.adapter.parameters()), "expert": list(policy.expert.parameters())},
-    )
-    for name, n in tokens.items():
-        embedding = (
-            cfg.vocab_size * cfg.width * (name == "language") * (1 if cfg.tied else 2)
-        )  # looked up, and few tokens reach the output
-        width, depth = widths.get(name, (0, 0))
-        per_view = n // cfg.views if name == "vision" else n
-        forward = (
-            2 * n * (sum(p.numel() for p in parts[name] if p.ndim > 1) - embedding)
-            + 4 * n * per_view * width * depth
-        )  # and q.k, weights.v
-        learns, through = (
-            any(p.requires_grad for p in parts[name]),
-            any(p.requires_grad for p in parts["vision"][:1]) or name != "vision",
-        )
-        most = (
-            sum(p.numel() for p in parts[name] if p.requires_grad) > sum(p.numel() for p in parts[name]) / 2
-        )
-        again = cfg.checkpointing and name in widths and through
-        total += forward * (1 + again + (through and learns) + (through and most))
-        if name == "expert" and cfg.decouple != "off":
-            total += (
-                2 * forward * cfg.decouple_samples // cfg.noise_samples
-            )  # the first pass: forward, and back to the query states
-    return total
-
-
-def room(device):
-    """Bytes of memory that the device has for this process."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-
-
-def foretell(cfg, device, world, say):
-    """Print parameters by part, predicted peak memory and work; ValueError with what would help where the device has less."""
-    bf16 = has_bf16(device) or (
-        cfg.plan and bool(cfg.backbone)
-    )  # a plan is made for the GPU that is yet to come
-    size = lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
-
-    def predict(**changes):
-        changed = type(cfg)(**asdict(cfg) | changes)
-        with torch.device("meta"):
-            folder = (
-                None
-                if not cfg.wrapped
-                else Path(cfg.out if cfg.resume else cfg.init_from, "backbone")
-                if cfg.resume or cfg.init_from
-                else fetch_backbone(cfg.backbone, weights=False)
-            )
-            policy = SyVLA(changed, NoTokenizer(), folder)
-        freeze(policy, changed)
-        return policy, memory(changed, policy, world, bf16)
-
-    policy, bytes = predict()
-    parts, trained = policy.parameter_table(), sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    need, there = sum(bytes.values()), room(device)
-    say(
-        f"{sum(parts.values()):,} parameters, {trained:,} of them trained: "
-        + ", ".join(f"{k} {v:,}" for k, v in parts.items())
-    )
-    say(
-        f"predicted peak memory {size(need)}: "
-        + ", ".join(f"{k} {size(v)}" for k, v in bytes.items() if v)
-        + f"; {work(cfg, policy) / 1e12:.3g} TFLOP a sample"
-    )
-    if need <= there or cfg.plan:
-        return
-    ways, rows = [], cfg.batch_size // (world * cfg.accumulate)
-    for flags in (
-        {"accumulate": cfg.accumulate * rows},
-        {"checkpointing": True},
-        {"accumulate": cfg.accumulate * rows, "checkpointing": True},
-        {"lora": 16, "freeze_vision": True, "checkpointing": True},
-        {"lora": 16, "freeze_vision": True, "checkpointing": True, "accumulate": cfg.accumulate * rows},
-    ):
-        if any(getattr(cfg, k) != v for k, v in flags.items()) and (cfg.backbone or "lora" not in flags):
-            try:
-                ways.append(
-                    (
-                        sum(predict(**flags)[1].values()),
-                        " ".join(f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items()),
-                    )
-                )
-            except ValueError:  # LoRA without peft
-                continue
-    fitting = [f"{flags} ({size(n)})" for n, flags in ways if n <= there]
-    raise ValueError(
-        f"training takes about {size(need)}, {device} has {size(there)} free; "
-        + (f"add {fitting[0]}" if fitting else "a smaller preset is needed")
-    )
-
-
-class NoTokenizer:
-    """In place of a tokenizer where only shapes count."""
-
-    start = image_open = image_close = ()
-
-    def __len__(self):
-        return 0
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -602,53 +348,6 @@ def make_data(cfg):
             raise RuntimeError(f"prepare.py failed; run: python prepare.py --config {preset}")
 
 
-def settle_backbone(cfg):
-    """Fill in what a pretrained backbone fixes, from its config.json or the checkpoint's, and the camera pixels of the data set."""
-    if not cfg.backbone:
-        return
-    source = cfg.out if cfg.resume else cfg.init_from
-    names = (
-        "wrapped",
-        "width",
-        "depth",
-        "heads",
-        "kv_heads",
-        "mlp_width",
-        "vocab_size",
-        "tied",
-        "qk_norm",
-        "conv_stem",
-        "rope_theta",
-        "norm_eps",
-        "vision_width",
-        "vision_depth",
-        "vision_heads",
-        "vision_mlp",
-        "vision_act",
-        "vision_eps",
-        "vision_size",
-        "vision_enlarge",
-        "patch_size",
-        "pixel_shuffle",
-    )
-    known = (
-        source or not cfg.plan or Path(cfg.backbone).is_dir() or cfg.wrapped
-    )  # the plan of a SmolVLM preset needs no network
-    saved = (
-        read_checkpoint_config(source)
-        if source
-        else backbone_fields(fetch_backbone(cfg.backbone, weights=False))
-        if known
-        else {}
-    )
-    for name in names:
-        setattr(cfg, name, saved.get(name, getattr(cfg, name)))
-    camera = Path(cfg.data) / f"{cfg.cameras.split(',')[0]}.npy"
-    if camera.is_file():
-        cfg.image_size = np.load(camera, mmap_mode="r").shape[1]
-    cfg.__post_init__()
-
-
 # What may differ from the checkpoint that a run starts from: behaviour, not weights.
 FREE = {
     "execute",
@@ -663,8 +362,10 @@ FREE = {
     "noise_samples",
 }
 
+
 # What besides may differ with --new_expert.
 EXPERT = {"motors", "state", "expert_width", "expert_depth", "expert_heads", "chunk", "stale", "committed"}
+
 
 # What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
 HARMLESS = {
@@ -711,20 +412,6 @@ def freeze(policy, cfg):
         policy.vlm.model.train()  # from_pretrained left it in evaluation mode, in which nothing is checkpointed
     elif cfg.checkpointing:
         policy.vlm.vision.checkpointing = policy.vlm.lm.checkpointing = True
-
-
-def has_bf16(device):
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-
-
-def shrink(policy, device):
-    """Frozen matrices go to bf16 where the arithmetic does: nothing is lost, autocast would round them anyway. fp32 masters stay fp32."""
-    for module in policy.modules() if has_bf16(device) else ():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.bfloat16()
-    return policy
 
 
 def build(cfg, device):
@@ -917,20 +604,6 @@ def bench(cfg, policy, run, episodes, questions, optimizers, device, autocast):
 
 def main(argv=None):
     explain_errors(train, parse_config(TrainConfig, PRESETS, sys.argv[1:] if argv is None else argv))
-
-
-def explain_errors(run, cfg):
-    """run(cfg); a user's mistake ends in one line on standard error and exit status 2, a defect of ours in its traceback."""
-    try:
-        run(cfg)
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not str(e).startswith(("prepare.py failed", "MuJoCo cannot draw")):
-            raise
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def train(cfg):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample
 from conftest import differences
-from data import Episodes, Questions
+from data import Episodes
 from model import PRESETS, Config
 
 DEVICE = ["--device=cpu", "--threads=1"]

@@ -1,0 +1,396 @@
+"""What every program shares: the command line, files that are written whole, devices, processes.
+
+torch is imported inside the functions that need it, so that the workers of a simulation start without it.
+"""
+
+import contextlib
+import ctypes
+import difflib
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something that a person can put right. The message says what is wrong and what to type; programs print it as one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line: a dataclass is a program's options, its fields are declared by opt()
+
+
+def opt(default: Any, help: str = "", allowed: str | Sequence[str] = "") -> Any:
+    """A config field: its default, the line that --help prints, and the values that it may take.
+
+    allowed: an interval such as "[0, 1)", or a tuple of words. A field without help is not an option: presets, data
+    sets and checkpoints set it.
+    """
+    return field(default=default, metadata={"help": help, "allowed": allowed})
+
+
+def check_options(config: Any) -> None:
+    """Raise UserError for the first field of a config whose value lies outside what opt() allows."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        allowed = f.metadata["allowed"]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{f.name} must be a finite number, not {value}")
+        if isinstance(allowed, str):
+            if allowed and not _inside(value, allowed):
+                raise UserError(f"--{f.name} must lie in {allowed}, not {value}")
+        elif value not in allowed:
+            raise UserError(f"--{f.name} must be one of {', '.join(filter(None, allowed))}, not {value!r}")
+
+
+def _inside(value: float, interval: str) -> bool:
+    """Does a number lie in an interval such as "(0, 1]" or "[0, inf)"?"""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def parse_config(cls: type, presets: dict[str, dict], argv: Sequence[str], positional: str = "") -> Any:
+    """Command line -> an instance of the config dataclass `cls`: `--config NAME`, `--key=value`, `--key value`, `--flag`.
+
+    presets: one table for all programs; each takes the fields that it knows. positional: the field that takes a free
+    word. What was typed is kept as `config.typed`, a dict. A mistake ends in one line and exit status 2.
+    """
+    options = {f.name: f for f in fields(cls) if f.metadata["help"]}
+    if "--help" in argv or "-h" in argv:
+        _print_help(options, presets)
+        raise SystemExit(0)
+    try:
+        typed = _read_words(options, presets, list(argv), positional)
+        preset = presets.get(typed.get("config", ""), {})
+        known = {f.name for f in fields(cls)}
+        values = {name: value for name, value in preset.items() if name in known}
+        config = cls(**values | typed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    config.typed = typed
+    return config
+
+
+def _print_help(options: dict[str, Field], presets: dict[str, dict]) -> None:
+    print(f"--config NAME   preset: {', '.join(presets)}")
+    for name, option in options.items():
+        allowed = option.metadata["allowed"]
+        if not isinstance(allowed, str):
+            allowed = " | ".join(filter(None, allowed))
+        print(f"--{name}={option.default}   {option.metadata['help']}{f'   {allowed}' if allowed else ''}")
+
+
+def _read_words(
+    options: dict[str, Field], presets: dict, words: list[str], positional: str
+) -> dict[str, Any]:
+    """The words of a command line -> {option: value}."""
+    typed = {}
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            if name not in options:
+                raise UserError(f"unknown option --{name}{_nearest(name, options)}")
+            is_flag = _kind(options[name]) is bool
+            if not equals and is_flag:
+                text = words.pop(0) if words and words[0].lower() in BOOLEANS else "true"
+            elif not equals:
+                if not words or words[0].startswith("--"):
+                    raise UserError(f"--{name} needs a value: --{name}=...")
+                text = words.pop(0)
+            value = _convert(name, _kind(options[name]), text)
+        elif positional and not word.startswith("-"):
+            name, value = positional, word
+        else:
+            raise UserError(f"unexpected word {word!r}; options are written --key=value")
+        if name in typed:
+            raise UserError(f"--{name} is given twice: {typed[name]!r} and {value!r}")
+        if name == "config" and value not in presets:
+            raise UserError(f"unknown preset {value!r}{_nearest(value, presets)}")
+        typed[name] = value
+    return typed
+
+
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _kind(option: Field) -> type:
+    return type(option.default)
+
+
+def _convert(name: str, kind: type, text: str) -> Any:
+    try:
+        if kind is bool:
+            return BOOLEANS[text.lower()]
+        if kind is int and not text.lstrip("+-").isdigit():
+            number = float(text)  # 1e6 is an integer, too
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return kind(text)
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(f"--{name} takes {kind.__name__}, not {text!r}") from None
+
+
+def _nearest(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(sorted(names))}"
+
+
+def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> Any:
+    """The config of a run that goes on: every field as it was saved, but for those that were typed and may change."""
+    if saved.get("format") != FORMAT:
+        raise UserError(
+            f"{config.out} was begun by an older version of this program and cannot go on; choose another --out"
+        )
+    for name, value in config.typed.items():
+        if name not in may_change and saved.get(name, value) != value:
+            raise UserError(
+                f"{config.out} was begun with --{name}={saved[name]}, not {value}; leave --{name} out"
+            )
+    known = {f.name: saved[f.name] for f in fields(config) if f.name in saved}
+    changed = {name: value for name, value in config.typed.items() if name in may_change}
+    resumed = type(config)(**known | changed)
+    resumed.typed = config.typed
+    return resumed
+
+
+def run_program(program: Callable[[Any], None], config: Any) -> None:
+    """program(config). A user's mistake ends in one line on standard error and exit status 2, a defect in its traceback."""
+    try:
+        program(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        leave_processes()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files. A file appears under its own name only when it is whole: a kill at any moment leaves the old one or the new one.
+
+FORMAT = 2  # of checkpoints; 1 has no such key, its field names are listed in model.RENAMED
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to. It is renamed to `path` when the block ends, and removed if it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; UserError names a file that is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; the last one is left out if a kill cut it short."""
+    whole = path.read_text().rpartition("\n")[0] if path.is_file() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def trim_log(path: Path, key: str, last: int) -> None:
+    """Drop the lines of a log.jsonl behind the checkpoint that a run resumes from: they will be written again."""
+    kept = [line for line in read_log(path) if line[key] <= last]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_log(path: Path, line: dict) -> None:
+    """Add one line to a log.jsonl."""
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder; UserError says what to type where there is no checkpoint."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{folder} is no checkpoint (needs config.json and model.safetensors); "
+            f"run: python train.py --config small --out={folder}"
+        )
+    return read_json(folder / "config.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Packages, devices, processes
+
+
+def require(module: str, package: str = "") -> ModuleType:
+    """An optional module, imported; UserError says what to install where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(
+            f"this needs a package that is not there; type: pip install {package or module}"
+        ) from None
+
+
+def load_triton_apart() -> None:
+    """Load triton's library so that it uses its own LLVM, whatever was loaded before.
+
+    Mesa, which draws on machines without a GPU, brings an LLVM, too. Where a picture was drawn first, an ordinary
+    import of triton (torch does it by itself) takes Mesa's, and the process dies of a segmentation fault.
+    """
+    if sys.platform != "linux":
+        return
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return
+    for library in Path(triton.origin).parent.glob("_C/libtriton*.so"):
+        ctypes.CDLL(str(library), mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
+
+
+load_triton_apart()
+
+
+def fast_cpu(threads: int = 0) -> None:
+    """Settings of the process that make training on a CPU faster; call before the first large tensor.
+
+    threads: CPU threads of torch, 0: torch chooses.
+
+    glibc returns freed buffers to the kernel, and the page faults of new ones dominate: tell it to keep them.
+    Arithmetic on denormal numbers is slow: flush them to zero.
+    """
+    import torch
+
+    if sys.platform == "linux":
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+        with contextlib.suppress(AttributeError):  # musl has no mallopt
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(m_mmap_threshold, 1 << 30)
+            mallopt(m_trim_threshold, 2**31 - 1)
+            mallopt(m_top_pad, 1 << 28)
+    torch.set_flush_denormal(True)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def choose_device(name: str) -> tuple[Any, Callable, str]:
+    """--device -> (torch.device, a factory of autocast contexts, the arithmetic in words).
+
+    "auto" is cuda, then mps, then cpu. Raises UserError for a device that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={name} is not available here ({reason}); try --device=cpu") from None
+    if has_bf16(device):
+        return device, lambda: torch.autocast("cuda", torch.bfloat16), "bf16 (the GPU has it), fp32 masters"
+    return device, contextlib.nullcontext, "fp32"
+
+
+def has_bf16(device: Any) -> bool:
+    """Does the device compute in bf16? CUDA GPUs do from compute capability 8.0."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and the number of processes, as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*words: Any) -> None:
+    """print() on the first process only."""
+    if rank_and_world()[0] == 0:
+        print(*words, flush=True)
+
+
+def join_processes(device: Any) -> None:
+    """Meet the other processes of torchrun: nccl between GPUs, gloo between CPUs."""
+    import torch.distributed as dist
+
+    if rank_and_world()[1] > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave_processes() -> None:
+    """Part from the other processes. Call wait_for_all() before: gloo aborts a process whose peer hangs up too soon."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Stopwatch:
+    """Seconds per stage of work. Inside `with Stopwatch() as watch:` every mark(stage) books the time since the one before."""
+
+    active: "Stopwatch | None" = None
+
+    def __init__(self, device: Any = None):
+        self.device = device
+        self.seconds = defaultdict(float)
+        self.last = time.perf_counter()
+
+    def __enter__(self) -> "Stopwatch":
+        Stopwatch.active = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        Stopwatch.active = None
+
+    def book(self, stage: str) -> None:
+        """Book the time since the last call under `stage`."""
+        if self.device is not None and self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[stage] += now - self.last
+        self.last = now
+
+
+def mark(stage: str) -> None:
+    """The stage of that name ends here, if somebody holds a stopwatch."""
+    if Stopwatch.active is not None:
+        Stopwatch.active.book(stage)

@@ -1,0 +1,610 @@
+"""Environments by name, many at once, one loop over episodes, the success table and films.
+
+Everything that plays episodes goes through run_episodes(): evaluation, reinforcement learning, films, real time. The
+worker processes of VecEnv import this file, so it needs no torch.
+
+Families are the tasks of an environment, splits are kinds of scenes (id, ood_position, ood_instruction), seeds choose
+scenes: "train" to learn from, "val" to choose between policies, "report" for the numbers that one publishes.
+"""
+
+import contextlib
+import importlib
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import sim_env
+from common import Stopwatch, UserError, write_json
+from sim_env import FPS, SEEDS, SPLITS
+
+# ---------------------------------------------------------------------------------------------------------------
+# Environments by name
+
+
+def environment_class(name: str) -> type:
+    """The class that `--env` names: "sim" or "package.module:Class"; UserError says what it lacks.
+
+    It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally splits, and
+    state (names of the state's numbers; without it they are the motors' positions). It is made by Class(px=...) and has
+    Gymnasium's reset(*, seed, options), step(action) and close(); optionally step_chunk(actions), which draws pictures
+    once a chunk, and instruct(task) -> observation, another instruction in mid motion. options hold family, split and,
+    if a person typed one, task. Observations are {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}.
+    """
+    if name == "sim":
+        return sim_env.SO100Env
+    if name == "real":
+        raise UserError(
+            "the real arm is no simulation: sample.py and rl.py take --env=real, with a person beside it"
+        )
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"--env={name} is neither sim, real nor package.module:Class")
+    if os.getcwd() not in sys.path:  # the user's own file lies where the command is typed
+        sys.path.append(os.getcwd())
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--env={name} cannot be imported: {error}") from None
+    needed = ("cameras", "motors", "families", "reset", "step", "close")
+    missing = [need for need in needed if not hasattr(cls, need)]
+    if missing:
+        raise UserError(f"--env={name} is no environment: the class lacks {', '.join(missing)}")
+    if not isinstance(state_names(cls), (tuple, list)):
+        raise UserError(f"--env={name}: the class attribute state must be a tuple of names, as motors is")
+    return cls
+
+
+def state_names(cls: type) -> Sequence[str]:
+    """Names of what an environment's state measures: its own, or its motors, whose positions it then is."""
+    return getattr(cls, "state", cls.motors)
+
+
+def check_families(families: Sequence[str], env: str) -> None:
+    """UserError for task families that an environment does not have."""
+    known = environment_class(env).families
+    unknown = [family for family in families if family not in known]
+    if unknown:
+        raise UserError(
+            f"--env={env} has no task family {', '.join(unknown)}; set --families to some of {', '.join(known)}"
+        )
+
+
+class ChunkedEnv:
+    """An environment that only has step(), played in chunks as SO100Env is."""
+
+    def __init__(self, env: Any):
+        self.env = env
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        self.steps = 0
+        return self.obs, self._info(info, False, 0)
+
+    def _info(self, info: dict, terminated: bool, executed: int) -> dict:
+        success = bool(info.get("success", info.get("is_success", terminated)))
+        counted = {"success": success, "steps": self.steps, "executed": executed}
+        return {"reason": "", "failure": "", **info, **counted}
+
+    def step(self, action: np.ndarray) -> tuple:
+        return self.step_chunk(np.asarray(action)[None])
+
+    def step_chunk(self, actions: np.ndarray) -> tuple:
+        total = 0.0
+        for executed, action in enumerate(np.asarray(actions, np.float32), 1):
+            self.obs, reward, terminated, truncated, info = self.env.step(action)
+            self.steps += 1
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return self.obs, total, bool(terminated), bool(truncated), self._info(info, terminated, executed)
+
+    def instruct(self, task: str) -> dict:
+        self.obs = self.env.instruct(task)
+        return self.obs
+
+    def seconds(self) -> dict[str, float]:
+        return {}
+
+    def render(self, px: int = 256, camera: str = "front") -> np.ndarray:
+        """The last observation's picture, enlarged to (px, px, 3)."""
+        image = self.obs["images"][camera]
+        rows = np.arange(px) * len(image) // px
+        return image[rows][:, rows]
+
+    def close(self) -> None:
+        self.env.close()
+
+
+def make_env(name: str, px: int = 96, **options: Any) -> Any:
+    """An environment by its name, with step_chunk(), render() and seconds() whatever it brings itself."""
+    env = environment_class(name)(px=px, **options)
+    return env if hasattr(env, "step_chunk") else ChunkedEnv(env)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many environments at once
+
+
+def serve() -> None:
+    """Body of a worker process: answer pickled requests (method, {arm: arguments}) on standard input until it closes."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # what an environment prints must not end up among the answers
+    n, name, options = pickle.load(requests)
+    envs = [make_env(name, **options) for _ in range(n)]
+    while True:
+        try:
+            method, calls = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer = {arm: getattr(envs[arm], method)(**arguments) for arm, arguments in calls.items()}
+        except UserError as error:
+            answer = error
+        except Exception:
+            answer = RuntimeError(f"an environment failed in a worker process:\n{traceback.format_exc()}")
+        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+
+
+class VecEnv:
+    """n environments in worker processes. One whose episode ended rests until it is reset; its last observation stays.
+
+    Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor spawn's second
+    import of the main program. Use it in a `with` statement or call close().
+    """
+
+    def __init__(self, n: int, workers: int = 2, env: str = "sim", px: int = 96, **options: Any):
+        cls = environment_class(env)  # complain here, not in a worker
+        self._allocate(n, px, cls.cameras, len(state_names(cls)))
+        self.groups = np.array_split(np.arange(n), min(workers, n))  # arms of each worker
+        here = os.path.dirname(os.path.abspath(__file__))
+        variables = dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+        command = [sys.executable, "-c", "import evaluate; evaluate.serve()"]
+        self.workers = []
+        for group in self.groups:
+            worker = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._send(worker, (len(group), env, options | {"px": px}))
+            self.workers.append(worker)
+
+    def _allocate(self, n: int, px: int, cameras: Sequence[str], S: int) -> None:
+        self.n = n
+        self.cameras = list(cameras)
+        self.images = np.zeros((n, len(cameras), px, px, 3), np.uint8)
+        self.state = np.zeros((n, S), np.float32)
+        self.task = [""] * n
+        self.infos: list[dict] = [{} for _ in range(n)]
+        self.terminated = np.zeros(n, bool)
+        self.truncated = np.ones(n, bool)  # nothing moves before its first reset
+
+    def __enter__(self) -> "VecEnv":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @staticmethod
+    def _send(worker: subprocess.Popen, message: Any) -> None:
+        pickle.dump(message, worker.stdin, pickle.HIGHEST_PROTOCOL)
+        worker.stdin.flush()
+
+    def _call(self, method: str, calls: dict[int, dict]) -> dict[int, Any]:
+        """Run env.method(**arguments) for {arm: arguments} in all workers at once -> {arm: result}."""
+        busy = []
+        for worker, group in zip(self.workers, self.groups):
+            mine = {arm - group[0]: arguments for arm, arguments in calls.items() if arm in group}
+            if mine:
+                self._send(worker, (method, mine))
+                busy.append((worker, group[0]))
+        try:
+            answers = [
+                (pickle.load(worker.stdout), first) for worker, first in busy
+            ]  # all, before raising one
+        except EOFError:
+            raise UserError("a simulation worker died: its message is above") from None
+        results = {}
+        for answer, first in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            results |= {arm + first: result for arm, result in answer.items()}
+        return results
+
+    def _store(self, arm: int, obs: dict, info: dict) -> None:
+        for view, camera in enumerate(self.cameras):
+            if camera in obs["images"]:  # a real arm may have one alone
+                self.images[arm, view] = obs["images"][camera]
+        if np.shape(obs["state"]) != self.state.shape[1:]:
+            raise UserError(
+                f"the environment's state has shape {np.shape(obs['state'])}, its class names {self.state.shape[1]} numbers"
+            )
+        self.state[arm] = obs["state"]
+        self.task[arm] = obs["task"]
+        self.infos[arm] = info
+
+    def observe(self, arms: Sequence[int]) -> dict[str, Any]:
+        """What some arms see now: {"images" (n, V, px, px, 3) uint8, "state" (n, S) float32, "task" [n strings]}."""
+        arms = list(arms)
+        task = [self.task[arm] for arm in arms]
+        return {"images": self.images[arms], "state": self.state[arms], "task": task}
+
+    def reset(self, arms: Sequence[int], seeds: Sequence[int], options: Sequence[dict]) -> None:
+        """Begin an episode on each of these arms."""
+        calls = {int(arm): {"seed": int(s), "options": dict(o)} for arm, s, o in zip(arms, seeds, options)}
+        for arm, (obs, info) in self._call("reset", calls).items():
+            self._store(arm, obs, info)
+            self.terminated[arm] = self.truncated[arm] = False
+
+    def step_chunk(self, actions: dict[int, np.ndarray]) -> np.ndarray:
+        """Actions {arm: (h, A)} -> rewards (n,), 0 for the others. Observations, infos and ends are kept in this object."""
+        reward = np.zeros(self.n, np.float32)
+        calls = {int(arm): {"actions": chunk} for arm, chunk in actions.items()}
+        for arm, (obs, r, terminated, truncated, info) in self._call("step_chunk", calls).items():
+            self._store(arm, obs, info)
+            reward[arm], self.terminated[arm], self.truncated[arm] = r, terminated, truncated
+        return reward
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that a worker has spent so far, on average -> {"physics": s, "rendering": s}."""
+        arms = self._call("seconds", {arm: {} for arm in range(self.n)}).values()
+        stages = ("physics", "rendering")
+        return {stage: sum(arm.get(stage, 0.0) for arm in arms) / len(self.workers) for stage in stages}
+
+    def close(self) -> None:
+        for worker in self.workers:
+            with contextlib.suppress(OSError):  # it may have died already
+                worker.stdin.close()
+            worker.wait()
+            worker.stdout.close()
+
+
+class SingleEnv(VecEnv):
+    """VecEnv's interface to one environment in this process: a film, or a real arm with a person at this terminal."""
+
+    def __init__(self, env: Any, px: int, cameras: Sequence[str], S: int):
+        self._allocate(1, px, cameras, S)
+        self.env = env
+
+    def _call(self, method: str, calls: dict[int, dict]) -> dict[int, Any]:
+        return {arm: getattr(self.env, method)(**arguments) for arm, arguments in calls.items()}
+
+    def seconds(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        self.env.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop over episodes
+
+
+@dataclass
+class Episode:
+    """One episode: what it is asked for, and what came of it."""
+
+    seed: int
+    options: dict  # of reset: family, split, task
+    number: int = 0  # among the episodes of a run
+    task: str = ""
+    teacher_reasoning: str = ""  # what a teacher would think at the start
+    success: bool = False
+    steps: int = 0
+    failure: str = ""
+    moved_at: int | None = None  # when the simulation moved the cube
+    extras: list = field(default_factory=list)  # per decision: what policy_fn returned besides actions
+    rewards: list[float] = field(default_factory=list)  # per decision
+    executed: list[int] = field(default_factory=list)  # control steps per decision
+    final: Any = None  # final_fn of the last observation, where the time limit ended the episode
+
+
+PolicyFn = Callable[[dict], tuple[np.ndarray, list]]  # observation of n arms -> actions (n, h, A), n extras
+
+
+def run_episodes(
+    vec: VecEnv,
+    episodes: Sequence[Episode],
+    policy_fn: PolicyFn,
+    name: str = "episodes",
+    final_fn: Callable[[dict], list] | None = None,
+    on_end: Callable[[Episode], None] | None = None,
+) -> list[Episode]:
+    """Play episodes; an arm that finishes takes the next one, so all stay busy. -> the episodes, filled in.
+
+    policy_fn gets VecEnv.observe() of the busy arms, with "episode", the Episode that each plays, and
+    "teacher_reasoning", what a teacher would think now. final_fn(observation) -> a value for each arm that the time
+    limit cut off, kept as Episode.final. on_end is called with each episode as it ends.
+    """
+    waiting = list(episodes)
+    running: dict[int, Episode] = {}  # arm -> its episode
+    bar = tqdm(total=len(waiting), desc=name, unit="episode", leave=False, disable=not sys.stderr.isatty())
+    for number, episode in enumerate(waiting):
+        episode.number = number
+    while waiting or running:
+        free = [arm for arm in range(vec.n) if arm not in running][: len(waiting)]
+        started = {arm: waiting.pop(0) for arm in free}
+        if started:
+            begun = started.values()
+            vec.reset(free, [episode.seed for episode in begun], [episode.options for episode in begun])
+            for arm, episode in started.items():
+                episode.task = vec.task[arm]
+                episode.teacher_reasoning = vec.infos[arm].get("reason", "")
+            running |= started
+        busy = sorted(running)
+        obs = vec.observe(busy)
+        obs["episode"] = [running[arm] for arm in busy]
+        obs["teacher_reasoning"] = [vec.infos[arm].get("reason", "") for arm in busy]
+        actions, extras = policy_fn(obs)
+        rewards = vec.step_chunk(dict(zip(busy, actions)))
+        for arm, extra in zip(busy, extras):
+            running[arm].extras.append(extra)
+            running[arm].rewards.append(float(rewards[arm]))
+            running[arm].executed.append(vec.infos[arm]["executed"])
+        cut = [arm for arm in busy if vec.truncated[arm]]
+        if cut and final_fn:
+            for arm, value in zip(cut, final_fn(vec.observe(cut))):
+                running[arm].final = value
+        for arm in [arm for arm in busy if vec.terminated[arm] or vec.truncated[arm]]:
+            episode = running.pop(arm)
+            info = vec.infos[arm]
+            episode.success = bool(info["success"])
+            episode.steps = info["steps"]
+            episode.failure = info.get("failure", "")
+            episode.moved_at = info.get("moved_at")
+            if on_end:
+                on_end(episode)
+            bar.update()
+    bar.close()
+    return list(episodes)
+
+
+def camera_indices(policy: Any, env: str) -> list[int]:
+    """Which of an environment's cameras the policy looks through; UserError if cameras, motors or state do not fit."""
+    cls = environment_class("sim" if env == "real" else env)
+    wanted = policy.cfg.camera_names
+    missing = [camera for camera in wanted if camera not in cls.cameras]
+    if missing:
+        raise UserError(
+            f"the policy looks through {wanted}, the environment has {list(cls.cameras)}: {missing} missing"
+        )
+    if policy.cfg.motor_names != list(cls.motors):
+        raise UserError(f"the policy moves {policy.cfg.motor_names}, the environment has {list(cls.motors)}")
+    if policy.cfg.state_names != list(state_names(cls)):
+        raise UserError(
+            f"the policy's state is {policy.cfg.state_names}, the environment's {list(state_names(cls))}"
+        )
+    return [cls.cameras.index(camera) for camera in wanted]
+
+
+def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
+    """A policy as run_episodes() takes it; its extras are the reasoning texts. teacher: it acts on a teacher's reasoning."""
+    views = camera_indices(policy, env)
+    calls = 0
+
+    def decide(obs: dict) -> tuple[np.ndarray, list[str]]:
+        nonlocal calls
+        reasoning = obs["teacher_reasoning"] if teacher else None
+        images = obs["images"][:, views]
+        chunk, texts = policy.act(images, obs["state"], obs["task"], seed=calls, reasoning=reasoning)
+        calls += 1
+        return chunk[:, : policy.cfg.n_action_steps], texts
+
+    return decide
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Success by family and split
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a success rate -> (low, high)."""
+    z = 1.959964
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def target_of(reasoning: str | None) -> tuple[str, str] | None:
+    """The (cube colour, pad number) that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
+    named = re.search(r"is pad (\d) , (\w+) cube", reasoning or "")
+    return (named[2], named[1]) if named else None
+
+
+def latency(policy: Any, family: str, env: str = "sim", n: int = 30) -> dict[str, float]:
+    """Median milliseconds of one policy.act on a single observation, over n of them -> {stage: ms, ..., "total": ms}."""
+    decide = policy_fn(policy, env)
+    cls = environment_class(env)
+    vec = SingleEnv(
+        make_env(env, policy.cfg.image_size), policy.cfg.image_size, cls.cameras, policy.cfg.state_dim
+    )
+    samples = []
+    with vec:
+        for seed in SEEDS["val"][: n + 5]:
+            vec.reset([0], [seed], [{"family": family}])
+            obs = vec.observe([0])
+            with Stopwatch() as watch:
+                began = time.perf_counter()
+                decide(obs)
+            watch.seconds["total"] = time.perf_counter() - began
+            samples.append(watch.seconds)
+    warm = samples[5:]
+    return {stage: 1e3 * float(np.median([sample[stage] for sample in warm])) for stage in samples[0]}
+
+
+def evaluate(
+    policy: Any,
+    families: Sequence[str],
+    n: int,
+    seeds: str = "report",
+    splits: Sequence[str] = SPLITS,
+    env: str = "sim",
+    teacher: bool = False,
+    arms: int = 24,
+) -> dict[str, dict[str, dict]]:
+    """Closed-loop episodes on the first n scenes of a range of seeds.
+
+    -> {family: {split: {"success", "n", "low", "high" (95 % interval), "target_at_0" (cube and pad named correctly in
+    the first reasoning), "reasoning" (the first one equals the teacher's), "steps" (mean of the successful episodes),
+    "ms_per_chunk" (at batch 1), "ms_by_stage"}}}; target_at_0 and reasoning are None for a policy that does not reason.
+    """
+    if n > len(SEEDS[seeds]):
+        raise UserError(f"there are {len(SEEDS[seeds])} {seeds} seeds, not {n}")
+    check_families(families, env)
+    known = getattr(environment_class(env), "splits", ("id",))
+    results = {}
+    for family in families:
+        results[family] = {}
+        stages = latency(policy, family, env)
+        total = stages.pop("total")
+        wanted = ["id"] if family == "tiny" else [split for split in splits if split in known]
+        for split in wanted:
+            jobs = [Episode(seed, {"family": family, "split": split}) for seed in SEEDS[seeds][:n]]
+            with VecEnv(min(arms, n), 2, env, policy.cfg.image_size) as vec:
+                episodes = run_episodes(vec, jobs, policy_fn(policy, env, teacher), f"{family} {split}")
+            results[family][split] = summarise(episodes) | {"ms_per_chunk": total, "ms_by_stage": stages}
+    return results
+
+
+def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Success and first reasoning of some episodes, a cell of evaluate()'s table."""
+    n = len(episodes)
+    won = [episode.steps for episode in episodes if episode.success]
+    low, high = wilson(len(won), n)
+    first = [(episode.extras[0], episode.teacher_reasoning) for episode in episodes]
+    reasons = any(text for text, _ in first)
+    named = float(np.mean([target_of(own) == target_of(teachers) for own, teachers in first]))
+    exact = float(np.mean([own == teachers for own, teachers in first]))
+    return {
+        "success": len(won) / n,
+        "n": n,
+        "low": low,
+        "high": high,
+        "target_at_0": named if reasons else None,
+        "reasoning": exact if reasons else None,
+        "steps": float(np.mean(won)) if won else None,
+    }
+
+
+def report(results: dict[str, dict[str, dict]], path: Path) -> None:
+    """Print evaluate()'s result as a table, then write it to a JSON file."""
+    row = "{:<10} {:<16} {:>9} {:>5} {:>15} {:>14} {:>17} {:>6}"
+    print(
+        row.format(
+            "family",
+            "split",
+            "success %",
+            "n",
+            "95 % interval",
+            "target at 0 %",
+            "reasoning exact %",
+            "steps",
+        )
+    )
+    for family, splits in results.items():
+        for split, c in splits.items():
+            interval = f"{percent(c['low'])} - {percent(c['high'])}"
+            steps = "-" if c["steps"] is None else f"{c['steps']:.1f}"
+            numbers = (
+                percent(c["success"]),
+                c["n"],
+                interval,
+                percent(c["target_at_0"]),
+                percent(c["reasoning"]),
+                steps,
+            )
+            print(row.format(family, split, *numbers))
+    for family, splits in results.items():
+        for c in list(splits.values())[:1]:
+            if "ms_per_chunk" in c:
+                stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in c["ms_by_stage"].items())
+                print(f"{family}: {c['ms_per_chunk']:.1f} ms a chunk at batch 1 ({stages})")
+    write_json(path, results)
+    print(f"wrote {path}", flush=True)
+
+
+def percent(share: float | None) -> str:
+    """0.912 -> "91.2", None -> "-"."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Films
+
+
+def wrap_text(text: str, font: Any, width: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def draw_frame(
+    env: Any,
+    cameras: Sequence[str],
+    task: str,
+    reasoning: str,
+    weights: Sequence[float],
+    note: str = "",
+    px: int = 256,
+) -> Image.Image:
+    """The first two views with the instruction, the reasoning and a bar per feature query state (0..1) underneath."""
+    frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
+    for i, camera in enumerate(cameras[:2]):
+        frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
+    pen = ImageDraw.Draw(frame)
+    font = ImageFont.load_default(13)
+    y = px + 4
+    shown = f"<reason> {reasoning} </reason>" if reasoning else ""
+    for text, colour in ((task, (20, 20, 20)), (shown, (170, 60, 20))):
+        for line in wrap_text(text, font, 2 * px - 12)[:3]:
+            pen.text((6, y), line, fill=colour, font=font)
+            y += 16
+    label = f"query states {note}" if len(weights) else note
+    pen.text((6, px + 92), label, fill=(120, 120, 120), font=ImageFont.load_default(11))
+    left = 206
+    width = (2 * px - 218) / max(1, len(weights))
+    for i, weight in enumerate(weights):
+        x = left + i * width
+        pen.rectangle((x, px + 106 - 24 * float(weight), x + 0.7 * width, px + 106), fill=(40, 90, 170))
+    return frame
+
+
+def save_film(frames: Sequence[Image.Image], folder: str | Path, title: str) -> Path:
+    """Frames -> a GIF and a contact sheet in `folder`, named by the title -> their path without its suffix."""
+    letters = "".join(c if c.isascii() and c.isalnum() else " " for c in title)
+    path = Path(folder) / ("_".join(letters.split())[:60] or "task")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    palette = [frame.quantize(128, dither=Image.Dither.NONE) for frame in frames]
+    gif = path.with_name(f"{path.name}.gif")
+    palette[0].save(gif, save_all=True, append_images=palette[1:], duration=1000 // FPS, loop=0)
+    picks = np.linspace(0, len(frames) - 1, 16).round().astype(int)
+    contact_sheet([frames[i] for i in picks], columns=4).save(path.with_name(f"{path.name}.png"))
+    return path
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size in a grid, at half their size."""
+    w, h = pictures[0].size
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * w, rows * h))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * w, i // columns * h))
+    return sheet.resize((columns * w // 2, rows * h // 2))

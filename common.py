@@ -24,15 +24,15 @@ class UserError(ValueError):
     """Something that a person can put right. The message says what is wrong and what to type; programs print it as one line."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The command line: a dataclass is a program's options, its fields are declared by opt()
 
 
 def opt(default: Any, help: str = "", allowed: str | Sequence[str] = "") -> Any:
     """A config field: its default, the line that --help prints, and the values that it may take.
 
-    allowed: an interval such as "[0, 1)", or a tuple of words. A field without help is not an option: presets, data
-    sets and checkpoints set it.
+    allowed: an interval such as "[0, 1)", or a tuple of words. A field without help is not an option:
+    presets, data sets and checkpoints set it.
     """
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
@@ -62,8 +62,9 @@ def _inside(value: float, interval: str) -> bool:
 def parse_config(cls: type, presets: dict[str, dict], argv: Sequence[str], positional: str = "") -> Any:
     """Command line -> an instance of the config dataclass `cls`: `--config NAME`, `--key=value`, `--key value`, `--flag`.
 
-    presets: one table for all programs; each takes the fields that it knows. positional: the field that takes a free
-    word. What was typed is kept as `config.typed`, a dict. A mistake ends in one line and exit status 2.
+    presets: one table for all programs; each takes the fields that it knows. positional: the field that takes
+    a free word. What was typed is kept as `config.typed`, a dict. A mistake ends in one line and exit status
+    2.
     """
     options = {f.name: f for f in fields(cls) if f.metadata["help"]}
     if "--help" in argv or "-h" in argv:
@@ -179,8 +180,9 @@ def run_program(program: Callable[[Any], None], config: Any) -> None:
         leave_processes()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files. A file appears under its own name only when it is whole: a kill at any moment leaves the old one or the new one.
+# -----------------------------------------------------------------------------------------------------------
+# Files. A file appears under its own name only when it is whole: a kill at any moment leaves the old one or
+# the new one.
 
 FORMAT = 2  # of checkpoints; 1 has no such key, its field names are listed in model.RENAMED
 
@@ -244,7 +246,7 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Packages, devices, processes
 
 
@@ -261,8 +263,9 @@ def require(module: str, package: str = "") -> ModuleType:
 def load_triton_apart() -> None:
     """Load triton's library so that it uses its own LLVM, whatever was loaded before.
 
-    Mesa, which draws on machines without a GPU, brings an LLVM, too. Where a picture was drawn first, an ordinary
-    import of triton (torch does it by itself) takes Mesa's, and the process dies of a segmentation fault.
+    Mesa, which draws on machines without a GPU, brings an LLVM, too. Where a picture was drawn first, an
+    ordinary import of triton (torch does it by itself) takes Mesa's, and the process dies of a segmentation
+    fault.
     """
     if sys.platform != "linux":
         return

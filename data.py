@@ -1,43 +1,53 @@
-"""Episodes and questions on disk, text tokens, statistics, batches, and retrieval of similar frames.
+"""Data: text tokens, packed sequences, demonstrations, questions, statistics.
 
 A data set is a folder that numpy alone can read:
 
-    data/<name>/meta.json     cameras, motors, fps, statistics, state (names, where it is not the motors' positions), what made it,
-                              and one entry per episode:
-                              {start, length, task, reason: [[first step, text], ...], success, seed, family, kind,
-                              disturbed: [[first step, end], ...]}: while the arm did not obey the actions
+    data/<name>/meta.json     cameras, motors, fps, statistics, state (names, where it is not the motors'
+    positions), what
+                              made it, and one entry per episode:
+                              {start, length, task, reason: [[first step, text], ...], success, seed, family,
+                              kind, disturbed: [[first step, end], ...]}: while the arm did not obey the
+                              actions
     data/<name>/front.npy     (frames, px, px, 3) uint8, one file per camera
     data/<name>/state.npy     (frames, S) float32, LeRobot units (degrees, gripper 0..100)
     data/<name>/action.npy    (frames, A) float32, target positions in the same units
 
-A question set has the camera files and `questions.json`: per image a list of [kind, question, answer]. Where a question comes
-with a single picture, meta.json lists the other views as "grey": they have no file and are seen as plain grey. rl.py leaves its
-similarity index with the data that it was made from, `similarity_<what it depends on>.safetensors`.
+A question set has the camera files and `questions.json`: per image a list of [kind, question, answer]. Where
+a question comes with a single picture, meta.json lists the other views as "grey": they have no file and are
+seen as plain grey.
 
-Batches are a pure function of (seed, step): resuming needs no sampler state, and every process of a torchrun job draws the
-same global batch and takes its own rows.
+Batches are a pure function of (seed, step): resuming needs no sampler state, and every process of a torchrun
+job draws the same global batch and takes its own rows.
 """
+
+from __future__ import annotations
 
 import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from common import UserError, read_json
+from common import UserError, read_json, write_json
 
+if TYPE_CHECKING:
+    from model import Config
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Text
 
 
 class Tokenizer:
-    """Words of the training text as single tokens, anything else as UTF-8 bytes: lossless for every string, no packages needed.
+    """Words of the training text as single tokens, anything else as UTF-8 bytes: lossless for every string.
 
-    A token carries the space before it, so that decode(encode(text)) == text. Token ids: specials, 256 bytes, words.
+    A token carries the space before it, so that decode(encode(text)) == text. Token ids: specials, 256 bytes,
+    words.
     """
 
     SPECIAL = ("<pad>", "<task>", "<reason>", "</reason>", "<ask>", "<answer>", "<end>")
@@ -45,7 +55,7 @@ class Tokenizer:
     LONGEST = 128  # tokens of an instruction or question; the longest of ours has under 40
     start = image_open = image_close = ()  # nothing stands around the images
 
-    def __init__(self, words):
+    def __init__(self, words: Iterable[str]):
         self.words = list(words)
         self.first_word = len(self.SPECIAL) + 256
         self.ids = {word: self.first_word + i for i, word in enumerate(self.words)}
@@ -53,21 +63,20 @@ class Tokenizer:
         self.task, self.reason, self.end_reasoning, self.ask, self.reply, self.end_answer = range(1, 7)
 
     @classmethod
-    def train(cls, texts, limit):
+    def train(cls, texts: Iterable[str], limit: int) -> Tokenizer:
         """The most frequent pieces of `texts`, so that the whole vocabulary has at most `limit` tokens.
 
         A piece seen fewer than 20 times stays bytes: its embedding would hardly be trained.
         """
         counts = Counter(piece for text in texts for piece in cls.PIECES.findall(" " + text))
-        ranked = sorted(
-            (piece for piece in counts if counts[piece] >= 20), key=lambda piece: (-counts[piece], piece)
-        )
-        return cls(ranked[: limit - len(cls.SPECIAL) - 256])
+        frequent = [piece for piece in counts if counts[piece] >= 20]
+        frequent.sort(key=lambda piece: (-counts[piece], piece))
+        return cls(frequent[: limit - len(cls.SPECIAL) - 256])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.first_word + len(self.words)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Any string -> token ids."""
         if text in self.encoded:
             return self.encoded[text]
@@ -81,7 +90,7 @@ class Tokenizer:
             self.encoded[text] = ids
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Token ids -> string; special tokens are left out."""
         parts = []
         for i in ids:
@@ -91,389 +100,460 @@ class Tokenizer:
                 parts.append(bytes([i - len(self.SPECIAL)]))
         return b"".join(parts).decode("utf-8", "replace").removeprefix(" ")
 
-    def encode_user_text(self, text, what):
-        """A user's words in the form of the training text (lower case, punctuation apart), or a ValueError."""
-        ids = self.encode(" ".join(re.findall(r"\w+|[^\w\s]", text.lower())))
+    def encode_user_text(self, text: str, what: str) -> list[int]:
+        """A user's words in the form of the training text (lower case, punctuation apart) -> ids; UserError if unusable."""
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        ids = self.encode(" ".join(words))
         if not text.strip():
             raise UserError(f'the {what} is empty; try "put the red cube on the blue pad"')
         if len(ids) > self.LONGEST:
             raise UserError(
-                f"the {what} is {len(ids)} tokens long; at most {self.LONGEST} fit, say it in fewer words"
+                f"the {what} has {len(ids)} tokens, at most {self.LONGEST} fit: say it in fewer words"
             )
         return ids
 
-    def prompt(self, task, reasoning=True):
+    def prompt(self, task: str, reasoning: bool = True) -> list[int]:
         """Instruction -> the ids that the chain of thought (or, without reasoning, the feature queries) follows."""
-        return [self.task, *self.encode_user_text(task, "instruction"), *([self.reason] if reasoning else [])]
+        ids = [self.task, *self.encode_user_text(task, "instruction")]
+        if reasoning:
+            ids.append(self.reason)
+        return ids
 
-    def reasoning_ids(self, reason):
-        return [*self.encode(reason), self.end_reasoning]
+    def reasoning_ids(self, reasoning: str) -> list[int]:
+        """A chain of thought as training target."""
+        return [*self.encode(reasoning), self.end_reasoning]
 
-    def question(self, question):
+    def question(self, question: str) -> list[int]:
         """Question -> the ids that the answer follows. An instruction as a question asks for its reasoning."""
         if question.startswith("<task>"):
             return self.prompt(question.removeprefix("<task>"))
         return [self.ask, *self.encode_user_text(question, "question"), self.reply]
 
-    def answer(self, question, answer):
-        return [*self.encode(answer), self.end_reasoning if question.startswith("<task>") else self.end_answer]
+    def answer(self, question: str, answer: str) -> list[int]:
+        """The answer to a question as training target."""
+        end = self.end_reasoning if question.startswith("<task>") else self.end_answer
+        return [*self.encode(answer), end]
 
-    def dumps(self):
+    def dumps(self) -> str:
         """What stands in a checkpoint's tokenizer.json."""
         return json.dumps(self.words)
 
     @staticmethod
-    def load(folder):
-        """The tokenizer of a checkpoint, or of a pretrained model: words, or what the package `tokenizers` writes."""
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(
-                f"{folder} is no checkpoint: it has no tokenizer.json; run: python train.py --config small"
-            )
-        text = path.read_text()
-        return Tokenizer(json.loads(text))
+    def load(folder: str | Path) -> Tokenizer:
+        """The tokenizer of a checkpoint folder; UserError where there is none or where it is another's."""
+        path = Path(folder, "tokenizer.json")
+        words = read_json(path)
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f"{path} is no list of words; run: python train.py --config small")
+        return Tokenizer(words)
 
 
-def pack(rows):
-    """Rows of segments -> padded tensors. A row is a list of (prompt ids, target ids); each pair becomes a segment 1, 2, ...
+Segment = tuple[list[int], list[int]]  # prompt ids, target ids
 
-    -> tokens, segments (-1: padding), positions (within the segment), labels (the next token where it is a target, else
+
+def pack(rows: list[list[Segment]]) -> dict[str, np.ndarray]:
+    """Rows of (prompt ids, target ids) pairs -> padded arrays; each pair becomes a segment 1, 2, ... of its row.
+
+    -> tokens, segments (-1: padding), positions (within the segment), labels (the next token where it is a
+    target, else
     -100), all (B, T) int64.
     """
-    T = max(sum(len(p) + len(t) for p, t in row) for row in rows)
-    tokens, segments, positions, labels = (
-        np.full((len(rows), T), fill, np.int64) for fill in (0, -1, 0, -100)
-    )
+    T = max(sum(len(prompt) + len(target) for prompt, target in row) for row in rows)
+    B = len(rows)
+    tokens = np.zeros((B, T), np.int64)
+    segments = np.full((B, T), -1)
+    positions = np.zeros((B, T), np.int64)
+    labels = np.full((B, T), -100)
     for b, row in enumerate(rows):
-        i = 0
-        for k, (prompt, target) in enumerate(row):
-            n, m = len(prompt), len(prompt) + len(target)
-            tokens[b, i : i + m] = prompt + target
-            segments[b, i : i + m] = k + 1
-            positions[b, i : i + m] = np.arange(m)
-            labels[b, i + n - 1 : i + m - 1] = target
-            i += m
+        start = 0
+        for number, (prompt, target) in enumerate(row, 1):
+            end = start + len(prompt) + len(target)
+            first_target = start + len(prompt)
+            tokens[b, start:end] = prompt + target
+            segments[b, start:end] = number
+            positions[b, start:end] = np.arange(end - start)
+            labels[b, first_target - 1 : end - 1] = target
+            start = end
     return {"tokens": tokens, "segments": segments, "positions": positions, "labels": labels}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Statistics
+def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Arrays of any layout -> tensors."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
-def statistics(array):
-    """Per dimension of (N, D): min, max, mean, std and the quantiles that normalisation uses, as plain lists."""
-    x = np.asarray(array, np.float64)
-    names = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
-    names |= {f"q{int(q * 100):02d}": np.quantile(x, q, axis=0) for q in (0.01, 0.5, 0.99)}
-    return {name: value.tolist() for name, value in names.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Data sets
-
-
-def save_episodes(folder, episodes, cameras, motors, fps=10, state=()):
-    """Write a data set from Python. An episode is {"images": {camera: (n, px, px, 3) uint8}, "state" (n, S), "action" (n, A), "task"}
-    and what else meta.json should say of it: "family", "reason", "success", "seed", "disturbed".
-    motors: names of the action's numbers, state: of the state's (none: the motors, whose positions they are).
-    """
-    folder = Path(folder)
-    if (folder / "meta.json").is_file():
-        raise UserError(f"{folder} already holds a data set; delete it or choose another folder")
-    arrays = {
-        name: np.concatenate([e[name] for e in episodes]).astype(np.float32) for name in ("state", "action")
-    }
-    for name, names in (("state", state or motors), ("action", motors)):
-        if arrays[name].shape[1:] != (len(names),):
-            raise UserError(f"{name} has shape {arrays[name].shape}, its names are {list(names)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    for camera in cameras:
-        np.save(folder / f"{camera}.npy", np.concatenate([e["images"][camera] for e in episodes]))
-    entries, start = [], 0
-    for i, e in enumerate(episodes):
-        said = {k: v for k, v in e.items() if k not in ("images", "state", "action")}
-        entries.append(
-            {
-                "start": start,
-                "length": len(e["state"]),
-                "reason": [],
-                "success": True,
-                "seed": i,
-                "family": "demo",
-                "kind": "demo",
-            }
-            | said
-        )
-        start += len(e["state"])
-    meta = {
-        "cameras": list(cameras),
-        "motors": list(motors),
-        **({"state": list(state)} if state else {}),
-        "fps": fps,
-        "statistics": {k: statistics(v) for k, v in arrays.items()},
-        "episodes": entries,
-    }
-    (folder / "meta.json.tmp").write_text(json.dumps(meta))
-    (folder / "meta.json.tmp").replace(folder / "meta.json")  # last: a folder without it is no data set
-
-
-def read_meta(folder):
-    """meta.json of a data set folder; UserError says what to type where there is none."""
-    if not Path(folder, "meta.json").is_file():
-        raise UserError(f"{folder} is no data set (no meta.json); run: python prepare.py --config small")
-    return read_json(Path(folder, "meta.json"))
-
-
-def read_images(folder, meta, cfg):
-    """The camera arrays of a data set, memory-mapped, in the model's order; an error that shows both sides if they do not fit."""
-    wanted = cfg.camera_names
-    if missing := [c for c in wanted if c not in meta["cameras"]]:
-        raise UserError(
-            f"{folder} has cameras {meta['cameras']}, the model wants {wanted} ({missing} missing); set --cameras or choose another --data"
-        )
-    grey = meta.get("grey", [])
-    stored = {
-        camera: np.load(Path(folder) / f"{camera}.npy", mmap_mode="r")
-        for camera in wanted
-        if camera not in grey
-    }
-    if not stored:
-        raise UserError(
-            f"{folder} has pictures for {[c for c in meta['cameras'] if c not in grey]} alone, the model wants {wanted}; set --cameras or --mix=0"
-        )
-    images = [
-        stored[c] if c in stored else np.broadcast_to(np.uint8(128), next(iter(stored.values())).shape)
-        for c in wanted
-    ]
-    if images[0].shape[1] != cfg.image_size:
-        raise UserError(
-            f"{folder} has images of {images[0].shape[1]} px, the model takes {cfg.image_size}; set --image_size={images[0].shape[1]}"
-        )
-    return images
-
-
-def flow_times(rng, shape):
-    """Random flow times in (0, 1] as pi0 draws them, float32: more mass at noise (t = 1)."""
+def flow_times(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Random flow times in (0, 1] as pi0 draws them, float32: more of them near noise (t = 1)."""
     return rng.beta(1.5, 1.0, shape).astype(np.float32) * 0.999 + 0.001
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Demonstrations
 
 
 class Episodes:
     """Demonstrations: frames to draw action samples from."""
 
-    def __init__(self, folder, cfg, families=None):
-        self.meta, self.cfg, self.frozen = read_meta(folder), cfg, None
-        if missing := {"cameras", "motors", "statistics", "episodes"} - self.meta.keys():
-            raise UserError(
-                f"{folder}/meta.json lacks {', '.join(sorted(missing))}; the README lists what it must hold"
-            )
-        for what, theirs, own in (
-            ("motors", self.meta["motors"], cfg.motor_names),
-            ("state", self.meta.get("state") or self.meta["motors"], cfg.state_names),
-        ):
-            if theirs != own:
-                raise UserError(f"{folder} has {what} {theirs}, the model {own}")
-        self.images = read_images(folder, self.meta, cfg)
-        self.state, self.action = (
-            np.load(Path(folder) / f"{name}.npy", mmap_mode="r") for name in ("state", "action")
-        )
-        if (self.state.shape[1], self.action.shape[1]) != (cfg.state_dim, cfg.action_dim):
-            raise UserError(
-                f"{folder} has states of {self.state.shape[1]} and actions of {self.action.shape[1]} numbers, its meta.json names {cfg.state_dim} and {cfg.action_dim}"
-            )
-        usable = [
-            e for e in self.meta["episodes"] if e["success"] or e.get("kind") == "start"
-        ]  # a start is a few good steps
-        there = sorted({e.get("family", "") for e in usable})
-        if not usable or (missing := [f for f in families or () if f not in there]):
-            raise UserError(
-                f"{folder} has no successful episode of family {', '.join(missing) if usable else 'any'}; it has {', '.join(there) or 'none'}: set --families"
-            )
-        self.episodes = [e for e in usable if families is None or e["family"] in families]
-        self.frames, self.end, self.episode_of, weights = [], [], [], []
-        for i, e in enumerate(self.episodes):
-            changes = [step for step, _ in e["reason"]]
-            for step in range(e["length"]):
-                self.frames.append(e["start"] + step)
-                # What is done after a disturbance answers it, and nobody could have known of it: such a step ends the chunk.
-                struck = [max(step, first) + 1 for first, last in e.get("disturbed", ()) if step < last]
-                self.end.append(e["start"] + min([e["length"], *struck]))
-                self.episode_of.append(i)
-                # Only the frames at which a new thought begins need the words: later ones give the target away by the arm's
-                # own motion. Drawing them more often is what makes the policy listen.
-                weights.append(3.0 if any(0 <= step - change < 3 for change in changes) else 1.0)
+    def __init__(self, folder: str | Path, cfg: Config, families: list[str] | None = None):
+        """Open a data set; UserError shows both sides of what does not fit the model. families None: all."""
+        self.cfg = cfg
+        self.meta = read_meta(folder)
+        self.images = open_images(folder, self.meta, cfg)
+        self.state = np.load(Path(folder, "state.npy"), mmap_mode="r")  # (frames, S)
+        self.action = np.load(Path(folder, "action.npy"), mmap_mode="r")  # (frames, A)
+        check_robot(folder, self.meta, self.state, self.action, cfg)
+        self.episodes = usable_episodes(folder, self.meta, families)
+        self.cache = None  # of a frozen VLM's query states, see cache_query_states()
+
+        # One entry per frame: its row in the arrays, the row at which its chunk ends, its episode
+        self.frames: list[int] = []
+        self.end: list[int] = []
+        self.episode_of: list[int] = []
+        weights = []
+        for number, episode in enumerate(self.episodes):
+            changes = [step for step, _ in episode["reason"]]
+            for step in range(episode["length"]):
+                self.frames.append(episode["start"] + step)
+                self.end.append(episode["start"] + chunk_end(episode, step))
+                self.episode_of.append(number)
+                # Only the frames at which a new reasoning begins need the words: in later ones the arm's own
+                # motion gives the target away. Drawing them more often makes the policy listen.
+                new = any(0 <= step - change < 3 for change in changes)
+                weights.append(3.0 if new else 1.0)
         self.cumulative = np.cumsum(weights) / np.sum(weights)
 
-    def reason_at(self, i):
-        """(task, reason) of the i-th frame."""
-        e = self.episodes[self.episode_of[i]]
-        step = self.frames[i] - e["start"]
-        return e["task"], ([text for first, text in e["reason"] if first <= step] or [""])[-1]
+    def __len__(self) -> int:
+        return len(self.frames)
 
-    def texts(self):
-        return [text for e in self.episodes for text in (e["task"], *(r for _, r in e["reason"]))]
+    def reason_at(self, i: int) -> tuple[str, str]:
+        """(task, reasoning) of the i-th frame."""
+        episode = self.episodes[self.episode_of[i]]
+        step = self.frames[i] - episode["start"]
+        reasoning = ""
+        for first, text in episode["reason"]:
+            if first <= step:
+                reasoning = text
+        return episode["task"], reasoning
 
-    def batch(self, tokenizer, rng, n, rows=slice(None)):
-        """n random frames as one action batch (dict of tensors, SyVLA.forward's keys); only `rows` of it are built.
+    def texts(self) -> list[str]:
+        """Every task and reasoning, for the tokenizer."""
+        found = []
+        for episode in self.episodes:
+            found += [episode["task"], *(text for _, text in episode["reason"])]
+        return found
 
-        All random numbers are drawn for the whole batch first, so every process of a job agrees on them.
+    def batch(
+        self, tokenizer: Tokenizer, rng: np.random.Generator, n: int, rows: slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """n random frames as an action batch (the keys of SyVLA.forward); only `rows` of it are built.
+
+        All random numbers are drawn for the whole batch first, so that every process of a job agrees on them.
         """
-        cfg, H, A = self.cfg, self.cfg.chunk_size, self.cfg.action_dim
-        picks = np.searchsorted(self.cumulative, rng.random(n))[rows]
-        eps = rng.standard_normal((n, cfg.noise_samples, H, A), dtype=np.float32)[rows]
-        t = flow_times(rng, (n, cfg.noise_samples))[rows]
-        uniform = rng.random((n, cfg.queries), dtype=np.float32)[rows]
+        cfg = self.cfg
+        M = cfg.noise_samples
+        picks = np.searchsorted(self.cumulative, rng.random(n))
+        eps = rng.standard_normal((n, M, cfg.chunk_size, cfg.action_dim), dtype=np.float32)
+        t = flow_times(rng, (n, M))
+        uniform = rng.random((n, cfg.queries), dtype=np.float32)
         older = rng.integers(cfg.stale + 1, size=n)[rows] if cfg.stale else None
-        return self.samples(tokenizer, picks, older) | {
-            k: torch.from_numpy(np.ascontiguousarray(v))
-            for k, v in {"eps": eps, "t": t, "uniform": uniform}.items()
-        }
+        noise = {"eps": eps[rows], "t": t[rows], "uniform": uniform[rows]}
+        return self.samples(tokenizer, picks[rows], older) | to_tensors(noise)
 
-    def samples(self, tokenizer, picks, older=None):
-        """Frames by index -> images, text, state, actions, valid (False behind the episode's end) as tensors.
+    def samples(
+        self, tokenizer: Tokenizer, picks: Sequence[int], older: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        """Frames by index -> images, text, state (B, S), actions (B, H, A), valid (B, H) (False behind the end).
 
-        older (B,): images and text are of so many control steps before, or of the episode's start; "age" says how many.
-        Where `frozen` is set, "states" (B, Q, D), what a VLM that does not learn makes of images and text, stand in their place.
+        older (B,): images and text are those of so many control steps before, or of the episode's start;
+        "age" (B,) says how many. Where query states are cached, "query_states" (B, Q, D) stand in place of
+        images and text.
         """
-        H, seen = self.cfg.chunk_size, np.asarray(picks)  # seen: the frames whose pictures and text the VLM gets
-        if older is not None:
-            age = np.array(
-                [
-                    min(k, self.frames[i] - self.episodes[self.episode_of[i]]["start"])
-                    for i, k in zip(picks, older)
-                ]
-            )
-            seen = seen - age
+        picks = np.asarray(picks)
         frames = np.array([self.frames[i] for i in picks])
-        steps = frames[:, None] + np.arange(H)  # (B, H)
-        last = np.array([self.end[i] for i in picks])[:, None] - 1
-        batch = (
-            self.prompts(tokenizer, seen) if self.frozen is None else {"query_states": self.states(tokenizer, seen)}
-        )
-        batch |= {
-            "state": self.state[frames],
-            "actions": self.action[np.minimum(steps, last)],  # (B, H, A)
-            "valid": steps <= last,
-        } | ({} if older is None else {"age": age})
-        return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
+        batch = {}
+        seen = picks  # the frames whose pictures and text the VLM gets
+        if older is not None:
+            since_start = np.array(
+                [self.frames[i] - self.episodes[self.episode_of[i]]["start"] for i in picks]
+            )
+            batch["age"] = np.minimum(older, since_start)
+            seen = picks - batch["age"]
+        steps = frames[:, None] + np.arange(self.cfg.chunk_size)  # (B, H)
+        last = np.array([self.end[i] for i in picks])[:, None] - 1  # (B, 1)
+        batch["state"] = self.state[frames]
+        batch["actions"] = self.action[np.minimum(steps, last)]
+        batch["valid"] = steps <= last
+        if self.cache is None:
+            batch |= self.prompts(tokenizer, seen)
+        else:
+            batch["query_states"] = self.cached_query_states(tokenizer, seen)
+        return to_tensors(batch)
 
-    def prompts(self, tokenizer, picks):
-        """What the VLM gets of frames by index: pictures, and text packed as pack() does."""
+    def prompts(self, tokenizer: Tokenizer, picks: Sequence[int]) -> dict[str, np.ndarray]:
+        """What the VLM gets of frames by index: images (B, V, px, px, 3), and text as pack() makes it."""
         rows = []
         for i in picks:
-            task, reason = self.reason_at(i)
-            rows.append(
-                [
-                    (
-                        tokenizer.prompt(task, self.cfg.reasoning),
-                        tokenizer.reasoning_ids(reason) if self.cfg.reasoning else [],
-                    )
-                ]
-            )
-        return pack(rows) | {
-            "images": np.stack([view[[self.frames[i] for i in picks]] for view in self.images], axis=1)
-        }  # (B, V, px, px, 3)
+            task, reasoning = self.reason_at(i)
+            target = tokenizer.reasoning_ids(reasoning) if self.cfg.reasoning else []
+            rows.append([(tokenizer.prompt(task, self.cfg.reasoning), target)])
+        frames = [self.frames[i] for i in picks]
+        images = np.stack([view[frames] for view in self.images], axis=1)
+        return pack(rows) | {"images": images}
 
-    def freeze(self, path, shape, see):
-        """Keep what a frozen VLM makes of frames in a file, each when it is first drawn. see: prompts() as tensors -> query states (B, Q, D); shape: (Q, D)."""
-        kind = np.dtype(
-            [("known", bool), ("states", np.float16, shape)]
-        )  # one record a frame, so that no kill parts the two
-        if not Path(path).is_file():
+    def cache_query_states(self, path: Path, shape: tuple[int, int], query_states_of: Callable) -> None:
+        """From now on keep a frozen VLM's query states in a file, each frame's when it is first drawn.
+
+        query_states_of: prompts() as tensors -> query states (B, Q, D); shape: (Q, D).
+        """
+        record = np.dtype([("known", bool), ("states", np.float16, shape)])  # no kill parts the two
+        if not path.is_file():
             temporary = f"{path}.tmp{os.getpid()}"  # several processes may come here at once
             np.lib.format.open_memmap(
-                temporary, "w+", kind, (len(self.state),)
-            )  # a sparse file: frames never drawn take no room
+                temporary, "w+", record, (len(self.state),)
+            )  # sparse: no room until drawn
             os.replace(temporary, path)
-        self.frozen, self.see = np.load(path, mmap_mode="r+"), see
+        self.cache = np.load(path, mmap_mode="r+")
+        self.query_states_of = query_states_of
 
-    def states(self, tokenizer, picks):
-        """Query states of frames by index from the file of freeze() -> (B, Q, D) float32."""
+    def cached_query_states(self, tokenizer: Tokenizer, picks: np.ndarray) -> np.ndarray:
+        """Query states (B, Q, D) float32 of frames by index, computed where the cache does not hold them yet."""
         frames = np.array([self.frames[i] for i in picks])
-        if len(new := np.flatnonzero(~self.frozen["known"][frames])):
-            prompts = self.prompts(tokenizer, np.asarray(picks)[new])
-            states = self.see({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in prompts.items()})
-            self.frozen["states"][frames[new]] = states.cpu().numpy()
-            self.frozen["known"][frames[new]] = True
-        return self.frozen["states"][frames].astype(np.float32)
+        new = np.flatnonzero(~self.cache["known"][frames])
+        if len(new):
+            states = self.query_states_of(to_tensors(self.prompts(tokenizer, picks[new])))
+            self.cache["states"][frames[new]] = states.cpu().numpy()
+            self.cache["known"][frames[new]] = True
+        return self.cache["states"][frames].astype(np.float32)
 
-    def __len__(self):
-        return len(self.frames)
+
+def chunk_end(episode: dict, step: int) -> int:
+    """The step at which a chunk that starts at `step` of an episode must end.
+
+    After a disturbance the recorded actions react to it. They cannot be predicted from this frame, so the
+    target chunk ends with the first disturbed step.
+    """
+    end = episode["length"]
+    for first, last in episode.get("disturbed", ()):
+        if step < last:
+            end = min(end, max(step, first) + 1)
+    return end
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Questions
 
 
 class Questions:
     """Pictures with questions and answers: the multimodal part of the mix, and the held-out test of language ability."""
 
-    def __init__(self, folder, cfg):
+    def __init__(self, folder: str | Path, cfg: Config):
+        """Open a question set; UserError shows both sides of what does not fit the model."""
         self.meta = read_meta(folder)
-        self.images = read_images(folder, self.meta, cfg)
+        self.images = open_images(folder, self.meta, cfg)
         self.questions = read_json(Path(folder, "questions.json"))
         self.scenes = np.arange(len(self.questions))
 
-    def drop_long(self, tokenizer):
-        """Leave out questions of more tokens than the model is made for, as sets of others have them, and pictures that have no other."""
+    def drop_long(self, tokenizer: Tokenizer) -> None:
+        """Leave out questions with more tokens than the model is made for, and pictures that have no other."""
 
-        def fits(question):
-            if (
-                2 * len(question.encode()) <= tokenizer.LONGEST
-            ):  # a byte, with a space before it, is two tokens at most
+        def fits(question: str) -> bool:
+            if 2 * len(question.encode()) <= tokenizer.LONGEST:  # a byte with a space before it is two tokens
                 return True
             try:
                 return bool(tokenizer.question(question))
             except UserError:
                 return False
 
-        self.questions = [[q for q in scene if fits(q[1])] for scene in self.questions]
+        self.questions = [[item for item in scene if fits(item[1])] for scene in self.questions]
         self.scenes = np.array([i for i, scene in enumerate(self.questions) if scene])
         if not len(self.scenes):
             raise UserError(
                 f"no question of the set has at most {tokenizer.LONGEST} tokens; make it again with a smaller --longest"
             )
 
-    def texts(self):
-        return [
-            text.removeprefix("<task>")
-            for scene in self.questions
-            for _, question, answer in scene
-            for text in (question, answer)
-        ]
+    def texts(self) -> list[str]:
+        """Every question and answer, for the tokenizer."""
+        found = []
+        for scene in self.questions:
+            for _, question, answer in scene:
+                found += [question.removeprefix("<task>"), answer.removeprefix("<task>")]
+        return found
 
-    def batch(self, tokenizer, rng, n, room, kinds=None, rows=slice(None)):
-        """n random pictures, each with as many random questions (of some kinds, or all) as fit into `room` tokens.
+    def batch(
+        self,
+        tokenizer: Tokenizer,
+        rng: np.random.Generator,
+        n: int,
+        room: int,
+        kinds: tuple[str, ...] | None = None,
+        rows: slice = slice(None),
+    ) -> dict[str, Tensor]:
+        """n random pictures, each with as many random questions as fit into `room` tokens (the keys of SyVLA.forward).
 
-        -> dict of tensors (SyVLA.forward's keys).
+        kinds: of question, None for all. Only `rows` of the batch are built.
         """
         picks = self.scenes[rng.integers(len(self.scenes), size=n)[rows]]
         seeds = rng.integers(2**31, size=n)[rows]
         packed = []
         for scene, seed in zip(picks, seeds):
-            row, left = [], room
-            pool = [q for q in self.questions[scene] if kinds is None or q[0] in kinds]
-            for i in np.random.default_rng(seed).permutation(len(pool)):
-                _, question, answer = pool[i]
-                prompt, target = tokenizer.question(question), tokenizer.answer(question, answer)
-                if not row or len(prompt) + len(target) <= left:
-                    row.append((prompt, target))
-                    left -= len(prompt) + len(target)
-            packed.append(row)
-        batch = pack(packed) | {"images": np.stack([view[picks] for view in self.images], axis=1)}
-        return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
+            pool = [item for item in self.questions[scene] if kinds is None or item[0] in kinds]
+            order = np.random.default_rng(seed).permutation(len(pool))
+            packed.append(fill_row(tokenizer, [pool[i] for i in order], room))
+        images = np.stack([view[picks] for view in self.images], axis=1)  # (B, V, px, px, 3)
+        return to_tensors(pack(packed) | {"images": images})
 
-    def accuracy(self, answer, n=2000, batch=50):
+    def accuracy(self, answer: Callable, n: int = 2000, batch: int = 50) -> dict[str, dict]:
         """Exact-match accuracy per kind of question on n fixed random questions; answer(images, questions) -> strings.
 
         -> {kind: {"accuracy", "n"}, ..., "all": ...}
         """
-        items = [(scene, *q) for scene, qs in enumerate(self.questions) for q in qs]
+        items = [(scene, *item) for scene, asked in enumerate(self.questions) for item in asked]
         items = [items[i] for i in np.random.default_rng(0).permutation(len(items))[:n]]
         items.sort(key=lambda item: len(item[2]))  # rows of like length decode together without waste
-        right, total = Counter(), Counter()
-        for i in range(0, len(items), batch):
-            part = items[i : i + batch]
-            images = np.stack([view[[scene for scene, *_ in part]] for view in self.images], axis=1)
-            for (_, kind, _, truth), said in zip(part, answer(images, [q for _, _, q, _ in part])):
+        right = Counter()
+        total = Counter()
+        for start in range(0, len(items), batch):
+            scenes, kinds, questions, truths = zip(*items[start : start + batch])
+            images = np.stack([view[list(scenes)] for view in self.images], axis=1)  # (B, V, px, px, 3)
+            for kind, truth, said in zip(kinds, truths, answer(images, list(questions))):
                 for name in (kind, "all"):
                     right[name] += said == truth
                     total[name] += 1
         return {kind: {"accuracy": right[kind] / total[kind], "n": total[kind]} for kind in sorted(total)}
+
+
+def fill_row(tokenizer: Tokenizer, items: list[list[str]], room: int) -> list[Segment]:
+    """As many of [kind, question, answer] in their order as fit into `room` tokens, and one at least."""
+    row = []
+    for _, question, answer in items:
+        prompt = tokenizer.question(question)
+        target = tokenizer.answer(question, answer)
+        length = len(prompt) + len(target)
+        if not row or length <= room:
+            row.append((prompt, target))
+            room -= length
+    return row
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Data sets on disk
+
+
+def read_meta(folder: str | Path) -> dict:
+    """meta.json of a data set or question set; UserError says what to type where there is none."""
+    path = Path(folder, "meta.json")
+    if not path.is_file():
+        raise UserError(f"{folder} is no data set (no meta.json); run: python prepare.py --config small")
+    meta = read_json(path)
+    if not isinstance(meta, dict) or "cameras" not in meta:
+        raise UserError(f"{path} names no cameras; docs/data.md lists what it must hold")
+    return meta
+
+
+def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]:
+    """The camera arrays (frames, px, px, 3) of a set, memory-mapped, in the model's order; grey where a set lists a view as grey."""
+    wanted = cfg.camera_names
+    missing = [camera for camera in wanted if camera not in meta["cameras"]]
+    if missing:
+        raise UserError(
+            f"{folder} has cameras {meta['cameras']}, the model wants {wanted} ({missing} missing); "
+            "set --cameras or choose another --data"
+        )
+    grey = meta.get("grey", [])
+    stored = {}
+    for camera in wanted:
+        if camera not in grey:
+            stored[camera] = np.load(Path(folder, f"{camera}.npy"), mmap_mode="r")
+    if not stored:
+        raise UserError(f"{folder} has no pictures of {wanted}; set --cameras or --mix=0")
+    shape = next(iter(stored.values())).shape
+    if shape[1] != cfg.image_size:
+        raise UserError(f"{folder} has images of {shape[1]} px, the model takes {cfg.image_size}")
+    blank = np.broadcast_to(np.uint8(128), shape)
+    return [stored.get(camera, blank) for camera in wanted]
+
+
+def check_robot(folder: str | Path, meta: dict, state: np.ndarray, action: np.ndarray, cfg: Config) -> None:
+    """UserError where the names or sizes of state and action are not the model's."""
+    missing = {"motors", "statistics", "episodes"} - meta.keys()
+    if missing:
+        raise UserError(
+            f"{folder}/meta.json lacks {', '.join(sorted(missing))}; docs/data.md lists what it must hold"
+        )
+    named = {"motors": meta["motors"], "state": meta.get("state") or meta["motors"]}
+    own = {"motors": cfg.motor_names, "state": cfg.state_names}
+    for what in named:
+        if named[what] != own[what]:
+            raise UserError(f"{folder} has {what} {named[what]}, the model {own[what]}")
+    if (state.shape[1], action.shape[1]) != (cfg.state_dim, cfg.action_dim):
+        raise UserError(
+            f"{folder} has states of {state.shape[1]} and actions of {action.shape[1]} numbers, "
+            f"its meta.json names {cfg.state_dim} and {cfg.action_dim}"
+        )
+
+
+def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) -> list[dict]:
+    """The successful episodes of some families; UserError where one has none. (A `start` episode is a few good steps.)"""
+    usable = [e for e in meta["episodes"] if e["success"] or e.get("kind") == "start"]
+    known = sorted({episode.get("family", "") for episode in usable})
+    if families is None:
+        families = known
+    missing = [family for family in families if family not in known]
+    if missing or not usable:
+        raise UserError(
+            f"{folder} has no successful episode of family {', '.join(missing) or 'any'}; "
+            f"it has {', '.join(known) or 'none'}: set --families"
+        )
+    return [episode for episode in usable if episode.get("family", "") in families]
+
+
+def statistics(array: np.ndarray) -> dict[str, list[float]]:
+    """Per column of (N, D): min, max, mean, std and the quantiles that normalisation uses."""
+    x = np.asarray(array, np.float64)
+    found = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
+    for name, share in (("q01", 0.01), ("q50", 0.5), ("q99", 0.99)):
+        found[name] = np.quantile(x, share, axis=0)
+    return {name: value.tolist() for name, value in found.items()}
+
+
+def save_episodes(
+    folder: str | Path,
+    episodes: list[dict],
+    cameras: Sequence[str],
+    motors: Sequence[str],
+    fps: int = 10,
+    state: Sequence[str] = (),
+) -> None:
+    """Write a data set from Python.
+
+    An episode is {"images": {camera: (n, px, px, 3) uint8}, "state" (n, S), "action" (n, A), "task"} and what
+    else meta.json should say of it: "family", "reason", "success", "seed", "disturbed". motors: names of an
+    action's numbers, state: of the state's (none: the motors, whose positions they are). UserError for a
+    folder that holds a data set already, or for shapes that do not fit the names.
+    """
+    folder = Path(folder)
+    if (folder / "meta.json").is_file():
+        raise UserError(f"{folder} already holds a data set; delete it or choose another folder")
+    arrays = {}
+    for name, names in (("state", state or motors), ("action", motors)):
+        arrays[name] = np.concatenate([episode[name] for episode in episodes]).astype(np.float32)
+        if arrays[name].shape[1:] != (len(names),):
+            raise UserError(f"{name} has shape {arrays[name].shape}, its names are {list(names)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"cameras": list(cameras), "motors": list(motors), "fps": fps}
+    if state:
+        meta["state"] = list(state)
+    meta["statistics"] = {name: statistics(array) for name, array in arrays.items()}
+    for camera in cameras:
+        arrays[camera] = np.concatenate([episode["images"][camera] for episode in episodes])
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    entries = []
+    start = 0
+    for number, episode in enumerate(episodes):
+        length = len(episode["state"])
+        defaults = {"reason": [], "success": True, "seed": number, "family": "demo", "kind": "demo"}
+        said = {name: value for name, value in episode.items() if name not in ("images", "state", "action")}
+        entries.append({"start": start, "length": length} | defaults | said)
+        start += length
+    write_json(folder / "meta.json", meta | {"episodes": entries})  # last: a folder without it is no data set

@@ -1,10 +1,11 @@
 """Environments by name, many at once, one loop over episodes, the success table and films.
 
-Everything that plays episodes goes through run_episodes(): evaluation, reinforcement learning, films, real time. The
-worker processes of VecEnv import this file, so it needs no torch.
+Everything that plays episodes goes through run_episodes(): evaluation, reinforcement learning, films, real
+time. The worker processes of VecEnv import this file, so it needs no torch.
 
-Families are the tasks of an environment, splits are kinds of scenes (id, ood_position, ood_instruction), seeds choose
-scenes: "train" to learn from, "val" to choose between policies, "report" for the numbers that one publishes.
+Families are the tasks of an environment, splits are kinds of scenes (id, ood_position, ood_instruction),
+seeds choose scenes: "train" to learn from, "val" to choose between policies, "report" for the numbers that
+one publishes.
 """
 
 import contextlib
@@ -30,18 +31,19 @@ import sim_env
 from common import Stopwatch, UserError, write_json
 from sim_env import FPS, SEEDS, SPLITS
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Environments by name
 
 
 def environment_class(name: str) -> type:
     """The class that `--env` names: "sim" or "package.module:Class"; UserError says what it lacks.
 
-    It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally splits, and
-    state (names of the state's numbers; without it they are the motors' positions). It is made by Class(px=...) and has
-    Gymnasium's reset(*, seed, options), step(action) and close(); optionally step_chunk(actions), which draws pictures
-    once a chunk, and instruct(task) -> observation, another instruction in mid motion. options hold family, split and,
-    if a person typed one, task. Observations are {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}.
+    It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally
+    splits, and state (names of the state's numbers; without it they are the motors' positions). It is made by
+    Class(px=...) and has Gymnasium's reset(*, seed, options), step(action) and close(); optionally
+    step_chunk(actions), which draws pictures once a chunk, and instruct(task) -> observation, another
+    instruction in mid motion. options hold family, split and, if a person typed one, task. Observations are
+    {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}.
     """
     if name == "sim":
         return sim_env.SO100Env
@@ -135,7 +137,7 @@ def make_env(name: str, px: int = 96, **options: Any) -> Any:
     return env if hasattr(env, "step_chunk") else ChunkedEnv(env)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Many environments at once
 
 
@@ -163,8 +165,8 @@ def serve() -> None:
 class VecEnv:
     """n environments in worker processes. One whose episode ended rests until it is reset; its last observation stays.
 
-    Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor spawn's second
-    import of the main program. Use it in a `with` statement or call close().
+    Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor
+    spawn's second import of the main program. Use it in a `with` statement or call close().
     """
 
     def __init__(self, n: int, workers: int = 2, env: str = "sim", px: int = 96, **options: Any):
@@ -287,7 +289,7 @@ class SingleEnv(VecEnv):
         self.env.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The loop over episodes
 
 
@@ -324,8 +326,8 @@ def run_episodes(
     """Play episodes; an arm that finishes takes the next one, so all stay busy. -> the episodes, filled in.
 
     policy_fn gets VecEnv.observe() of the busy arms, with "episode", the Episode that each plays, and
-    "teacher_reasoning", what a teacher would think now. final_fn(observation) -> a value for each arm that the time
-    limit cut off, kept as Episode.final. on_end is called with each episode as it ends.
+    "teacher_reasoning", what a teacher would think now. final_fn(observation) -> a value for each arm that
+    the time limit cut off, kept as Episode.final. on_end is called with each episode as it ends.
     """
     waiting = list(episodes)
     running: dict[int, Episode] = {}  # arm -> its episode
@@ -404,7 +406,7 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
     return decide
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Success by family and split
 
 
@@ -456,9 +458,10 @@ def evaluate(
 ) -> dict[str, dict[str, dict]]:
     """Closed-loop episodes on the first n scenes of a range of seeds.
 
-    -> {family: {split: {"success", "n", "low", "high" (95 % interval), "target_at_0" (cube and pad named correctly in
-    the first reasoning), "reasoning" (the first one equals the teacher's), "steps" (mean of the successful episodes),
-    "ms_per_chunk" (at batch 1), "ms_by_stage"}}}; target_at_0 and reasoning are None for a policy that does not reason.
+    -> {family: {split: {"success", "n", "low", "high" (95 % interval), "target_at_0" (cube and pad named
+    correctly in the first reasoning), "reasoning" (the first one equals the teacher's), "steps" (mean of the
+    successful episodes), "ms_per_chunk" (at batch 1), "ms_by_stage"}}}; target_at_0 and reasoning are None
+    for a policy that does not reason.
     """
     if n > len(SEEDS[seeds]):
         raise UserError(f"there are {len(SEEDS[seeds])} {seeds} seeds, not {n}")
@@ -540,7 +543,7 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Films
 
 

@@ -1,15 +1,17 @@
 """SyVLA in plain PyTorch: a small VLM that reasons in text, 20 feature query tokens, a flow-matching action expert.
 
     images, instruction -> VLM writes <reason> ... </reason> -> the 20 query tokens follow the reasoning
-    -> their last hidden states ("feature query states") -> MLP adapter -> flow-matching action expert -> action chunk
+    -> their last hidden states ("feature query states") -> MLP adapter -> flow-matching action expert ->
+    action chunk
 
-Read it in this order: Config and PRESETS, VisionEncoder, LanguageModel, VLM (its attention mask is the interesting
-part), ActionExpert, then SyVLA: `forward` is training with intention decoupling, `act` is inference.
+Read it in this order: Config and PRESETS, VisionEncoder, LanguageModel, VLM (its attention mask is the
+interesting part), ActionExpert, then SyVLA: `forward` is training with intention decoupling, `act` is
+inference.
 
-Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, H action chunk (horizon), A action
-dim, S state dim, D width, De expert width, M noise samples per observation, K denoising steps, N = P + T + Q, nh heads,
-hd head dim.
-Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity u = eps - a, Euler step x <- x - v/K.
+Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, H action chunk (horizon),
+A action dim, S state dim, D width, De expert width, M noise samples per observation, K denoising steps, N = P
++ T + Q, nh heads, hd head dim. Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity
+u = eps - a, Euler step x <- x - v/K.
 
 Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (SyVLA), arXiv 2606.09009.
 """
@@ -20,7 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ DenoisingStep = Callable[
     [int, Tensor, Tensor], Tensor
 ]  # k, chunk (B, H, A), velocity (B, H, A) -> next chunk
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Configuration
 
 DECOUPLE = ("gradient", "random", "attention", "off")
@@ -108,6 +110,8 @@ class Config:
     norm_eps: float = opt(RMS_EPS)  # language model RMSNorm
     tied: bool = opt(False)  # the output layer is the token embedding
     rope_theta: float = opt(10000.0)  # rotary embedding base
+
+    typed: ClassVar[dict[str, Any]] = {}  # what stood on the command line
 
     def __post_init__(self):
         check_options(self)
@@ -247,15 +251,25 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def all_presets() -> dict[str, dict]:
+    """PRESETS, and those of pretrained backbones where extras/ is there."""
+    try:
+        from extras.backbones import PRESETS as PRETRAINED
+    except ImportError:
+        return PRESETS
+    return PRESETS | PRETRAINED
+
+
+# -----------------------------------------------------------------------------------------------------------
 # The VLM, shaped like SmolVLM: vision encoder, pixel shuffle connector, Llama-style language model
 
 
 class VisionEncoder(nn.Module):
     """Patches of one image by two convolutions, then SmolVLM's connector: pixel shuffle and a projection to width D.
 
-    The overlapping filters learn to see far sooner than SigLIP's single filter a patch (Xiao et al. 2021, arXiv
-    2106.14881). No Transformer blocks follow: from random weights the language model's attention does as well for less.
+    The overlapping filters learn to see far sooner than SigLIP's single filter a patch (Xiao et al. 2021,
+    arXiv 2106.14881). No Transformer blocks follow: from random weights the language model's attention does
+    as well for less.
     """
 
     def __init__(self, cfg: Config):
@@ -387,11 +401,12 @@ class LanguageModel(nn.Module):
 class VLM(nn.Module):
     """Images, text and feature queries in one sequence: [P prefix | T text | Q queries].
 
-    The attention mask has one rule: a token sees itself, and earlier tokens of its own segment or of the shared prefix.
-    The prefix, segment 0, is the images with what a chat format writes around them. Questions packed behind one image
-    are segments 1, 2, ...: each sees the picture and itself, never another question or its answer. Without this
-    isolation a model trained from nothing learns to answer from the neighbours' answers instead of from the picture.
-    Padding is segment -1. The queries belong to segment 1, which is the instruction with its reasoning.
+    The attention mask has one rule: a token sees itself, and earlier tokens of its own segment or of the
+    shared prefix. The prefix, segment 0, is the images with what a chat format writes around them. Questions
+    packed behind one image are segments 1, 2, ...: each sees the picture and itself, never another question
+    or its answer. Without this isolation a model trained from nothing learns to answer from the neighbours'
+    answers instead of from the picture. Padding is segment -1. The queries belong to segment 1, which is the
+    instruction with its reasoning.
     """
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer):
@@ -410,6 +425,15 @@ class VLM(nn.Module):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of the vision encoder and of the language model."""
         return {"vision": list(self.vision.parameters()), "language": list(self.lm.parameters())}
+
+    def freeze_vision(self) -> None:
+        """The vision encoder stops learning, but for its connector."""
+        self.vision.requires_grad_(False)
+        self.vision.connector.requires_grad_(True)
+
+    def enable_checkpointing(self) -> None:
+        """Keep only every block's input in the forward pass, and compute the rest again in the backward pass."""
+        self.lm.checkpointing = True
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
@@ -459,7 +483,8 @@ class VLM(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """visual (B, V, n, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D), queries (B, Q, D) or None.
 
-        positions count within a segment from 0: every segment starts right behind the images, as if it were alone.
+        positions count within a segment from 0: every segment starts right behind the images, as if it were
+        alone.
         """
         prefix, prefix_positions, first = self.prefix(visual)
         B, P, _ = prefix.shape
@@ -484,8 +509,8 @@ class VLM(nn.Module):
     ) -> tuple[list[list[int]], Tensor | None]:
         """Greedy decoding with a key/value cache; prompts, lists of token ids, may differ in length.
 
-        visual (B, V, n, D) -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D) or None.
-        limit 0 writes nothing: the queries follow the prompt.
+        visual (B, V, n, D) -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
+        or None. limit 0 writes nothing: the queries follow the prompt.
         """
         prefix, prefix_positions, first = self.prefix(visual)
         B, P, _ = prefix.shape
@@ -533,8 +558,9 @@ class VLM(nn.Module):
         return written, query_states
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The action expert: flow matching on a chunk of joint targets, conditioned on the adapted feature query states
+# -----------------------------------------------------------------------------------------------------------
+# The action expert: flow matching on a chunk of joint targets, conditioned on the adapted feature query
+# states
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
@@ -655,7 +681,7 @@ class ActionExpert(nn.Module):
         return self.action_out(h)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The policy
 
 
@@ -673,7 +699,8 @@ class SyVLA(nn.Module):
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.vlm = vlm or VLM(cfg, tokenizer)
-        # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the adapter.
+        # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the
+        # adapter.
         self.adapter = nn.Sequential(
             nn.Linear(cfg.width, cfg.expert_width, bias=False),
             nn.SiLU(),
@@ -707,7 +734,8 @@ class SyVLA(nn.Module):
         # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
         filters = self.vlm.vision.patch[0].weight.data  # (channels, 3, 3, 3)
         filters.sub_(filters.mean(dim=(1, 2, 3), keepdim=True)).mul_(2)
-        # As loud as the patches: attention brings a token's content to a word, so where it was must be part of that.
+        # As loud as the patches: attention brings a token's content to a word, so where it was must be part
+        # of that.
         nn.init.normal_(self.vlm.vision.position, std=0.5)
         for block in self.vlm.lm.blocks:
             nn.init.zeros_(block.proj.weight)
@@ -739,7 +767,7 @@ class SyVLA(nn.Module):
         """Normalised action -> LeRobot units."""
         return self.action_low + (x + 1) / 2 * (self.action_high - self.action_low)
 
-    # -- training -----------------------------------------------------------------------------------------------
+    # -- training -------------------------------------------------------------------------------------------
 
     def flow_loss(
         self,
@@ -754,8 +782,8 @@ class SyVLA(nn.Module):
     ) -> Tensor:
         """Conditional flow matching -> (B, M), the mean over valid steps and joints of every noise sample, fp32.
 
-        query_states (B, Q, D), state (B, S) and actions (B, H, A) normalised, valid (B, H) bool (False: behind the
-        episode's end), eps (B, M, H, A), t (B, M), age (B,) of the query states in control steps.
+        query_states (B, Q, D), state (B, S) and actions (B, H, A) normalised, valid (B, H) bool (False:
+        behind the episode's end), eps (B, M, H, A), t (B, M), age (B,) of the query states in control steps.
         """
         clean = actions[:, None]  # (B, 1, H, A)
         time = t[:, :, None, None]  # (B, M, 1, 1)
@@ -770,7 +798,8 @@ class SyVLA(nn.Module):
     def gradient_norms(self, query_states: Tensor, *flow_args: Tensor | None) -> Tensor:
         """|| d loss / d h_i || of every feature query state, the paper's measure of what it contributes -> (B, Q).
 
-        flow_args: the further arguments of flow_loss. Only the expert is walked through, no weight gradient is made.
+        flow_args: the further arguments of flow_loss. Only the expert is walked through, no weight gradient
+        is made.
         """
         leaf = query_states.detach().requires_grad_()
         loss = (
@@ -792,9 +821,10 @@ class SyVLA(nn.Module):
     ) -> Tensor:
         """Intention decoupling, first pass: which feature query states may the second pass use? -> (B, Q) bool.
 
-        States whose gradient norm lies under the percentile are dropped (paper: 5th). Scope `sample` drops at least one
-        state of every sample, so 20 states at 5 % lose exactly one; scope `batch` sets one threshold for all. The
-        controls `random` and `attention` drop as many: those with the lowest `uniform` (B, Q) or attention mass.
+        States whose gradient norm lies under the percentile are dropped (paper: 5th). Scope `sample` drops at
+        least one state of every sample, so 20 states at 5 % lose exactly one; scope `batch` sets one
+        threshold for all. The controls `random` and `attention` drop as many: those with the lowest `uniform`
+        (B, Q) or attention mass.
         """
         # one noise sample is enough, with the same noise and time that the second pass sees
         flow_args = (state, actions, valid, eps[:, :1], t[:, :1], age)
@@ -820,10 +850,10 @@ class SyVLA(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of one batch, means over its rows: {"text"}, and for action samples {"action", "kept"}.
 
-        images (B, V, px, px, 3) uint8; tokens, segments, positions, labels (B, T) int64 (label -100: not trained).
-        Action samples also have state (B, S) and actions (B, H, A) in LeRobot units, valid (B, H), eps (B, M, H, A),
-        t (B, M), uniform (B, Q), and with --stale age (B,). A frozen VLM's query_states (B, Q, D) may replace images
-        and text; there is no text loss then.
+        images (B, V, px, px, 3) uint8; tokens, segments, positions, labels (B, T) int64 (label -100: not
+        trained). Action samples also have state (B, S) and actions (B, H, A) in LeRobot units, valid (B, H),
+        eps (B, M, H, A), t (B, M), uniform (B, Q), and with --stale age (B,). A frozen VLM's query_states (B,
+        Q, D) may replace images and text; there is no text loss then.
         """
         losses = {}
         query_states = batch.get("query_states")
@@ -846,7 +876,8 @@ class SyVLA(nn.Module):
     def text_loss(self, batch: dict[str, Tensor], with_queries: bool) -> tuple[Tensor, Tensor | None]:
         """Cross-entropy of reasoning and answers -> scalar, and the query states (B, Q, D) if asked for.
 
-        A mean per row, then over rows: unlike a mean over tokens it does not depend on how rows are spread over processes.
+        A mean per row, then over rows: unlike a mean over tokens it does not depend on how rows are spread
+        over processes.
         """
         visual = self.vlm.encode_images(batch["images"])
         mark("vision")
@@ -863,7 +894,7 @@ class SyVLA(nn.Module):
         mark("language")
         return loss, query_states
 
-    # -- acting -------------------------------------------------------------------------------------------------
+    # -- acting ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def denoise(
@@ -876,8 +907,9 @@ class SyVLA(nn.Module):
     ) -> Tensor:
         """The sampler: K steps from noise (B, H, A) at t=1 to actions at t=0 -> all of the chain (B, K+1, H, A), normalised.
 
-        query_states (B, Q, D), state (B, S) normalised, age (B,) of the query states. step(k, x, v) makes the next
-        chunk of the present one and its velocity: euler_step() to act, a noisy step in RL, a pulled one in real time.
+        query_states (B, Q, D), state (B, S) normalised, age (B,) of the query states. step(k, x, v) makes the
+        next chunk of the present one and its velocity: euler_step() to act, a noisy step in RL, a pulled one
+        in real time.
         """
         K = self.cfg.denoise_steps
         t = timesteps(K, noise.device)[:, None]  # (K, 1)
@@ -919,8 +951,8 @@ class SyVLA(nn.Module):
     ) -> tuple[np.ndarray, list[str]]:
         """Images (B, V, px, px, 3) uint8, state (B, S) in LeRobot units, B tasks -> chunk (B, H, A) in LeRobot units, B reasoning texts.
 
-        Arrays or tensors. The same seed gives the same chunk, at temperature 0 every seed does. reasoning: texts in
-        place of the policy's own. Raises UserError for inputs of other shapes or types.
+        Arrays or tensors. The same seed gives the same chunk, at temperature 0 every seed does. reasoning:
+        texts in place of the policy's own. Raises UserError for inputs of other shapes or types.
         """
         images, state = self.check_inputs(images, state, task)
         texts, query_states = self.reason(images, task, reasoning)
@@ -937,8 +969,8 @@ class SyVLA(nn.Module):
     ) -> np.ndarray:
         """The expert alone: query states (B, Q, D) of reason(), joint state (B, S) of now -> chunk (B, H, A) float32.
 
-        State and chunk in LeRobot units. age (B,) of the query states in control steps; an expert that learnt from
-        fresh ones only is not told. step: as denoise() takes it, by default Euler's.
+        State and chunk in LeRobot units. age (B,) of the query states in control steps; an expert that learnt
+        from fresh ones only is not told. step: as denoise() takes it, by default Euler's.
         """
         device = query_states.device
         state = torch.as_tensor(state, dtype=torch.float32, device=device)
@@ -993,7 +1025,7 @@ class SyVLA(nn.Module):
         self.check_statistics()
         return images, state
 
-    # -- on disk ------------------------------------------------------------------------------------------------
+    # -- on disk --------------------------------------------------------------------------------------------
 
     def load_weights(self, path: str | Path, part: str = "") -> None:
         """Read model.safetensors; a missing, unknown or misshapen tensor is a UserError that names it.

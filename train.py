@@ -1,25 +1,22 @@
 """Imitation: one command from nothing to a policy with a success table.
 
-    python train.py --config small                                        # data if missing, grounding, actions, evaluation
-    python train.py --config small --resume                               # go on after a kill, to the same bits
-    python train.py --config small --stage=finetune --init_from=out/small --families=sequence --out=out/seq
-    torchrun --standalone --nproc_per_node=2 train.py --config small      # same global batch, split over processes
-    python train.py --config base --data=data/small                       # on a pretrained VLM (pip install tokenizers)
-    python train.py --config paper --data=data/small --plan               # parameters, predicted memory and work; trains nothing
+    python train.py --config small                                        # data if missing, grounding,
+    actions, evaluation python train.py --config small --resume                               # go on after a
+    kill, to the same bits python train.py --stage=finetune --init_from=out/small --families=sequence
+    --out=out/seq torchrun --standalone --nproc_per_node=2 train.py --config small      # same global batch,
+    split over processes python train.py --config base --data=data/small                       # on a
+    pretrained VLM (pip install tokenizers) python train.py --config paper --data=data/small --plan
+    # parameters, memory and work; trains nothing
 
-Stage `pretrain` has two phases.  1. Grounding: only questions about pictures (packed and isolated), because from random
-weights the obstacle is what the words mean, not control.  2. Actions: demonstrations with their chain of thought, and ~30 %
-of the samples still questions.  Stage `finetune` is phase 2 alone, from the weights of --init_from.
+Stage `pretrain` has two phases. 1. Grounding: only questions about pictures, because from random weights the
+obstacle is what the words mean, not control. 2. Actions: demonstrations with their chain of thought, and ~30
+% of the samples still questions. Stage `finetune` is phase 2 alone, from the weights of --init_from.
 
-A pretrained backbone fixes the model's shapes. Before its weights are fetched the peak memory is predicted and compared with the
-device's. Tokens of a frozen vision tower are computed anew each time: on disk they would take 10 times the room of the pictures.
-
-What is left out on purpose: data loader workers (a batch takes 2 ms), DistributedDataParallel (gradients are averaged in one
-call), GradScaler (bf16 needs none), schedulers as objects (`learning_rate` is a function of the step).
+Left out on purpose: data loader workers (a batch takes 2 ms), DistributedDataParallel (gradients are averaged
+in one call), GradScaler (bf16 needs none), schedulers as objects (`learning_rate` is a function of the step).
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -27,139 +24,118 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
-import model as model_module
-from data import Episodes, Questions, Tokenizer
-from model import (
-    Config,
-    SyVLA,
+from torch import Tensor, nn
+
+import evaluate
+from common import (
+    Stopwatch,
+    UserError,
+    append_log,
+    atomic_path,
+    choose_device,
     fast_cpu,
-    fetch_backbone,
+    join_processes,
+    leave_processes,
+    mark,
     opt,
     parse_config,
+    print0,
+    rank_and_world,
     read_checkpoint_config,
+    read_json,
+    resumed_config,
+    run_program,
+    trim_log,
+    wait_for_all,
+    write_json,
 )
+from data import Episodes, Questions, Tokenizer, read_meta
+from model import Config, SyVLA, all_presets, save_policy
 
 
 @dataclass
 class TrainConfig(Config):
-    cameras: str = opt("", "camera roles, in the order the model sees them (default: the data set's)")
-    motors: str = opt("", "what an action moves, in order (default: the data set's)")
-    config: str = opt("small", "preset this run started from")
+    """The model's fields, and how it is trained."""
+
+    config: str = opt("small", "preset this run starts from")
     data: str = opt("", "data set folder (default data/<config>)")
     out: str = opt("", "run folder (default out/<config>)")
-    stage: str = opt("pretrain", "pretrain (grounding, then actions) or finetune (actions, from --init_from)")
-    init_from: str = opt("", "checkpoint folder whose weights and tokenizer start this run")
+    stage: str = opt("pretrain", "finetune: actions alone, from --init_from", ("pretrain", "finetune"))
+    init_from: str = opt("", "checkpoint folder whose weights, shapes and tokenizer start this run")
+    resume: bool = opt(False, "go on with the run in --out, with its settings")
     new_expert: bool = opt(
-        False,
-        "finetune: keep the VLM of --init_from as it is; a new adapter and expert, of any size, learn from random weights",
+        False, "finetune: keep the VLM frozen; a new adapter and expert learn from random weights"
     )
-    resume: bool = opt(False, "go on with the run in --out")
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
-    families: str = opt("place,calculate,sequence", "task families to train on and evaluate")
-    ground_steps: int = opt(1800, "steps of phase 1, questions only")
-    steps: int = opt(4900, "steps of phase 2, actions")
-    batch_size: int = opt(64, "samples (pictures) per step over all processes")
-    mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0 turns mixed data off")
-    question_tokens: int = opt(64, "room for questions packed behind one picture, tokens")
-    accumulate: int = opt(1, "micro-batches per step and process")
+    families: str = opt("place,calculate,sequence", "task families to train on and to evaluate")
+    ground_steps: int = opt(1800, "steps of phase 1, questions only", "[0, inf)")
+    steps: int = opt(4900, "steps of phase 2, actions", "[0, inf)")
+    batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, inf)")
+    mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0: no mixed data", "[0, 1)")
+    accumulate: int = opt(1, "micro-batches per step and process", "[1, inf)")
     adam_lr: float = opt(
-        2e-3, "AdamW learning rate: embeddings, norms, biases, everything not a block matrix"
+        2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, inf)"
     )
-    muon_lr: float = opt(
-        4e-3, "Muon learning rate: the matrices of Transformer blocks, connector and adapter"
-    )
+    muon_lr: float = opt(4e-3, "Muon learning rate: matrices of blocks, connector and adapter", "(0, inf)")
     backbone_lr: float = opt(
-        0.0, "with the next two: AdamW for all, this rate for the VLM; 0 keeps the two rates above"
+        0.0, "AdamW for all, this rate for the VLM and adam_lr for the rest; 0: Muon", "[0, inf)"
     )
-    bridge_lr: float = opt(0.0, "rate of feature queries and adapter")
-    expert_lr: float = opt(0.0, "rate of the action expert")
-    freeze_vision: bool = opt(False, "leave the vision tower as it is (SmolVLM's connector still learns)")
-    checkpointing: bool = opt(
-        False, "keep only every block's input and compute the rest twice: less memory, a third more work"
-    )
-    warmup: int = opt(50, "steps of linear warmup of each phase")
-    weight_decay: float = opt(0.01, "decoupled weight decay on matrices")
-    clip: float = opt(1.0, "gradient norm limit")
-    ema: float = opt(0.995, "decay of the weight average that is saved, evaluated and run")
-    ema_on_host: bool = opt(False, "keep that average in the host's memory, not the device's")
-    seed: int = opt(0, "seed of weights, batches and noise")
-    eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none")
+    freeze_vision: bool = opt(False, "leave the vision tower as it is; its connector still learns")
+    checkpointing: bool = opt(False, "keep only every block's input: less memory, a third more work")
+    seed: int = opt(0, "seed of weights, batches and noise", "[0, inf)")
+    eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", "[0, inf)")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
-    threads: int = opt(0, "CPU threads; 0 lets torch choose")
+    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, inf)")
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
-    log_every: int = opt(25, "steps between log lines")
-    save_every: int = opt(250, "steps between checkpoints")
-    plan: bool = opt(
-        False, "print parameters, predicted memory and work, and stop: needs no data and no weights"
-    )
+    plan: bool = opt(False, "print parameters, predicted memory and work, and stop")
     bench: bool = opt(False, "time 20 steps of each phase by part, print the split and stop")
+
+    # Set by presets
+    question_tokens: int = opt(64)  # room for the questions packed behind one picture
+    warmup: int = opt(50)  # steps of linear warm-up of each phase
+    weight_decay: float = opt(0.01)  # decoupled, on matrices
+    max_grad_norm: float = opt(1.0)
+    ema: float = opt(0.995)  # decay of the weight average that is saved, evaluated and run
+    log_every: int = opt(25)  # steps
+    save_every: int = opt(250)  # steps
 
     def __post_init__(self):
         super().__post_init__()
-        self.data, self.out = self.data or f"data/{self.config}", self.out or f"out/{self.config}"
-        meta = Path(self.data, "meta.json")
-        robot = (
-            json.loads(meta.read_text()) if meta.is_file() else {}
-        )  # a set that is still to be made will be the SO-100's
-        for name in ("cameras", "motors", "state"):
-            setattr(self, name, getattr(self, name) or ",".join(robot.get(name, ())) or getattr(Config, name))
-        if self.stage not in ("pretrain", "finetune"):
-            raise ValueError(f"stage must be pretrain or finetune, not {self.stage!r}")
+        self.data = self.data or f"data/{self.config}"
+        self.out = self.out or f"out/{self.config}"
         if self.stage == "finetune":
             self.ground_steps = 0
             if not self.init_from and not self.resume:
-                raise ValueError("stage finetune needs weights to start from: add --init_from=out/small")
-        if self.new_expert and self.stage != "finetune":
-            raise ValueError(
-                "a new expert needs a VLM that has learnt to see and think: add --stage=finetune --init_from=out/small"
-            )
+                raise UserError("stage finetune needs weights to start from: add --init_from=out/small")
+        elif self.new_expert:
+            raise UserError("a new expert needs a trained VLM: add --stage=finetune --init_from=out/small")
         if self.new_expert:
-            self.mix = 0.0  # questions teach the VLM, and it stays as it is
-        if len({rate > 0 for rate in (self.backbone_lr, self.bridge_lr, self.expert_lr)}) > 1:
-            raise ValueError("backbone_lr, bridge_lr and expert_lr are given together or not at all")
-        for name in ("batch_size", "accumulate", "warmup", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        if (
-            min(self.ground_steps, self.steps, self.eval, self.threads) < 0
-            or self.ground_steps + self.steps == 0
-        ):
-            raise ValueError(
-                "ground_steps, steps, eval and threads count things: 0 or more, and at least one step"
-            )
-        if not 0 < self.ema < 1:
-            raise ValueError(f"ema ({self.ema}) must lie in (0, 1)")
-        if not 0 <= self.mix < 1:
-            raise ValueError(f"mix ({self.mix}) must lie in [0, 1)")
+            self.mix = 0.0  # questions teach the VLM, which is frozen
+        if self.ground_steps + self.steps == 0:
+            raise UserError("ground_steps and steps are both 0: there is nothing to train")
+
+    @property
+    def family_names(self) -> list[str]:
+        return self.families.split(",")
 
 
-PRESETS = {
-    "debug": dict(
-        model_module.PRESETS["debug"],
-        families="place",
-        ground_steps=2,
-        steps=2,
-        batch_size=4,
-        question_tokens=40,
-        eval=0,
-        log_every=1,
-        warmup=1,
-    ),
-    "tiny": dict(model_module.PRESETS["tiny"], families="tiny", ground_steps=0, steps=500, mix=0.0),
-    "small": dict(model_module.PRESETS["small"]),
-}
+# -----------------------------------------------------------------------------------------------------------
+# One step: which samples, which loss, which update
 
 
-# Grounding goes from easy to hard. To name what lies where, a model only has to look at fixed places: the pads' colours are
-# learnt in a hundred steps. Then places can be found by colour, first the pads' and then the smaller cubes', and only then can
-# instructions be read. All at once takes far longer, and cubes before pads keeps the pads from being found by colour at all.
-# Each lesson starts at a share of grounding; None: every kind of question.
-LESSONS = (
+# Grounding goes from easy to hard. To name what lies where, a model only has to look at fixed places: the
+# pads' colours are learnt in a hundred steps. Then places can be found by colour, first the pads' and then
+# the smaller cubes', and only then can instructions be read. All at once takes far longer, and cubes before
+# pads keeps the pads from being found by colour at all. Each lesson starts at a share of grounding; None:
+# every kind of question.
+CURRICULUM = (
     (0.0, ("describe pads",)),
     (0.06, ("describe pads", "pad", "pad colour")),
     (0.2, ("describe pads", "pad", "pad colour", "describe cubes")),
@@ -168,45 +144,182 @@ LESSONS = (
 )
 
 
-def lesson(step, cfg):
-    """The kinds of question that a step of training may ask; after grounding all of them."""
-    return [kinds for start, kinds in LESSONS if step >= start * cfg.ground_steps][-1]
+def curriculum(step: int, cfg: TrainConfig) -> tuple[str, ...] | None:
+    """The kinds of question that a training step may ask, None for all; after grounding all of them."""
+    allowed = None
+    for start, kinds in CURRICULUM:
+        if step >= start * cfg.ground_steps:
+            allowed = kinds
+    return allowed
 
 
-# ---------------------------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """What a training consists of."""
+
+    cfg: TrainConfig
+    policy: SyVLA
+    forward: Callable  # the policy, perhaps compiled
+    episodes: Episodes
+    questions: Questions | None
+    held_out: Questions | None  # questions never trained on
+    optimizers: list[torch.optim.Optimizer]
+    ema: dict[str, Tensor]  # averages of the trained parameters
+    device: torch.device
+    autocast: Callable
+    step: int = 0  # steps done
+
+
+def samples_of_step(step: int, cfg: TrainConfig) -> tuple[int, int]:
+    """How many question and action samples a step draws, over all processes."""
+    n_questions = cfg.batch_size if step < cfg.ground_steps else round(cfg.batch_size * cfg.mix)
+    return n_questions, cfg.batch_size - n_questions
+
+
+def check_split(cfg: TrainConfig, world: int) -> None:
+    """UserError where a phase's samples do not divide by processes and micro-batches: told before any work."""
+    parts = world * cfg.accumulate
+    for step in {0, cfg.ground_steps}:
+        for name, n in zip(("question", "action"), samples_of_step(step, cfg)):
+            if n % parts:
+                raise UserError(
+                    f"{n} {name} samples do not divide by {world} processes x {cfg.accumulate} micro-batches; "
+                    "change --batch_size, --mix or --accumulate"
+                )
+
+
+def batches(run: Run, step: int) -> list[list[dict[str, Tensor]]]:
+    """The micro-batches of one step, each a question batch, an action batch or both.
+
+    A pure function of seed and step: every process draws the same global batch and takes its own rows of it.
+    """
+    cfg = run.cfg
+    rank, world = rank_and_world()
+    n_questions, n_actions = samples_of_step(step, cfg)
+    micro = []
+    for i in range(cfg.accumulate):
+        rows = slice(rank * cfg.accumulate + i, None, world * cfg.accumulate)
+        parts = []
+        if n_questions:
+            rng = np.random.default_rng([cfg.seed, step, 0])
+            kinds = curriculum(step, cfg)
+            parts.append(
+                run.questions.batch(run.policy.tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
+            )
+        if n_actions:
+            rng = np.random.default_rng([cfg.seed, step, 1])
+            parts.append(run.episodes.batch(run.policy.tokenizer, rng, n_actions, rows))
+        micro.append([to_device(part, run.device) for part in parts])
+    return micro
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch with its tensors on a device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def train_step(run: Run, step: int, micro: list[list[dict[str, Tensor]]]) -> dict[str, float]:
+    """Forward, backward, clip, update -> {"question", "text", "action", "kept", "gnorm"}, means over micro-batches.
+
+    Text of questions, text of reasoning and the action loss weigh the same. Raises UserError on non-finite
+    numbers.
+    """
+    logs = defaultdict(float)
+    for parts in micro:
+        loss = 0.0
+        for batch in parts:
+            with run.autocast():
+                losses = run.forward(batch)
+            for name in ("text", "action"):
+                if name in losses:
+                    loss = loss + losses[name]
+            for name, value in losses.items():
+                asked = name == "text" and "action" not in losses
+                logs["question" if asked else name] += value.item() / len(micro)
+        (loss / len(micro)).backward()
+        mark("backward")
+    average_gradients(run.policy)
+    with_gradient = [p for p in run.policy.parameters() if p.grad is not None]
+    logs["gnorm"] = nn.utils.clip_grad_norm_(with_gradient, run.cfg.max_grad_norm).item()
+    if not all(math.isfinite(value) for value in logs.values()):
+        raise UserError(
+            f"non-finite number at step {step}: {dict(logs)}; the last checkpoint is untouched: "
+            "lower the learning rates in a new run"
+        )
+    factor = learning_rate(step, run.cfg)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    mark("optimizer")
+    return logs
+
+
+def average_gradients(module: nn.Module) -> None:
+    """One all-reduce over all gradients; parameters without one (the expert, in grounding) take part as zeros."""
+    _, world = rank_and_world()
+    if world == 1:
+        return
+    trained = [p for p in module.parameters() if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= world
+    for p, grad in zip(trained, flat.split([grad.numel() for grad in grads])):
+        if p.grad is not None:
+            p.grad.copy_(grad.view_as(p))
+
+
+def update_average(run: Run, step: int) -> None:
+    """Move the weight average towards the weights; early in training it follows them closely."""
+    decay = min(run.cfg.ema, (1 + step) / (10 + step))
+    weights = dict(run.policy.named_parameters())
+    averages = list(run.ema.values())
+    current = [weights[name].detach().to(average.device) for name, average in run.ema.items()]
+    torch._foreach_lerp_(averages, current, 1 - decay)
+
+
+# -----------------------------------------------------------------------------------------------------------
 # Optimisation
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024), for weight matrices.
 
-    torch.optim.Muon goes matrix by matrix in bf16; here equal shapes share one batched fp32 iteration, which takes a third
-    of the time on a CPU (77 against 255 ms a step for `small`, a fifth of the whole step). Updates are scaled to AdamW's RMS.
+    torch.optim.Muon goes matrix by matrix in bf16. Here equal shapes share one batched fp32 iteration, which
+    takes a third of the time on a CPU (77 against 255 ms a step for `small`). Updates are scaled to AdamW's
+    RMS.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
-            for shape, params in by_shape.items():
-                for p in params:
-                    if "momentum" not in self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                grads, buffers = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                update = orthogonalise(torch.stack(nesterov)) * (0.2 * max(shape) ** 0.5)
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
+            for params in by_shape.values():
+                self._step_one_shape(group, params)
+
+    def _step_one_shape(self, group: dict, params: list[Tensor]) -> None:
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+        update = orthogonalise(torch.stack(nesterov))  # (n, rows, columns)
+        update = update * (0.2 * max(params[0].shape) ** 0.5)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
 
 
-def orthogonalise(g, steps=5):
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     """(n, rows, columns) -> matrices of the same singular vectors with singular values near 1 (quintic Newton-Schulz)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[1] > g.shape[2]
@@ -218,541 +331,473 @@ def orthogonalise(g, steps=5):
     return x.mT if tall else x
 
 
-def make_optimizers(policy, cfg):
+def make_optimizers(policy: SyVLA, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon on the matrices inside blocks, the connector and the adapter; AdamW on the rest, without decay on vectors.
 
-    With rates for backbone, bridge and expert: AdamW alone, as the pretrained weights are used to.
+    With --backbone_lr AdamW alone, as pretrained weights are used to. Every group keeps its peak rate as
+    "peak".
     """
-    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-    if cfg.backbone_lr:
-        groups = [
-            {"params": [], "weight_decay": cfg.weight_decay * (i % 2 == 0)} for i in range(6)
-        ]  # matrices, vectors of each part
-        for name, p in trained:
-            part = 1 if name.startswith(("vlm.queries", "adapter")) else 2 if name.startswith("expert") else 0
-            groups[2 * part + (p.ndim < 2)]["params"].append(p)
-        return [torch.optim.AdamW(groups, lr=cfg.backbone_lr, betas=(0.9, 0.95), fused=True)]
-    muon, matrices, vectors = [], [], []
-    for name, p in trained:
-        if (
-            p.ndim == 2
-            and any(part in name for part in ("blocks", "connector", "adapter"))
-            and "modulate" not in name
-        ):
+    muon = []
+    groups = {}  # (rate, weight decay) -> parameters of AdamW
+    for name, p in policy.named_parameters():
+        if not p.requires_grad:
+            continue
+        in_block = any(part in name for part in ("blocks", "connector", "adapter")) and "modulate" not in name
+        is_vector = p.ndim < 2 or "gain" in name
+        if p.ndim == 2 and in_block and not cfg.backbone_lr:
             muon.append(p)
-        else:
-            (vectors if p.ndim < 2 or "gain" in name else matrices).append(p)
-    groups = [
-        {"params": matrices, "weight_decay": cfg.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [
-        Muon(muon, cfg.muon_lr, cfg.weight_decay),
-        torch.optim.AdamW(groups, lr=cfg.adam_lr, betas=(0.9, 0.95), fused=True),
-    ]
+            continue
+        of_backbone = cfg.backbone_lr and name.startswith("vlm.") and name != "vlm.queries"
+        rate = cfg.backbone_lr if of_backbone else cfg.adam_lr
+        decay = 0.0 if is_vector else cfg.weight_decay
+        groups.setdefault((rate, decay), []).append(p)
+    listed = [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+    optimizers = [torch.optim.AdamW(listed, betas=(0.9, 0.95), fused=True)]
+    if muon:
+        optimizers.insert(0, Muon(muon, cfg.muon_lr, cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
 
 
-def peak_rates(cfg):
-    """Peak learning rate of every group of every optimizer that make_optimizers returns."""
-    if cfg.backbone_lr:
-        return [[rate for rate in (cfg.backbone_lr, cfg.bridge_lr, cfg.expert_lr) for _ in range(2)]]
-    return [[cfg.muon_lr], [cfg.adam_lr, cfg.adam_lr]]
-
-
-def learning_rate(step, cfg):
-    """Factor on the learning rates: each phase warms up linearly and decays along a cosine (grounding to a half, actions to 0)."""
-    start, length, floor = (
-        (0, cfg.ground_steps, 0.5) if step < cfg.ground_steps else (cfg.ground_steps, cfg.steps, 0.0)
-    )
-    done = (step - start) / length
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Factor on the peak rates: each phase warms up linearly, then follows a cosine (grounding to a half, actions to 0)."""
+    if step < cfg.ground_steps:
+        start, length, floor = 0, cfg.ground_steps, 0.5
+    else:
+        start, length, floor = cfg.ground_steps, cfg.steps, 0.0
     warm = min(1.0, (step - start + 1) / cfg.warmup)
-    return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / length))
+    return warm * (floor + (1 - floor) * cosine)
 
 
-def save_policy(folder, policy, config, state=None):
-    """What running a policy needs: weights with statistics, config (a dict that holds at least the model's fields), tokenizer."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not all(torch.isfinite(v).all() for v in (state or policy.state_dict()).values()):
-        raise FloatingPointError(
-            f"non-finite weights; the last checkpoint in {folder} is untouched. Lower the learning rates, then --resume"
-        )
-    if policy.cfg.wrapped:
-        policy.vlm.config.save_pretrained(folder / "backbone")
-        policy.vlm.processor.save_pretrained(folder / "backbone")
-    for left in folder.glob(".tmp*"):  # safetensors writes under such a name, and a kill leaves it there
-        left.unlink()
-    write_atomically(folder / "tokenizer.json", lambda path: path.write_text(policy.tokenizer.dumps()))
-    write_atomically(folder / "model.safetensors", lambda path: policy.save_weights(path, state))
-    write_atomically(
-        folder / "config.json",
-        lambda path: path.write_text(json.dumps(config | {"torch": torch.__version__}, indent=1)),
-    )
+# -----------------------------------------------------------------------------------------------------------
+# From a config to a run
 
 
-def save_checkpoint(folder, policy, ema, optimizers, step, cfg):
-    """The policy (EMA weights) and train_state.pt (raw weights but frozen ones, EMA, optimizers, step: all that a resume needs)."""
-    save_policy(folder, policy, asdict(cfg), policy.state_dict() | ema)
-    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
-    state = {
-        "step": step,
-        "model": {k: v for k, v in policy.state_dict().items() if k not in frozen},
-        "ema": ema,
-        "optimizers": [o.state_dict() for o in optimizers],
-    }
-    write_atomically(Path(folder) / "train_state.pt", lambda path: torch.save(state, path))
-
-
-@contextlib.contextmanager
-def averaged_weights(policy, ema):
-    """Inside, the policy carries its EMA weights."""
-    raw = {k: v.clone() for k, v in policy.state_dict().items() if k in ema}
-    policy.load_state_dict(ema, strict=False)
-    try:
-        yield policy
-    finally:
-        policy.load_state_dict(raw, strict=False)
-
-
-@contextlib.contextmanager
-def evaluating(policy):
-    """Evaluation mode (transformers refuses to cache in training mode with checkpointing), fp32 but where frozen weights were rounded to bf16."""
-    rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
-    policy.eval()
-    try:
-        with (
-            torch.autocast(policy.vlm.queries.device.type, torch.bfloat16)
-            if rounded
-            else contextlib.nullcontext()
-        ):
-            yield
-    finally:
-        policy.train()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def make_data(cfg):
-    """Run prepare.py if the data set is missing (it resumes what a kill left unfinished)."""
-    if not (Path(cfg.data) / "meta.json").is_file():
-        preset = "small" if cfg.backbone else cfg.config
-        if cfg.data != f"data/{preset}":
-            raise FileNotFoundError(
-                f"no data set in {cfg.data}; run: python prepare.py --config {preset} --out={cfg.data}"
-            )
-        print(f"no data set in {cfg.data} yet: running prepare.py --config {preset}")
-        command = [sys.executable, Path(__file__).with_name("prepare.py"), "--config", preset]
-        if subprocess.run(command).returncode:
-            raise RuntimeError(f"prepare.py failed; run: python prepare.py --config {preset}")
+def make_data(cfg: TrainConfig) -> None:
+    """Run prepare.py if the data set of a preset is missing; it resumes what a kill left unfinished."""
+    if Path(cfg.data, "meta.json").is_file():
+        return
+    preset = "small" if cfg.backbone else cfg.config
+    command = f"python prepare.py --config {preset}"
+    if cfg.data != f"data/{preset}":
+        raise UserError(f"no data set in {cfg.data}; run: {command} --out={cfg.data}")
+    print(f"no data set in {cfg.data} yet: running {command}", flush=True)
+    program = Path(__file__).with_name("prepare.py")
+    if subprocess.run([sys.executable, program, "--config", preset]).returncode:
+        raise UserError(f"prepare.py failed; run: {command}")
 
 
 # What may differ from the checkpoint that a run starts from: behaviour, not weights.
-FREE = {
-    "execute",
+BEHAVIOUR = {
+    "n_action_steps",
     "denoise_steps",
     "temperature",
-    "max_thought",
+    "max_reasoning_tokens",
     "reasoning",
     "decouple",
     "decouple_percentile",
     "decouple_scope",
-    "decouple_samples",
     "noise_samples",
 }
+EXPERT = {
+    "motors",
+    "state",
+    "expert_width",
+    "expert_depth",
+    "expert_heads",
+    "chunk_size",
+    "stale",
+}  # with --new_expert
 
 
-# What besides may differ with --new_expert.
-EXPERT = {"motors", "state", "expert_width", "expert_depth", "expert_heads", "chunk", "stale", "committed"}
+def inherit_shapes(cfg: TrainConfig) -> None:
+    """Take the model's fields of --init_from; typed ones may differ where they shape no weights."""
+    saved = Config.pick(read_checkpoint_config(cfg.init_from))
+    may_differ = BEHAVIOUR | (EXPERT if cfg.new_expert else set())
+    for field in fields(Config):
+        name, value = field.name, getattr(saved, field.name)
+        if name not in cfg.typed and not (name in EXPERT and cfg.new_expert):
+            setattr(cfg, name, value)
+        elif name in cfg.typed and name not in may_differ and cfg.typed[name] != value:
+            raise UserError(
+                f"{cfg.init_from} has --{name}={value}, this run {cfg.typed[name]}; leave --{name} out"
+            )
 
 
-# What a --resume may change: things that the result does not depend on, and what one lengthens or calms a run with.
-HARMLESS = {
+def describe_robot(cfg: TrainConfig) -> None:
+    """Take cameras, motors, state and picture size of the data set, where no checkpoint has fixed them."""
+    meta = read_meta(cfg.data)
+    cfg.cameras = cfg.cameras or ",".join(meta["cameras"])
+    if not cfg.init_from or cfg.new_expert:
+        cfg.motors = ",".join(meta["motors"])
+        cfg.state = ",".join(meta.get("state", ()))
+    if not cfg.init_from:
+        camera = Path(cfg.data, f"{cfg.camera_names[0]}.npy")
+        if camera.is_file():
+            cfg.image_size = np.load(camera, mmap_mode="r").shape[1]
+    cfg.__post_init__()
+
+
+def open_data(cfg: TrainConfig) -> tuple[Episodes, Questions | None, Questions | None]:
+    """-> demonstrations, questions to train on, held-out questions."""
+    episodes = Episodes(cfg.data, cfg, cfg.family_names)
+    asks = cfg.mix > 0 or cfg.ground_steps > 0
+    if asks and not Path(cfg.data, "questions").is_dir():
+        raise UserError(
+            f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
+        )
+    questions = Questions(Path(cfg.data, "questions"), cfg) if asks else None
+    held_out = Path(cfg.data, "questions_val")
+    return episodes, questions, Questions(held_out, cfg) if held_out.is_dir() else None
+
+
+def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextlib.nullcontext) -> Run:
+    """Data, policy and optimizers of a config whose fields are settled, before the first step."""
+    episodes, questions, held_out = open_data(cfg)
+    start = cfg.out if cfg.resume else cfg.init_from  # a checkpoint folder, or ""
+    if cfg.backbone:
+        from extras.backbones import backbone_of_run
+
+        tokenizer, make_vlm = backbone_of_run(cfg, start)
+    elif start:
+        tokenizer, make_vlm = Tokenizer.load(start), None
+    else:
+        texts = episodes.texts() + (questions.texts() if questions else [])
+        tokenizer, make_vlm = Tokenizer.train(texts, cfg.vocab_size), None
+    for asked in (questions, held_out):
+        if asked:
+            asked.drop_long(tokenizer)
+    torch.manual_seed(cfg.seed)
+    policy = SyVLA(cfg, tokenizer, make_vlm() if make_vlm else None)
+    freeze(policy, cfg)
+    if cfg.backbone:
+        from extras.backbones import cast_frozen_to_bf16
+
+        cast_frozen_to_bf16(policy, device)
+    policy.to(device)
+    policy.set_statistics(episodes.meta["statistics"])
+    if cfg.init_from and not cfg.resume:
+        start_from_checkpoint(policy, cfg)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    host = torch.device("cpu") if cfg.backbone else device  # a large model's average needs no room on the GPU
+    ema = {name: p.detach().to(host, copy=True) for name, p in trained.items()}
+    forward = torch.compile(policy) if cfg.compile else policy
+    optimizers = make_optimizers(policy, cfg)
+    return Run(cfg, policy, forward, episodes, questions, held_out, optimizers, ema, device, autocast)
+
+
+def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig) -> None:
+    """Load --init_from. Fine-tuning keeps the scale that its expert learnt, pre-training takes the data set's."""
+    own_scale = {
+        name: v.clone() for name, v in policy.state_dict().items() if name.endswith(("_low", "_high"))
+    }
+    policy.load_weights(Path(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else "")
+    policy.check_statistics()
+    if cfg.stage == "pretrain":
+        policy.load_state_dict(policy.state_dict() | own_scale)
+
+
+def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
+    """Apply --new_expert, --freeze_vision and --checkpointing. (--lora has frozen the language model already.)"""
+    if cfg.new_expert:
+        policy.vlm.requires_grad_(False)
+    if cfg.freeze_vision:
+        policy.vlm.freeze_vision()
+    if cfg.checkpointing:
+        policy.vlm.enable_checkpointing()
+
+
+def cache_query_states(run: Run) -> None:
+    """--new_expert: the VLM is frozen, so its query states of a frame are computed once and kept beside the data."""
+    cfg, policy = run.cfg, run.policy
+    path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
+    size = 2 * cfg.queries * cfg.width * len(run.episodes.state)  # bytes, fp16
+    writable = os.access(path if path.is_file() else cfg.data, os.W_OK)
+    if not writable or (not path.is_file() and shutil.disk_usage(cfg.data).free < size):
+        return print0(f"{cfg.data} has no room for {size / 2**20:.0f} MiB of query states; steps take longer")
+
+    @torch.no_grad()
+    def query_states_of(batch: dict[str, Tensor]) -> Tensor:
+        batch = to_device(batch, run.device)
+        with run.autocast():
+            visual = policy.vlm.encode_images(batch["images"])
+            _, states = policy.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], True)
+        return states.float()
+
+    run.episodes.cache_query_states(path, (cfg.queries, cfg.width), query_states_of)
+    print0(f"the VLM is frozen: its query states are kept in {path}, up to {size / 2**20:.0f} MiB")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(run: Run) -> None:
+    """The policy with averaged weights, and train_state.pt: raw trained weights, averages, optimizers, step."""
+    policy = run.policy
+    save_policy(run.cfg.out, policy, asdict(run.cfg), policy.state_dict() | run.ema)
+    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
+    state = {
+        "step": run.step,
+        "model": {name: tensor for name, tensor in policy.state_dict().items() if name not in frozen},
+        "ema": run.ema,
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+    }
+    with atomic_path(Path(run.cfg.out, "train_state.pt")) as path:
+        torch.save(state, path)
+
+
+def load_checkpoint(run: Run) -> None:
+    """Bring a fresh run to where the one in --out was saved."""
+    out = Path(run.cfg.out)
+    try:
+        saved = torch.load(out / "train_state.pt", map_location=run.device, weights_only=True)
+        run.policy.load_weights(out / "model.safetensors")  # frozen weights stand there alone
+        run.policy.load_state_dict(saved["model"], strict=False)
+        for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        run.ema = {name: average.to(run.ema[name].device) for name, average in saved["ema"].items()}
+        run.step = saved["step"]
+    except UserError:
+        raise
+    except Exception as error:  # torch raises a dozen kinds
+        reason = str(error).splitlines()[0][:150]
+        raise UserError(
+            f"{out}/train_state.pt cannot be read ({reason}); start anew with another --out"
+        ) from None
+
+
+@contextlib.contextmanager
+def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the policy carries its averaged weights and is in evaluation mode."""
+    raw = {name: tensor.clone() for name, tensor in policy.state_dict().items() if name in ema}
+    policy.load_state_dict(ema, strict=False)
+    policy.eval()  # transformers refuses to cache in training mode with checkpointing
+    rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
+    device_type = policy.vlm.queries.device.type
+    autocast = torch.autocast(device_type, torch.bfloat16) if rounded else contextlib.nullcontext()
+    try:
+        with autocast:
+            yield
+    finally:
+        policy.train()
+        policy.load_state_dict(raw, strict=False)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The program
+
+
+MAY_CHANGE = {
     "config",
     "data",
     "out",
     "env",
     "resume",
-    "init_from",
     "device",
     "threads",
     "compile",
-    "ema_on_host",
-    "plan",
-    "bench",
     "eval",
-    "log_every",
-    "save_every",
+    "steps",
+    "ground_steps",
 }
-ADJUSTABLE = {"ground_steps", "steps", "adam_lr", "muon_lr"}
 
 
-def check_resume(cfg, saved, harmless, adjustable, say):
-    """A resumed run must be the run that was begun, with the settings `saved`: refuse others, point out adjusted ones."""
-    for name, value in asdict(cfg).items():
-        begun = saved.get(name, value)
-        if name in adjustable and begun != value:
-            say(f"{cfg.out} was begun with --{name}={begun} and goes on with {value}")
-        elif name not in harmless and begun != value:
-            raise ValueError(f"{cfg.out} was begun with {name} {begun}, not {value}; add --{name}={begun}")
+def settle(cfg: TrainConfig) -> TrainConfig:
+    """Complete a config from what is on disk: the run to resume, the checkpoint to start from, the backbone, the data set."""
+    out = Path(cfg.out)
+    begun = (out / "train_state.pt").is_file()
+    if cfg.resume and not begun:
+        raise UserError(f"nothing to resume in {out}; leave --resume out")
+    if begun and not (cfg.resume or cfg.bench or cfg.plan):
+        raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    if cfg.resume:
+        return resumed_config(cfg, read_checkpoint_config(out), MAY_CHANGE)
+    if cfg.init_from:
+        inherit_shapes(cfg)
+    if cfg.backbone:
+        from extras.backbones import apply_backbone_config
+
+        apply_backbone_config(cfg)
+    return cfg
 
 
-def freeze(policy, cfg):
-    """--freeze_vision, --new_expert and --checkpointing. (--lora has frozen the language model already: it changes the weights' names.)"""
+def train(cfg: TrainConfig) -> None:
+    """The whole program: data, training, evaluation."""
+    rank, world = rank_and_world()
+    fast_cpu(cfg.threads)
+    device, autocast, arithmetic = choose_device(cfg.device)
+    cfg = settle(cfg)
+    check_split(cfg, world)
+    if cfg.backbone or cfg.plan:
+        from extras.backbones import plan_memory
+
+        plan_memory(cfg, device, world, make_optimizers)
+        if cfg.plan:
+            return
+    if cfg.eval:  # complain of a wrong name now, not after the training
+        evaluate.environment_class(cfg.env)
+    join_processes(device)
+    if rank == 0:
+        make_data(cfg)
+    wait_for_all()
+    if not cfg.resume:
+        describe_robot(cfg)
+    run = build(cfg, device, autocast)
+    if cfg.resume:
+        load_checkpoint(run)
+    print0(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
+    print0(
+        f"torch {torch.__version__}, {device}, {arithmetic}, {torch.get_num_threads()} threads, {world} process(es)"
+    )
+    pictures = f", {len(run.questions.questions)} pictures with questions" if run.questions else ""
+    print0(f"{len(run.episodes.episodes)} episodes, {len(run.episodes)} frames{pictures}")
     if cfg.new_expert:
-        policy.vlm.requires_grad_(False)
-    if cfg.freeze_vision:
-        for parameter in policy.vlm.parts()["vision"]:
-            parameter.requires_grad_(False)
-        if not cfg.wrapped:
-            policy.vlm.vision.connector.requires_grad_(True)
-    if cfg.checkpointing and cfg.wrapped:
-        policy.vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.vlm.model.train()  # from_pretrained left it in evaluation mode, in which nothing is checkpointed
-    elif cfg.checkpointing:
-        policy.vlm.vision.checkpointing = policy.vlm.lm.checkpointing = True
+        cache_query_states(run)
+    if cfg.bench:
+        return bench(run)
+    train_loop(run)
+    wait_for_all()
+    leave_processes()  # the others need not wait for the evaluation
+    if cfg.eval and rank == 0:
+        evaluate_run(run)
 
 
-def build(cfg, device):
-    """-> policy, episodes, questions (training), questions (held out)."""
-    families = cfg.families.split(",")
-    episodes = Episodes(cfg.data, cfg, families)
-    if (cfg.mix > 0 or cfg.ground_steps > 0) and not Path(cfg.data, "questions").is_dir():
-        raise FileNotFoundError(
-            f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
+def train_loop(run: Run) -> None:
+    """Train until all steps are done; log, report and save on the way."""
+    cfg, out = run.cfg, Path(run.cfg.out)
+    is_first = rank_and_world()[0] == 0
+    if is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        trim_log(
+            out / "log.jsonl", "step", run.step
+        )  # also in a new run: a kill before the first checkpoint leaves lines
+        if not cfg.resume:
+            (out / "questions.json").unlink(missing_ok=True)
+    began = time.time()
+    first = run.step
+    total = cfg.ground_steps + cfg.steps
+    log = TrainLog(cfg, began)
+    while run.step < total:
+        if run.step == cfg.ground_steps and is_first:
+            report_questions(run, "before action training")
+            log.restart()
+        data_began = time.time()
+        micro = batches(run, run.step)
+        log.data_seconds += time.time() - data_began
+        log.add(train_step(run, run.step, micro))
+        update_average(run, run.step)
+        run.step += 1
+        if is_first and (run.step % cfg.log_every == 0 or run.step == total):
+            log.write(run.step)
+        if is_first and (run.step % cfg.save_every == 0 or run.step in (cfg.ground_steps, total)):
+            if run.step == cfg.ground_steps:  # before the checkpoint: a resume does not come by here again
+                save_policy(out / "grounded", run.policy, asdict(cfg), run.policy.state_dict() | run.ema)
+            save_checkpoint(run)
+    if is_first:
+        report_questions(run, "after action training" if cfg.steps else "before action training")
+    print0(f"trained {total - first} steps in {(time.time() - began) / 60:.1f} min")
+
+
+class TrainLog:
+    """Means over the steps since the last log line, for the screen and for log.jsonl."""
+
+    def __init__(self, cfg: TrainConfig, began: float):
+        self.cfg = cfg
+        self.began = began
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window."""
+        self.window_began = time.time()
+        self.data_seconds = 0.0
+        self.values = defaultdict(list)
+
+    def add(self, numbers: dict[str, float]) -> None:
+        """Numbers of one step."""
+        for name, value in numbers.items():
+            self.values[name].append(value)
+
+    def write(self, step: int) -> None:
+        """Print and append the window's means, then begin a new one."""
+        cfg = self.cfg
+        n = len(self.values["gnorm"])
+        now = time.time()
+        seconds = (now - self.window_began) / n  # a step
+        total = cfg.ground_steps + cfg.steps
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        line = {"step": step, "phase": "grounding" if step <= cfg.ground_steps else "actions", **means}
+        line["lr"] = learning_rate(step - 1, cfg)
+        line["samples_per_s"] = cfg.batch_size / seconds
+        line["data_ms"] = 1e3 * self.data_seconds / n
+        line["seconds"] = now - self.began
+        order = ("question", "text", "action", "kept", "gnorm")
+        shown = " | ".join(f"{name} {means[name]:.4f}" for name in order if name in means)
+        print0(
+            f"step {step:06d}/{total:06d} {line['phase']} | {shown} | lr {line['lr']:.3f} | "
+            f"{line['samples_per_s']:.0f} samples/s | data {line['data_ms']:.0f} ms | "
+            f"eta {(total - step) * seconds / 60:.1f} m"
         )
-    questions = Questions(f"{cfg.data}/questions", cfg) if cfg.mix > 0 or cfg.ground_steps > 0 else None
-    held_out = (
-        Questions(f"{cfg.data}/questions_val", cfg) if Path(cfg.data, "questions_val").is_dir() else None
-    )
-    if cfg.init_from and not cfg.resume:
-        saved = Config.pick(read_checkpoint_config(cfg.init_from))
-        for name in (
-            f.name for f in fields(Config) if f.name not in (FREE | EXPERT if cfg.new_expert else FREE)
-        ):
-            if getattr(saved, name) != getattr(cfg, name):
-                raise ValueError(
-                    f"{cfg.init_from} has {name} {getattr(saved, name)}, this run {getattr(cfg, name)}; add --{name}={getattr(saved, name)}"
-                )
-    folder = None  # where the backbone lies
-    if cfg.resume or cfg.init_from:
-        tokenizer = Tokenizer.load(cfg.out if cfg.resume else cfg.init_from)
-        folder = Path(cfg.out if cfg.resume else cfg.init_from, "backbone")
-    elif cfg.backbone:
-        folder = fetch_backbone(cfg.backbone)
-        tokenizer = Tokenizer.load(folder)
-    else:
-        tokenizer = Tokenizer.train(
-            episodes.texts() + (questions.texts() if questions else []), cfg.vocab_size
+        append_log(Path(cfg.out, "log.jsonl"), line)
+        self.restart()
+
+
+def report_questions(run: Run, when: str) -> None:
+    """Accuracy on held-out questions, printed and kept in questions.json under `when`: the paper's forgetting test."""
+    path = Path(run.cfg.out, "questions.json")
+    history = read_json(path) if path.is_file() else {}
+    if not run.held_out or when in history:  # a resumed run measured it already
+        return
+    with averaged_weights(run.policy, run.ema):
+        result = run.held_out.accuracy(run.policy.answer)
+    shown = ", ".join(f"{kind} {cell['accuracy']:.3f}" for kind, cell in result.items())
+    print0(f"held-out questions {when}: {shown} (n={result['all']['n']})")
+    write_json(path, history | {when: result})
+
+
+def evaluate_run(run: Run) -> None:
+    """Closed-loop success on report seeds: the printed table and eval.json."""
+    cfg = run.cfg
+    known = evaluate.environment_class(cfg.env).families
+    families = [family for family in cfg.family_names if family in known]
+    if not families:
+        return print0(
+            f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(known)})"
         )
-    for asked in filter(None, (questions, held_out)):
-        asked.drop_long(tokenizer)
-    torch.manual_seed(cfg.seed)
-    policy = SyVLA(
-        cfg, tokenizer, folder, pretrained=bool(cfg.backbone) and not (cfg.resume or cfg.init_from)
-    )
-    freeze(policy, cfg)
-    policy = shrink(policy, torch.device(device)).to(device)
-    policy.set_statistics(episodes.meta["statistics"])
-    if cfg.init_from and not cfg.resume:
-        statistics = {k: v.clone() for k, v in policy.state_dict().items() if k.endswith(("_low", "_high"))}
-        policy.load_weights(
-            os.path.join(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else ""
-        )
-        if not torch.isfinite(policy.state_low).all():
-            raise ValueError(
-                f"{cfg.init_from} has no normalisation statistics; choose a checkpoint that train.py wrote"
-            )
-        if cfg.stage == "pretrain":
-            policy.load_state_dict(
-                policy.state_dict() | statistics
-            )  # fine-tuning keeps the scale its expert learnt
-    return policy, episodes, questions, held_out
+    with averaged_weights(run.policy, run.ema):
+        results = evaluate.evaluate(run.policy, families, cfg.eval, env=cfg.env)
+    evaluate.report(results, Path(cfg.out, "eval.json"))
 
 
-def keep_states(cfg, policy, episodes, autocast, say):
-    """--new_expert: the VLM does not learn, so what it makes of a frame is computed once and kept beside the data."""
-    path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
-    need = 2 * cfg.queries * cfg.width * len(episodes.state)
-    there = path.is_file()
-    if (
-        not os.access(path if there else cfg.data, os.W_OK)
-        or not there
-        and shutil.disk_usage(cfg.data).free < need
-    ):
-        return say(
-            f"the VLM is frozen, but what it makes of a frame cannot be kept: {cfg.data} is read-only or has less than {need / 2**20:.0f} MiB free; a step takes longer"
-        )
-
-    @torch.no_grad()
-    def see(batch):
-        with autocast():
-            batch = {k: v.to(policy.vlm.queries.device) for k, v in batch.items()}
-            return policy.vlm(
-                policy.vlm.see(batch["images"]),
-                *(batch[k] for k in ("tokens", "segments", "positions")),
-                True,
-            )[1].float()
-
-    episodes.freeze(path, (cfg.queries, cfg.width), see)
-    say(f"the VLM is frozen: what it makes of a frame is kept in {path}, up to {need / 2**20:.0f} MiB")
-
-
-def batches(step, cfg, policy, episodes, questions, rank, world, device):
-    """The micro-batches of one step: a list of lists of (loss weight, batch dict)."""
-    grounding = step < cfg.ground_steps
-    n_questions = cfg.batch_size if grounding else round(cfg.batch_size * cfg.mix)
-    n_actions = cfg.batch_size - n_questions
-    parts = world * cfg.accumulate
-    for name, n in (("question", n_questions), ("action", n_actions)):
-        if n % parts:
-            raise ValueError(
-                f"{n} {name} samples do not divide by {world} processes x {cfg.accumulate} micro-batches; change --batch_size, --mix or --accumulate"
-            )
-    micro = []
-    for i in range(cfg.accumulate):
-        rows = slice(
-            rank * cfg.accumulate + i, None, parts
-        )  # every part draws the same global batch and takes its own rows
-        pair = []
-        if n_questions:
-            pair.append(
-                questions.batch(
-                    policy.tokenizer,
-                    np.random.default_rng([cfg.seed, step, 0]),
-                    n_questions,
-                    cfg.question_tokens,
-                    lesson(step, cfg),
-                    rows,
-                )
-            )
-        if n_actions:
-            pair.append(
-                episodes.batch(policy.tokenizer, np.random.default_rng([cfg.seed, step, 1]), n_actions, rows)
-            )
-        micro.append([{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in pair])
-    return micro
-
-
-def average_gradients(policy, world):
-    """One all-reduce over all gradients; parameters without one (the expert, in grounding) take part as zeros."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    flat /= world
-    for p, g in zip(trained, flat.split([g.numel() for g in grads])):
-        if p.grad is not None:
-            p.grad.copy_(g.view_as(p))
-
-
-def train_step(step, cfg, policy, run, optimizers, micro, world, autocast):
-    """Forward, backward, clip, update. -> {"text", "action", "kept", "gnorm"} as floats. Raises FloatingPointError on non-finite numbers."""
-    logs = defaultdict(float)
-    for pair in micro:
-        loss = 0.0
-        for batch in pair:
-            with autocast():
-                losses = run(batch)
-            # text of questions and text of thoughts weigh the same as the action loss each
-            loss = loss + sum(losses[k] for k in ("text", "action") if k in losses)
-            for k, v in losses.items():
-                logs[("question" if k == "text" and "action" not in losses else k)] += v.item() / len(micro)
-        (loss / len(micro)).backward()
-        policy.mark("backward")
-    if world > 1:
-        average_gradients(policy, world)
-    parameters = [p for p in policy.parameters() if p.grad is not None]
-    logs["gnorm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip).item()
-    if not all(math.isfinite(v) for v in logs.values()):
-        raise FloatingPointError(
-            f"non-finite number at step {step}: {dict(logs)}; the last checkpoint is untouched. Lower the learning rates, then --resume"
-        )
-    factor = learning_rate(step, cfg)
-    for optimizer, rates in zip(optimizers, peak_rates(cfg)):
-        for group, lr in zip(optimizer.param_groups, rates):
-            group["lr"] = lr * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    policy.mark("optimizer")
-    return logs
-
-
-def bench(cfg, policy, run, episodes, questions, optimizers, device, autocast):
-    """--bench: milliseconds per step by part, for both phases."""
-    for name, first in (("grounding", cfg.ground_steps - 1), ("actions", cfg.ground_steps)):
-        if first >= 0 and (name == "grounding" or cfg.steps > 0):
-            watch = Stopwatch(device)
+def bench(run: Run) -> None:
+    """--bench: milliseconds a step by part, for both phases; nothing is written."""
+    cfg = run.cfg
+    phases = {"grounding": cfg.ground_steps - 1, "actions": cfg.ground_steps if cfg.steps else -1}
+    for phase, step in phases.items():
+        if step < 0:
+            continue
+        with Stopwatch(run.device) as watch:
             for i in range(25):
                 if i == 5:  # the first steps warm up
                     watch.seconds.clear()
-                policy.mark = watch.mark
-                micro = batches(
-                    first + i if name == "actions" else first, cfg, policy, episodes, questions, 0, 1, device
-                )
-                watch.mark("data")
-                train_step(first, cfg, policy, run, optimizers, micro, 1, autocast)
-            total = sum(watch.seconds.values())
-            split = " | ".join(
-                f"{k} {v / 20 * 1e3:.0f} ms ({v / total:.1%})" for k, v in watch.seconds.items()
-            )
-            print(
-                f"{name}: {total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s | {split}"
-            )
+                micro = batches(run, step + i if phase == "actions" else step)
+                mark("data")
+                train_step(run, step, micro)
+        total = sum(watch.seconds.values())
+        split = " | ".join(
+            f"{part} {s / 20 * 1e3:.0f} ms ({s / total:.1%})" for part, s in watch.seconds.items()
+        )
+        print0(
+            f"{phase}: {total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s | {split}"
+        )
 
 
-def main(argv=None):
-    explain_errors(train, parse_config(TrainConfig, PRESETS, sys.argv[1:] if argv is None else argv))
-
-
-def train(cfg):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    say = print if rank == 0 else lambda *a, **k: None
-    fast_cpu(cfg.threads)
-    device, autocast, why = choose_device(cfg.device)
-    out = Path(cfg.out)
-    if (out / "train_state.pt").is_file() and not (cfg.resume or cfg.bench or cfg.plan):
-        raise ValueError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
-    if cfg.resume and not (out / "train_state.pt").is_file():
-        raise FileNotFoundError(f"nothing to resume in {out}; leave --resume out")
-    settle_backbone(cfg)
-    if cfg.resume:
-        check_resume(cfg, read_checkpoint_config(out), HARMLESS, ADJUSTABLE, say)
-    foretell(cfg, device, world, say)
-    if cfg.plan:
-        return
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if cfg.eval:  # complain of a wrong name now, not after the training
-        import sim_env
-
-        sim_env.environment(cfg.env)
-    if rank == 0:
-        make_data(cfg)
-    if world > 1:
-        dist.barrier()
-    began = time.time()
-    policy, episodes, questions, held_out = build(cfg, device)
-    optimizers = make_optimizers(policy, cfg)
-    step, trainable = 0, {k: p for k, p in policy.named_parameters() if p.requires_grad}
-    host = torch.device("cpu") if cfg.ema_on_host else device
-    ema = {k: p.detach().to(host, copy=True) for k, p in trainable.items()}
-    if cfg.resume:
-        saved = torch.load(out / "train_state.pt", map_location=device, weights_only=True)
-        if len(trainable) < len(list(policy.parameters())):
-            policy.load_weights(out / "model.safetensors")  # what is frozen stands there alone
-        policy.load_state_dict(saved["model"], strict=len(trainable) == len(list(policy.parameters())))
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        step, ema = saved["step"], {k: v.to(host) for k, v in saved["ema"].items()}
-    say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
-    say(f"torch {torch.__version__}, {device}, {why}, {torch.get_num_threads()} threads, {world} process(es)")
-    say(
-        f"{len(episodes.episodes)} episodes, {len(episodes)} frames"
-        + (f", {len(questions.questions)} pictures with questions" if questions else "")
-    )
-    if cfg.new_expert:
-        keep_states(cfg, policy, episodes, autocast, say)
-    run = torch.compile(policy) if cfg.compile else policy
-    if cfg.bench:
-        return bench(cfg, policy, run, episodes, questions, optimizers, device, autocast)
-
-    out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:  # also when nothing is resumed: a kill before the first checkpoint leaves lines
-        trim_log(out / "log.jsonl", "step", step)
-    if rank == 0 and not cfg.resume:
-        (out / "questions.json").unlink(missing_ok=True)
-    report = lambda when: (
-        report_questions(policy, ema, held_out, when, out, say) if held_out and rank == 0 else None
-    )
-    total = cfg.ground_steps + cfg.steps
-    window, window_began, window_data = defaultdict(list), time.time(), 0.0
-    first = step
-    while step < total:
-        if step == cfg.ground_steps:
-            report("before action training")
-            window_began = time.time()
-        data_began = time.time()
-        micro = batches(step, cfg, policy, episodes, questions, rank, world, device)
-        window_data += time.time() - data_began
-        logs = train_step(step, cfg, policy, run, optimizers, micro, world, autocast)
-        decay = min(cfg.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach().to(host) for p in trainable.values()], 1 - decay)
-        step += 1
-        for k, v in logs.items():
-            window[k].append(v)
-
-        if rank == 0 and (step % cfg.log_every == 0 or step == total):
-            n, now = len(window["gnorm"]), time.time()
-            means = {k: sum(v) / len(v) for k, v in window.items()}
-            speed = n * cfg.batch_size / (now - window_began)
-            eta = (total - step) * (now - window_began) / n / 60
-            phase = "grounding" if step <= cfg.ground_steps else "actions"
-            numbers = " | ".join(
-                f"{k} {means[k]:.4f}" for k in ("question", "text", "action", "kept", "gnorm") if k in means
-            )
-            say(
-                f"step {step:06d}/{total:06d} {phase} | {numbers} | lr {learning_rate(step - 1, cfg):.3f} | {speed:.0f} samples/s | data {window_data / n * 1e3:.0f} ms | eta {eta:.1f} m",
-                flush=True,
-            )
-            line = {
-                "step": step,
-                "phase": phase,
-                **means,
-                "lr": learning_rate(step - 1, cfg),
-                "samples_per_s": speed,
-                "data_ms": window_data / n * 1e3,
-                "seconds": now - began,
-            }
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            window, window_began, window_data = defaultdict(list), now, 0.0
-        if rank == 0 and (step % cfg.save_every == 0 or step in (cfg.ground_steps, total)):
-            if step == cfg.ground_steps:  # first, because a resume does not come by here again
-                save_policy(out / "grounded", policy, asdict(cfg), policy.state_dict() | ema)
-            save_checkpoint(out, policy, ema, optimizers, step, cfg)
-    report("after action training" if cfg.steps else "before action training")
-    say(f"trained {step - first} steps in {(time.time() - began) / 60:.1f} min")
-    if (
-        world > 1
-    ):  # the others need not wait for the evaluation; gloo aborts one who hangs up while another is still busy
-        dist.barrier()
-        dist.destroy_process_group()
-    if cfg.eval and rank == 0:
-        evaluate(policy, ema, cfg, out, say)
-
-
-def report_questions(policy, ema, held_out, when, out, say):
-    """Held-out question accuracy, printed and kept in questions.json under `when`: the paper's forgetting test."""
-    path = out / "questions.json"
-    history = json.loads(path.read_text()) if path.is_file() else {}
-    if when in history:  # a resumed run measured it already
-        return
-    with averaged_weights(policy, ema), evaluating(policy):
-        result = held_out.accuracy(policy.answer)
-    say(
-        f"held-out questions {when}: "
-        + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in result.items())
-        + f" (n={result['all']['n']})",
-        flush=True,
-    )
-    write_atomically(path, lambda p: p.write_text(json.dumps(history | {when: result}, indent=1)))
-
-
-def evaluate(policy, ema, cfg, out, say):
-    """Closed-loop success on held-out report seeds: eval.json and the printed table."""
-    import sim_env
-
-    there = sim_env.environment(cfg.env).families
-    families = [family for family in cfg.families.split(",") if family in there]
-    if not families:
-        say(f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(there)})")
-        return
-    with averaged_weights(policy, ema), evaluating(policy):
-        results = sim_env.evaluate(policy, families, cfg.eval, env=cfg.env)
-    write_atomically(out / "eval.json", lambda p: p.write_text(json.dumps(results, indent=1)))
-    say(sim_env.table(results))
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the command line."""
+    run_program(train, parse_config(TrainConfig, all_presets(), sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

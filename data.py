@@ -108,7 +108,7 @@ class Tokenizer:
             raise UserError(f'the {what} is empty; try "put the red cube on the blue pad"')
         if len(ids) > self.LONGEST:
             raise UserError(
-                f"the {what} has {len(ids)} tokens, at most {self.LONGEST} fit: say it in fewer words"
+                f"the {what} is {len(ids)} tokens long, at most {self.LONGEST} fit: use fewer words"
             )
         return ids
 
@@ -142,9 +142,13 @@ class Tokenizer:
     def load(folder: str | Path) -> Tokenizer:
         """The tokenizer of a checkpoint folder; UserError where there is none or where it is another's."""
         path = Path(folder, "tokenizer.json")
+        if not path.is_file():
+            raise UserError(
+                f"{folder} is no checkpoint (no tokenizer.json); run: python train.py --config small"
+            )
         words = read_json(path)
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise UserError(f"{path} is no list of words; run: python train.py --config small")
+            raise UserError(f"{path} is no list of words; choose another checkpoint")
         return Tokenizer(words)
 
 
@@ -468,7 +472,10 @@ def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]
         raise UserError(f"{folder} has no pictures of {wanted}; set --cameras or --mix=0")
     shape = next(iter(stored.values())).shape
     if shape[1] != cfg.image_size:
-        raise UserError(f"{folder} has images of {shape[1]} px, the model takes {cfg.image_size}")
+        raise UserError(
+            f"{folder} has images of {shape[1]} px, the model takes {cfg.image_size}: "
+            f"make it with prepare.py --image_size={cfg.image_size}"
+        )
     blank = np.broadcast_to(np.uint8(128), shape)
     return [stored.get(camera, blank) for camera in wanted]
 

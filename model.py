@@ -211,6 +211,7 @@ PRESETS = {
         batch_size=4,
         question_tokens=40,
         warmup=1,
+        log_every=1,
         eval=0,
         demos=2,
         starts=2,

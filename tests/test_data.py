@@ -1,4 +1,4 @@
-"""Tests of data.py and prepare.py: tokenizer, packing, statistics, chunks at the end of an episode, batches, error messages."""
+"""Tests of data.py: tokenizer, packing, statistics, chunks at the end of an episode, batches, error messages."""
 
 import json
 import random
@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import prepare
 import sim_env
+from conftest import debug_config
 from data import Episodes, Questions, Tokenizer, pack, statistics
 from model import Config
-from model import PRESETS as MODELS
 
-CFG = Config(**MODELS["debug"])
+CFG = debug_config()
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +101,8 @@ def test_prompts(tokenizer):
     assert t.question("Where is it?") == [t.ask, *t.encode("where is it ?"), t.reply]
     assert t.question("<task> put the red cube") == t.prompt("put the red cube")
     assert t.answer("where is it ?", "left") == [*t.encode("left"), t.end_answer]
-    assert t.answer("<task> x", "left") == [*t.encode("left"), t.end_thought] == t.thought("left")
-    assert len({t.task, t.reason, t.end_thought, t.ask, t.reply, t.end_answer, 0}) == len(t.SPECIAL)
+    assert t.answer("<task> x", "left") == [*t.encode("left"), t.end_reasoning] == t.reasoning_ids("left")
+    assert len({t.task, t.reason, t.end_reasoning, t.ask, t.reply, t.end_answer, 0}) == len(t.SPECIAL)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +126,14 @@ def test_unusable_instructions_say_why_in_one_line(tokenizer, text, said):
 def test_tokenizer_on_disk(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.words))
     assert Tokenizer.load(tmp_path).words == tokenizer.words
-    with pytest.raises(FileNotFoundError, match="python train.py"):
+    with pytest.raises(ValueError, match="python train.py"):
         Tokenizer.load(tmp_path / "nothing")
 
 
 def test_every_training_text_fits_the_model():
-    """The longest thought must fit max_thought, or it would be cut silently; the vocabulary must hold all words."""
-    small, env, texts = Config(), sim_env.SO100Env(px=8), []
+    """The longest reasoning must fit max_reasoning_tokens, or it would be cut silently; the vocabulary must hold all words."""
+    small = Config()
+    env, texts = sim_env.SO100Env(px=8), []
     for seed in range(10):
         rng = np.random.default_rng(seed)
         env.reset(seed=seed, options={"family": "sequence"})
@@ -145,7 +145,7 @@ def test_every_training_text_fits_the_model():
         [text for pair in texts for text in pair] * 20, small.vocab_size
     )  # so that no word is too rare
     assert len(tokenizer) < small.vocab_size
-    assert max(len(tokenizer.thought(reason)) for _, reason in texts) <= small.max_thought
+    assert max(len(tokenizer.reasoning_ids(reason)) for _, reason in texts) <= small.max_reasoning_tokens
     assert max(len(tokenizer.prompt(task)) for task, _ in texts) <= Tokenizer.LONGEST // 2
 
 
@@ -202,7 +202,7 @@ def test_data_set_is_whole(data, episodes):
 
 
 def test_chunk_stops_at_the_end_of_its_episode(data, episodes, tokenizer):
-    action, H = np.load(data / "action.npy"), CFG.chunk
+    action, H = np.load(data / "action.npy"), CFG.chunk_size
     first = episodes.episodes[0]
     picks = [
         0,
@@ -235,15 +235,15 @@ def test_chunk_stops_at_what_answers_a_disturbance(data, tmp_path, tokenizer):
     meta["episodes"][0]["disturbed"] = [[3, 5]]
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     episodes = Episodes(tmp_path, CFG)
-    assert episodes.episodes[0]["length"] > 5 + CFG.chunk
+    assert episodes.episodes[0]["length"] > 5 + CFG.chunk_size
     assert episodes.samples(tokenizer, range(7))["valid"].sum(1).tolist() == [
         4,
         3,
         2,
         1,
         1,
-        CFG.chunk,
-        CFG.chunk,
+        CFG.chunk_size,
+        CFG.chunk_size,
     ]
 
 
@@ -268,10 +268,10 @@ def test_labels_train_the_thought_alone(episodes, tokenizer):
     batch = episodes.samples(tokenizer, [0])
     task, reason = episodes.reason_at(0)
     labels = batch["labels"][0]
-    assert labels[labels >= 0].tolist() == tokenizer.thought(reason)
-    assert batch["tokens"][0].tolist() == tokenizer.prompt(task) + tokenizer.thought(reason)
+    assert labels[labels >= 0].tolist() == tokenizer.reasoning_ids(reason)
+    assert batch["tokens"][0].tolist() == tokenizer.prompt(task) + tokenizer.reasoning_ids(reason)
     without = Episodes.__new__(Episodes)
-    without.__dict__ = episodes.__dict__ | {"cfg": Config(**MODELS["debug"] | dict(reasoning=False))}
+    without.__dict__ = episodes.__dict__ | {"cfg": debug_config(reasoning=False)}
     assert (without.samples(tokenizer, [0])["labels"] == -100).all()
 
 
@@ -362,77 +362,23 @@ def test_accuracy_counts_exact_matches_by_kind(questions):
 
 def test_mismatches_show_both_sides(data, tmp_path):
     def refused(folder=data, families=None, **changes):
-        with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            Episodes(folder, Config(**{**MODELS["debug"], **changes}), families)
+        with pytest.raises(ValueError) as caught:
+            Episodes(folder, debug_config(**changes), families)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
     assert all(word in refused(cameras="front,top") for word in ("'front', 'wrist'", "'top'", "--cameras"))
     assert all(word in refused(motors="a,b") for word in ("['a', 'b']", "'shoulder_pan'"))
-    assert all(word in refused(image_size=48) for word in ("32 px", "48", "--image_size=32"))
+    assert all(word in refused(image_size=48) for word in ("32 px", "48", "--image_size=48"))
     assert all(word in refused(families=["sequence"]) for word in ("sequence", "place"))
     assert "python prepare.py" in refused(tmp_path)
 
 
 def test_cameras_come_in_the_models_order(data, episodes, tokenizer):
-    turned = Episodes(data, Config(**MODELS["debug"] | dict(cameras="wrist,front")))
+    turned = Episodes(data, debug_config(cameras="wrist,front"))
     assert torch.equal(
         turned.samples(tokenizer, [3])["images"].flip(1), episodes.samples(tokenizer, [3])["images"]
     )
-
-
-def test_prepare_refuses_a_finished_folder_and_foreign_parts(data, tmp_path, fails):
-    assert "already holds a data set" in fails(prepare.main, ["--config", "debug", f"--out={data}"])
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "settings.json").write_text("{}")
-    assert "other settings" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])
-    assert "unknown family" in fails(prepare.main, ["--families=plaice", f"--out={tmp_path}"])
-    for flag, said in (
-        ("--seed=600000", "training seeds"),
-        ("--seed=-1", "training seeds"),
-        ("--starts=300000", "training seeds"),
-        ("--workers=-1", "workers"),
-        ("--start_steps=0", "start_steps"),
-        ("--image_size=4", "image_size"),
-    ):
-        assert said in fails(prepare.main, [flag, f"--out={tmp_path}"])
-
-
-def test_shards_do_not_depend_on_how_work_is_spread(data, tmp_path):
-    """prepare.py again, in this process, shard by shard and backwards: bit-identical arrays."""
-    cfg = prepare.PrepareConfig(
-        **prepare.PRESETS["debug"] | dict(config="debug", out=str(tmp_path / "again"))
-    )
-    (tmp_path / "again" / "parts").mkdir(parents=True)
-    jobs, common, _ = prepare.make_plan(cfg)
-    for job in reversed(jobs):
-        prepare.make_shard(job)
-    prepare.merge(cfg, [shard for _, shard, _ in jobs], common)
-    for name in (
-        "state.npy",
-        "action.npy",
-        "front.npy",
-        "wrist.npy",
-        "questions/front.npy",
-        "questions/questions.json",
-        "questions_val/questions.json",
-    ):
-        assert (data / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-    shutil.rmtree(tmp_path / "again")
-
-
-def test_training_and_held_out_seeds_never_meet():
-    spans = {
-        kind: [
-            s
-            for shard in prepare.shards(prepare.PrepareConfig())
-            if shard[0] == kind
-            for s in (shard[2], shard[2] + shard[3] - 1)
-        ]
-        for kind in prepare.SHARD
-    }
-    assert all(s in sim_env.SEEDS["train"] for kind in ("demo", "start", "questions") for s in spans[kind])
-    assert all(s in sim_env.SEEDS["val"] for s in spans["questions_val"])
 
 
 def test_questions_too_long_for_the_tokenizer_are_left_out(data, tokenizer):

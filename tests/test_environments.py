@@ -112,7 +112,7 @@ def test_a_state_of_other_numbers_than_the_action(reach, fails, capsys):
     assert (config["motors"], config["state"]) == ("x,y", "speed,x,y") and json.loads(
         Path("run/eval.json").read_text()
     )["reach"]["id"]["n"] == 2
-    policy = sample.load_policy("run")
+    policy = load_policy("run")
     assert (
         policy.expert.state_in.in_features == len(policy.state_low) == 3
         and policy.expert.action_in.in_features == len(policy.action_low) == 2
@@ -162,7 +162,7 @@ def test_a_state_of_other_numbers_than_the_action(reach, fails, capsys):
     sample.main(["--run=run", "--threads=1", "--env=glide:Veiled"])
     with (
         pytest.raises(ValueError, match=r"shape \(3,\), its class names 4 numbers"),
-        sim_env.VecEnv(1, 1, "glide:Short", 32) as vec,
+        evaluate.VecEnv(1, 1, "glide:Short", 32) as vec,
     ):
         vec.reset([0], "reach")
     np.save("data/glide/state.npy", np.load("data/glide/state.npy")[:, :2])
@@ -192,8 +192,8 @@ def test_checkpoints_from_before_the_state_had_names(reach):
         config | {"state": "x,y"},
     ):
         Path("run/config.json").write_text(json.dumps(known))
-        policy = sample.load_policy("run")
-        sim_env.views_of(policy, "reach:Reach")
+        policy = load_policy("run")
+        evaluate.camera_indices(policy, "reach:Reach")
         chunks.append(policy.act(*sample.look(obs, policy))[0])
     assert (
         config["state"] == ""
@@ -203,7 +203,7 @@ def test_checkpoints_from_before_the_state_had_names(reach):
 
 
 def test_chunks_end_with_the_episode_and_count_steps(reach):
-    env = sim_env.make_env("reach:Reach", 32)
+    env = evaluate.make_env("reach:Reach", 32)
     obs, info = env.reset(seed=3)
     assert info["steps"] == info["executed"] == 0 and env.render(64, "top").shape == (64, 64, 3)
     goal = np.tile(env.env.goal, (4, 1))

@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import sample
-from conftest import differences
+from conftest import debug_config, differences
 from data import Episodes
-from model import PRESETS, Config
+from model import load_policy
 
 DEVICE = ["--device=cpu", "--threads=1"]
 CLOCK = ("seconds", "samples_per_s", "data_ms", "steps_per_s", "chunks_per_s", "time")
@@ -28,7 +27,7 @@ def whole(run):
     """Everything in a run folder that is there loads."""
     for folder in (run, run / "grounded"):
         if (folder / "config.json").is_file():
-            sample.load_policy(folder)
+            load_policy(folder)
     if (run / "train_state.pt").is_file():  # what a resume asks for
         torch.load(run / "train_state.pt", weights_only=True)
         assert (run / "config.json").is_file()
@@ -117,10 +116,10 @@ def test_demonstrations(strike, tmp_path):
         status, said = strike("prepare", argv, tmp_path / "killed", at, nth)
         assert status == (0 if at is None else -9), said
         if (b / "meta.json").is_file():
-            assert len(Episodes(b, Config(**PRESETS["debug"]))) == len(np.load(b / "state.npy"))
+            assert len(Episodes(b, debug_config())) == len(np.load(b / "state.npy"))
         else:
-            with pytest.raises(FileNotFoundError, match="no data set"):
-                Episodes(b, Config(**PRESETS["debug"]))
+            with pytest.raises(ValueError, match="no data set"):
+                Episodes(b, debug_config())
         for path in b.glob("parts/*.npz"):
             assert {name: array.shape for name, array in np.load(path).items()}
     assert {p.relative_to(a): p.is_file() and p.read_bytes() for p in a.rglob("*")} == {

@@ -1,15 +1,30 @@
-"""Tests of model.py: command line, masks, attention, generation, flow matching, intention decoupling, sampler, statistics."""
+"""Tests of model.py: shapes, masks, attention, generation, flow matching, intention decoupling, sampler, statistics."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
+from common import parse_config, write_json
+from conftest import debug_config
 from data import pack
-from model import PRESETS, Config, LanguageBlock, SyVLA, VisionEncoder, VLM, opt, parse_config, rope, rotation
+from model import (
+    PRESETS,
+    VLM,
+    Config,
+    LanguageBlock,
+    SyVLA,
+    load_policy,
+    pixel_shuffle,
+    read_checkpoint_config,
+    rope,
+    rotation,
+    save_policy,
+)
 
 
 def pictures(policy, n, seed=0):
@@ -17,7 +32,7 @@ def pictures(policy, n, seed=0):
     return torch.randint(
         0,
         256,
-        (n, cfg.views, cfg.image_size, cfg.image_size, 3),
+        (n, len(cfg.camera_names), cfg.image_size, cfg.image_size, 3),
         dtype=torch.uint8,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -31,7 +46,7 @@ def flow_inputs(policy, n, seed=0):
     """states, and the other arguments of flow_loss: state, actions, valid, eps, t."""
     cfg, g = policy.cfg, torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(policy.vlm.queries.dtype)
-    H, A, M = cfg.chunk, cfg.action_dim, cfg.noise_samples
+    H, A, M = cfg.chunk_size, cfg.action_dim, cfg.noise_samples
     t = torch.rand(n, M, generator=g).to(policy.vlm.queries.dtype)
     return (
         draw(n, cfg.queries, cfg.width),
@@ -53,104 +68,32 @@ def action_batch(policy, n, seed=0):
         "state": 50 * torch.randn(n, cfg.action_dim, generator=g),
         "valid": valid,
         "eps": eps,
-        "actions": 50 * torch.randn(n, cfg.chunk, cfg.action_dim, generator=g),
+        "actions": 50 * torch.randn(n, cfg.chunk_size, cfg.action_dim, generator=g),
         "t": t,
         "uniform": torch.rand(n, cfg.queries, generator=g),
     }
 
 
-# -- command line -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Options:
-    config: str = opt("", "preset")
-    steps: int = opt(3, "an int")
-    rate: float = opt(0.5, "a float")
-    fast: bool = opt(False, "a flag")
-    name: str = opt("", "a string")
-
-
-def options(*argv, positional=None):
-    return parse_config(Options, {"small": {}, "tiny": dict(steps=7)}, list(argv), positional)
-
-
-def test_options_in_all_their_forms():
-    assert options("--config", "tiny") == Options(config="tiny", steps=7)
-    assert (
-        options("--steps=9", "--config=tiny").steps == 9
-    )  # what is typed wins over the preset, in any order
-    assert options("--steps", "-4").steps == -4
-    assert options("--steps=1e5").steps == 100_000 and options(f"--steps={2**60 + 1}").steps == 2**60 + 1
-    assert options("--name=a=b=c").name == "a=b=c"
-    assert options("--name=").name == ""
-    assert options("--rate", "2").rate == 2.0
-    assert options("a b", "--steps=1", positional="name").name == "a b"
-    for words, value in (
-        (["--fast"], True),
-        (["--fast=1"], True),
-        (["--fast", "false"], False),
-        (["--fast=True"], True),
-        (["--fast", "0"], False),
-    ):
-        assert options(*words).fast is value
-    assert options("--fast", "--steps=2") == Options(
-        fast=True, steps=2
-    )  # a flag does not swallow the next option
-
-
-@pytest.mark.parametrize(
-    "argv, said",
-    [
-        (["--stepz=3"], "did you mean steps"),
-        (["--config", "smal"], "did you mean small"),
-        (["--config=qqq"], "choose from small, tiny"),
-        (["--steps=2.5"], "--steps takes int, not '2.5'"),
-        (["--steps=many"], "takes int"),
-        (["--steps=inf"], "takes int"),
-        (["--rate=x"], "takes float"),
-        (["--fast=maybe"], "takes bool"),
-        (["word"], "unexpected word 'word'"),
-        (["--steps"], "needs a value"),
-        (["--steps", "--fast"], "needs a value"),
-    ],
-)
-def test_bad_options_exit_with_one_line(fails, argv, said):
-    assert said in fails(lambda a: options(*a), argv)
-
-
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--image_size=50"],
         ["--heads=5"],
         ["--kv_heads=3"],
-        ["--execute=9"],
-        ["--execute=0"],
+        ["--n_action_steps=9"],
+        ["--n_action_steps=0"],
         ["--decouple=none"],
         ["--decouple_percentile=100"],
-        ["--decouple_samples=5"],
         ["--patch_size=0"],
         ["--heads=0"],
         ["--denoise_steps=0"],
         ["--temperature=-1"],
-        ["--patch_size=3", "--image_size=96"],
-        ["--vision_width=47", "--vision_heads=1"],
+        ["--patch_size=5"],
+        ["--pixel_shuffle=5"],
+        ["--lora=4"],
     ],
 )
 def test_impossible_models_are_refused_before_anything_runs(fails, argv):
     assert argv[0][2:].split("=")[0] in fails(lambda a: parse_config(Config, PRESETS, a), argv)
-
-
-def test_help_shows_every_field(capsys):
-    with pytest.raises(SystemExit) as caught:
-        options("--help")
-    shown = capsys.readouterr().out
-    assert (
-        caught.value.code == 0
-        and all(f"--{name}=" in shown for name in ("steps", "rate", "fast", "name"))
-        and "an int" in shown
-    )
 
 
 # -- vision and language -------------------------------------------------------------------------------------------
@@ -159,8 +102,8 @@ def test_help_shows_every_field(capsys):
 def test_shapes_of_every_part(make_policy):
     policy = make_policy()
     cfg, n = policy.cfg, 3
-    visual = policy.vlm.see(pictures(policy, n))
-    assert visual.shape == (n, cfg.views, cfg.tokens_per_view, cfg.width)
+    visual = policy.vlm.encode_images(pictures(policy, n))
+    assert visual.shape == (n, len(cfg.camera_names), (32 // 8 // 2) ** 2, cfg.width)
     text = packed([[([1, 300], [3])]] * n)
     hidden, states = policy.vlm(visual, text["tokens"], text["segments"], text["positions"], True)
     assert hidden.shape == (n, 3, cfg.width) and states.shape == (n, cfg.queries, cfg.width)
@@ -173,7 +116,9 @@ def test_shapes_of_every_part(make_policy):
         pictures(policy, n), torch.zeros(n, cfg.action_dim), ["put the red cube"] * n
     )
     assert (
-        chunk.shape == (n, cfg.chunk, cfg.action_dim) and chunk.dtype == np.float32 and len(reasonings) == n
+        chunk.shape == (n, cfg.chunk_size, cfg.action_dim)
+        and chunk.dtype == np.float32
+        and len(reasonings) == n
     )
     assert sum(policy.parameter_table().values()) == sum(p.numel() for p in policy.parameters())
 
@@ -184,29 +129,22 @@ def test_see_maps_bytes_to_minus_one_to_one_per_view(make_policy):
     expected = torch.stack(
         [policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1) for v in range(2)], dim=1
     )
-    assert torch.allclose(policy.vlm.see(images), expected, atol=1e-4)
+    assert torch.allclose(policy.vlm.encode_images(images), expected, atol=1e-4)
 
 
 def test_pixel_shuffle_gathers_square_neighbourhoods():
-    cfg = Config(
-        **PRESETS["debug"] | dict(conv_stem=False, vision_depth=0, image_size=48, width=4 * 16)
-    )  # 6 x 6 patches -> 3 x 3 tokens
-    encoder = VisionEncoder(cfg)
-    encoder.connector = encoder.norm = torch.nn.Identity()
-    encoder.patch.bias.data.zero_()
-    encoder.position.data.normal_()
-    patches = encoder.position  # of an all-zero picture, the patch at (row, column) is its position vector
-    x = encoder(torch.zeros(1, 3, 48, 48))
+    patches = torch.randn(1, 6 * 6, 16)
+    x = pixel_shuffle(patches, 2)
     assert x.shape == (1, 9, 64)
     for row in range(3):
         for column in range(3):
-            four = [patches[(2 * row + i) * 6 + 2 * column + j] for i in (0, 1) for j in (0, 1)]
+            four = [patches[0, (2 * row + i) * 6 + 2 * column + j] for i in (0, 1) for j in (0, 1)]
             assert torch.equal(x[0, 3 * row + column], torch.cat(four))
 
 
 @pytest.mark.parametrize("patch", [4, 6, 8])
 def test_convolution_stem_makes_the_same_grid_of_patches_and_sees_what_is_there(make_policy, patch):
-    cfg = Config(**PRESETS["debug"] | dict(patch_size=patch, image_size=8 * patch, pixel_shuffle=1))
+    cfg = debug_config(patch_size=patch, image_size=8 * patch, pixel_shuffle=1)
     encoder = SyVLA(cfg, make_policy().tokenizer).vlm.vision  # freshly initialised
     assert encoder.patch(torch.zeros(2, 3, cfg.image_size, cfg.image_size)).shape == (
         2,
@@ -225,7 +163,7 @@ def test_convolution_stem_makes_the_same_grid_of_patches_and_sees_what_is_there(
 def test_mask_rule():
     #                        images | question 1 | question 2 | padding | queries of segment 1
     segments = torch.tensor([[0, 0, 1, 1, 2, 2, -1, 1, 1]])
-    seen = VLM.visible(segments)[0]
+    seen = VLM.attention_mask(segments)[0]
     for i, mine in enumerate(segments[0].tolist()):
         for j, other in enumerate(segments[0].tolist()):
             allowed = j == i or (j < i and other >= 0 and (other == 0 or other == mine))
@@ -237,7 +175,7 @@ def test_mask_rule():
 def test_language_block_against_plain_loops(qk_norm):
     """Grouped-query attention with rotary embedding as complex rotation, in fp64, one head and token at a time."""
     torch.manual_seed(0)
-    cfg = Config(**PRESETS["debug"] | dict(qk_norm=qk_norm))
+    cfg = debug_config(qk_norm=qk_norm)
     block = LanguageBlock(cfg).double()
     for p in block.parameters():
         p.data = torch.randn_like(p) * 0.3
@@ -249,7 +187,7 @@ def test_language_block_against_plain_loops(qk_norm):
     mask[4, 1] = False
     got = block(x, *rotation(torch.tensor([[positions]]), frequency), mask[None, None])[0]
 
-    rms = lambda v: v / (v.square().mean(-1, keepdim=True) + torch.finfo(v.dtype).eps).sqrt()
+    rms = lambda v: v / (v.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt()
     turn = lambda v, i: (lambda z: torch.cat((z.real, z.imag)))(
         torch.complex(v[: hd // 2], v[hd // 2 :]) * torch.polar(torch.ones_like(angle[i]), angle[i])
     )
@@ -295,7 +233,7 @@ QUESTIONS = [
 
 def test_packed_questions_equal_each_question_alone(make_policy):
     policy = make_policy()
-    visual = policy.vlm.see(pictures(policy, 1))
+    visual = policy.vlm.encode_images(pictures(policy, 1))
     together = packed([QUESTIONS])
     hidden, _ = policy.vlm(visual, together["tokens"], together["segments"], together["positions"], False)
     alone = []
@@ -310,7 +248,7 @@ def test_packed_questions_equal_each_question_alone(make_policy):
 
 def test_a_question_never_sees_its_neighbours(make_policy):
     policy = make_policy()
-    visual = policy.vlm.see(pictures(policy, 1))
+    visual = policy.vlm.encode_images(pictures(policy, 1))
     run = lambda rows: policy.vlm(
         visual, *(packed([rows])[k] for k in ("tokens", "segments", "positions")), False
     )[0]
@@ -319,7 +257,7 @@ def test_a_question_never_sees_its_neighbours(make_policy):
     assert torch.equal(changed[:, 6:], before[:, 6:]) and not torch.allclose(changed[:, :6], before[:, :6])
     # and it does see the picture
     other = policy.vlm(
-        policy.vlm.see(pictures(policy, 1, seed=1)),
+        policy.vlm.encode_images(pictures(policy, 1, seed=1)),
         *(packed([QUESTIONS])[k] for k in ("tokens", "segments", "positions")),
         False,
     )[0]
@@ -328,7 +266,7 @@ def test_a_question_never_sees_its_neighbours(make_policy):
 
 def test_padding_does_not_change_the_query_states(make_policy):
     policy = make_policy()
-    visual = policy.vlm.see(pictures(policy, 2))
+    visual = policy.vlm.encode_images(pictures(policy, 2))
     short, long = [([1, 300, 2], [301, 3])], [([1, 300, 302, 303, 304, 2], [305, 306, 3])]
     states = lambda visual, rows: policy.vlm(
         visual, *(packed(rows)[k] for k in ("tokens", "segments", "positions")), True
@@ -350,7 +288,7 @@ def greedy(policy, visual, prompt, n):
 
 def test_cached_generation_equals_full_forward_passes(make_policy):
     policy = make_policy(seed=4)
-    visual = policy.vlm.see(pictures(policy, 3))
+    visual = policy.vlm.encode_images(pictures(policy, 3))
     prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
     free = [greedy(policy, visual[i : i + 1], p, limit - 1) for i, p in enumerate(prompts)]
     cut = lambda stop: [w[: w.index(stop)] if stop in w else w for w in free]
@@ -360,40 +298,44 @@ def test_cached_generation_equals_full_forward_passes(make_policy):
     written, states = policy.vlm.generate(visual, prompts, stop, limit, with_queries=True)
     assert written == wanted
     for i, (prompt, words) in enumerate(zip(prompts, written)):
-        row = packed([[(prompt, words + [stop])]])  # at the limit the thought is closed, as in training
+        row = packed([[(prompt, words + [stop])]])  # at the limit the reasoning is closed, as in training
         full = policy.vlm(visual[i : i + 1], row["tokens"], row["segments"], row["positions"], True)[1]
         assert torch.allclose(states[i : i + 1], full, atol=1e-5)
 
 
-def test_without_a_thought_the_queries_follow_the_instruction(make_policy):
+def test_without_reasoning_the_queries_follow_the_instruction(make_policy):
     policy = make_policy(reasoning=False)
     images = pictures(policy, 2)
-    thoughts, states = policy.think(images, ["put the red cube", "put the blue cube on the pad"])
-    assert thoughts == ["", ""]
+    texts, states = policy.reason(images, ["put the red cube", "put the blue cube on the pad"])
+    assert texts == ["", ""]
     rows = packed(
         [
             [(policy.tokenizer.prompt(t, False), [])]
             for t in ("put the red cube", "put the blue cube on the pad")
         ]
     )
-    full = policy.vlm(policy.vlm.see(images), rows["tokens"], rows["segments"], rows["positions"], True)[1]
+    full = policy.vlm(
+        policy.vlm.encode_images(images), rows["tokens"], rows["segments"], rows["positions"], True
+    )[1]
     assert torch.allclose(states, full, atol=1e-5)
 
 
-def test_a_given_thought_is_followed_as_if_it_were_written(make_policy):
+def test_given_reasoning_is_followed_as_if_it_were_written(make_policy):
     policy = make_policy()
-    images, tasks, thoughts = (
+    images, tasks, texts = (
         pictures(policy, 2),
         ["put the red cube", "put the blue cube on the pad"],
         ["red cube is near", "left"],
     )
-    said, states = policy.think(images, tasks, thoughts)
+    said, states = policy.reason(images, tasks, texts)
     tok = policy.tokenizer
-    rows = packed([[(tok.prompt(task), tok.thought(thought))] for task, thought in zip(tasks, thoughts)])
-    full = policy.vlm(policy.vlm.see(images), rows["tokens"], rows["segments"], rows["positions"], True)[1]
-    assert said == thoughts and torch.allclose(states, full, atol=1e-5)
+    rows = packed([[(tok.prompt(task), tok.reasoning_ids(text))] for task, text in zip(tasks, texts)])
+    full = policy.vlm(
+        policy.vlm.encode_images(images), rows["tokens"], rows["segments"], rows["positions"], True
+    )[1]
+    assert said == texts and torch.allclose(states, full, atol=1e-5)
     state = torch.zeros(2, policy.cfg.action_dim)
-    assert (policy.act(images, state, tasks, thoughts=thoughts)[0] == policy.plan(states, state)).all()
+    assert (policy.act(images, state, tasks, reasoning=texts)[0] == policy.plan(states, state)).all()
 
 
 def test_answers_end_where_the_training_text_ends(make_policy, monkeypatch):
@@ -402,7 +344,7 @@ def test_answers_end_where_the_training_text_ends(make_policy, monkeypatch):
     tok = policy.tokenizer
     for question, end in (
         ("where is the red cube", tok.end_answer),
-        ("<task> put the red cube", tok.end_thought),
+        ("<task> put the red cube", tok.end_reasoning),
     ):
         script = iter([tok.ids[" red"], end] + [tok.ids[" blue"]] * 50)  # the model's next words
         monkeypatch.setattr(
@@ -428,7 +370,7 @@ def test_flow_loss_by_hand(make_policy):
             v = policy.expert(x[None, None], policy.expert.modulation(time.view(1, 1)), state[b : b + 1], kv)[
                 0, 0
             ]
-            steps = 5 if b == 1 else cfg.chunk
+            steps = 5 if b == 1 else cfg.chunk_size
             expected = (v - (eps[b, m] - actions[b]))[:steps].square().mean()
             assert torch.allclose(got[b, m], expected, rtol=1e-4)
 
@@ -499,20 +441,11 @@ def test_paper_setting_drops_exactly_the_state_of_least_gradient(make_policy):
     keep = policy.keep_mask(*inputs, torch.rand(6, 20))
     assert ((~keep).sum(1) == 1).all()
     states, state, actions, valid, eps, t = inputs
-    norms = policy.gradient_norms(states, state, actions, valid, eps[:, :1], t[:, :1])  # decouple_samples = 1
+    norms = policy.gradient_norms(states, state, actions, valid, eps[:, :1], t[:, :1])
     assert torch.equal((~keep).int().argmax(1), norms.argmin(1))
     for percent, dropped in ((0.0, 0), (1.0, 1), (10.0, 2), (20.0, 4)):
         policy.cfg.decouple_percentile = percent
         assert ((~policy.keep_mask(*inputs, torch.rand(6, 20))).sum(1) == dropped).all()
-
-
-def test_decouple_samples_averages_the_gradient_not_the_norms(make_policy):
-    policy = make_policy(decouple_samples=3)
-    states, state, actions, valid, eps, t = inputs = flow_inputs(policy, 4)
-    leaf = states.clone().requires_grad_()
-    loss = policy.flow_loss(leaf, state, actions, valid, eps, t)[:, :3].mean(1).sum()
-    norms = torch.autograd.grad(loss, leaf)[0].norm(dim=-1)
-    assert torch.equal((~policy.keep_mask(*inputs, None)).int().argmax(1), norms.argmin(1))
 
 
 def test_controls_drop_as_many_by_their_own_score(make_policy):
@@ -548,7 +481,7 @@ def test_controls_drop_as_many_by_their_own_score(make_policy):
 
 
 def test_batch_scope_sets_one_threshold_for_all_samples(make_policy):
-    policy = make_policy(queries=20, decouple_percentile=5.0, decouple_scope="batch", decouple_samples=4)
+    policy = make_policy(queries=20, decouple_percentile=5.0, decouple_scope="batch", noise_samples=1)
     inputs = flow_inputs(policy, 8)
     keep, norms = policy.keep_mask(*inputs, None), policy.gradient_norms(*inputs)
     assert (~keep).sum() == 8 and norms[~keep].max() < norms[keep].min()
@@ -570,9 +503,8 @@ def test_second_pass_with_the_same_noise_sends_no_gradient_into_a_masked_state(m
     losses = policy(batch)
     losses["action"].backward()
     (first, second), (states,) = calls, queries
-    m = policy.cfg.decouple_samples
-    assert torch.equal(first[4], second[4][:, :m]) and torch.equal(
-        first[5], second[5][:, :m]
+    assert torch.equal(first[4], second[4][:, :1]) and torch.equal(
+        first[5], second[5][:, :1]
     )  # the same eps and t
     dropped = (second[0] == 0).all(-1)
     assert torch.equal(dropped.sum(1), torch.ones(3, dtype=torch.int64)) and losses[
@@ -599,7 +531,11 @@ def test_text_loss_is_a_mean_over_rows_of_means_over_targets(make_policy):
     rows = [QUESTIONS, QUESTIONS[:1]]
     batch = packed(rows) | {"images": pictures(policy, 2)}
     hidden, _ = policy.vlm(
-        policy.vlm.see(batch["images"]), batch["tokens"], batch["segments"], batch["positions"], False
+        policy.vlm.encode_images(batch["images"]),
+        batch["tokens"],
+        batch["segments"],
+        batch["positions"],
+        False,
     )
     log_p, per_row = policy.vlm.lm.logits(hidden).log_softmax(-1), []
     for b, row in enumerate(rows):
@@ -611,7 +547,7 @@ def test_text_loss_is_a_mean_over_rows_of_means_over_targets(make_policy):
     assert torch.allclose(policy(batch)["text"], torch.stack(per_row).mean(), rtol=1e-4)
 
 
-def test_a_policy_without_thought_has_no_text_loss(make_policy):
+def test_a_policy_without_reasoning_has_no_text_loss(make_policy):
     policy = make_policy(reasoning=False)
     batch = action_batch(policy, 2)
     batch["labels"][:] = -100
@@ -625,28 +561,30 @@ def test_a_policy_without_thought_has_no_text_loss(make_policy):
 def test_sampler_lands_exactly_on_the_data_of_an_exact_field(make_policy, monkeypatch):
     """u = (x - a) / t is the field whose paths are straight lines into a: any number of Euler steps must end there."""
     policy = make_policy()
-    a = torch.rand(2, 1, policy.cfg.chunk, policy.cfg.action_dim) - 0.5
-    monkeypatch.setattr(policy.expert, "modulation", lambda t: [t[:, :, None, None]])
+    a = torch.rand(2, 1, policy.cfg.chunk_size, policy.cfg.action_dim) - 0.5
+    monkeypatch.setattr(policy.expert, "modulation", lambda t, age: [t[:, :, None, None]])
     monkeypatch.setattr(policy.expert, "forward", lambda x, modulation, *_: (x - a) / modulation[0])
     for steps in (1, 3, 5):
         policy.cfg.denoise_steps = steps
-        chunk = policy.sample_chunk(
-            torch.zeros(2, 4, policy.cfg.width), torch.zeros(2, 6), torch.randn(2, policy.cfg.chunk, 6)
+        noise = torch.randn(2, policy.cfg.chunk_size, 6)
+        chain = policy.denoise(
+            torch.zeros(2, 4, policy.cfg.width), torch.zeros(2, 6), noise, policy.euler_step
         )
-        assert torch.allclose(chunk, a[:, 0], atol=1e-5)
+        assert chain.shape == (2, steps + 1, policy.cfg.chunk_size, 6) and torch.equal(chain[:, 0], noise)
+        assert torch.allclose(chain[:, -1], a[:, 0], atol=1e-5)
 
 
 def test_sampler_steps_a_linear_field_from_noise_to_data(make_policy, monkeypatch):
     policy = make_policy(denoise_steps=4)
     times = []
-    monkeypatch.setattr(policy.expert, "modulation", lambda t: [t[:, :, None, None]])
+    monkeypatch.setattr(policy.expert, "modulation", lambda t, age: [t[:, :, None, None]])
     monkeypatch.setattr(
         policy.expert, "forward", lambda x, modulation, *_: times.append(modulation[0].item()) or 0.5 * x + 1
     )
-    noise = torch.rand(1, policy.cfg.chunk, 6) - 0.5
-    chunk = policy.sample_chunk(torch.zeros(1, 4, policy.cfg.width), torch.zeros(1, 6), noise)
+    noise = torch.rand(1, policy.cfg.chunk_size, 6) - 0.5
+    chain = policy.denoise(torch.zeros(1, 4, policy.cfg.width), torch.zeros(1, 6), noise, policy.euler_step)
     assert times == pytest.approx([1, 0.75, 0.5, 0.25])
-    assert torch.allclose(chunk, (noise + 2) * (1 - 0.5 / 4) ** 4 - 2, atol=1e-5)
+    assert torch.allclose(chain[:, -1], (noise + 2) * (1 - 0.5 / 4) ** 4 - 2, atol=1e-5)
 
 
 def test_temperature_scales_the_noise(make_policy):
@@ -655,9 +593,9 @@ def test_temperature_scales_the_noise(make_policy):
     begun = []
     for temperature in (0.0, 0.5, 1.0):
         policy = make_policy(temperature=temperature)
-        sampler = policy.sample_chunk
-        policy.sample_chunk = lambda states, state, noise: (
-            begun.append(noise) or sampler(states, state, noise)
+        sampler = policy.denoise
+        policy.denoise = lambda states, state, noise, *rest: (
+            begun.append(noise) or sampler(states, state, noise, *rest)
         )
         chunks = [policy.act(images, state, ["put"], seed=seed)[0] for seed in (1, 2)]
         assert np.array_equal(*chunks) == (temperature == 0)
@@ -696,9 +634,10 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
     for arguments, shown in (
         ((images[:, :1], state, ["x"]), ("2, 32, 32, 3", "1, 1, 32, 32, 3", "front,wrist")),
         ((images.float(), state, ["x"]), ("uint8", "float32")),
+        ((images, state * float("nan"), ["x"]), ("finite", "nan")),
         ((images, state[:, :5], ["x"]), ("(B, 6)", "(1, 5)", "gripper")),
-        ((images, state, "a string"), ("one task string per row",)),
-        ((images, state, ["x", "y"]), ("one task string per row",)),
+        ((images, state, "a string"), ("one task a row",)),
+        ((images, state, ["x", "y"]), ("one task a row",)),
     ):
         with pytest.raises(ValueError) as caught:
             policy.act(*arguments)
@@ -733,14 +672,12 @@ def test_without_statistics_nothing_runs_silently(make_policy):
         make_policy(vocab_size=200)
 
 
-def test_weights_round_trip_and_foreign_weights_are_named(make_policy, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    policy, path = make_policy(), tmp_path / "w.safetensors"
-    policy.save_weights(path)
-    copy = make_policy(seed=1)
-    copy.load_weights(path)
+def test_checkpoint_round_trip_and_foreign_weights_are_named(make_policy, tmp_path):
+    policy = make_policy()
+    save_policy(tmp_path, policy, dataclasses.asdict(policy.cfg))
+    copy = load_policy(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), copy.state_dict().values()))
+    path = tmp_path / "model.safetensors"
     weights = load_file(path)
     name = "expert.action_out.bias"
     for change, shown in (
@@ -754,3 +691,26 @@ def test_weights_round_trip_and_foreign_weights_are_named(make_policy, tmp_path)
         with pytest.raises(ValueError) as caught:
             copy.load_weights(path)
         assert shown in str(caught.value)
+
+
+def test_checkpoints_of_format_1_act_as_before(make_policy, tmp_path):
+    """Before fields were renamed: chunk, execute, max_thought, and an epsilon of 0 for the number format's own."""
+    policy = make_policy()
+    save_policy(tmp_path, policy, dataclasses.asdict(policy.cfg))
+    old = read_checkpoint_config(tmp_path)
+    del old["format"]
+    for name, former in (
+        ("chunk_size", "chunk"),
+        ("n_action_steps", "execute"),
+        ("max_reasoning_tokens", "max_thought"),
+    ):
+        old[former] = old.pop(name)
+    write_json(
+        tmp_path / "config.json",
+        old | {"norm_eps": 0.0, "conv_stem": True, "vision_depth": 0, "committed": 0},
+    )
+    inputs = pictures(policy, 1), torch.zeros(1, 6), ["put the cube"]
+    assert np.array_equal(load_policy(tmp_path).act(*inputs)[0], policy.act(*inputs)[0])
+    write_json(tmp_path / "config.json", old | {"vision_depth": 1})
+    with pytest.raises(ValueError, match="format 1 .* e6a1aa6"):
+        load_policy(tmp_path)

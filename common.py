@@ -21,7 +21,10 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something that a person can put right. The message says what is wrong and what to type; programs print it as one line."""
+    """Something that a person can put right.
+
+    The message says what is wrong and what to type; programs print it as one line.
+    """
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -60,7 +63,8 @@ def _inside(value: float, interval: str) -> bool:
 
 
 def parse_config(cls: type, presets: dict[str, dict], argv: Sequence[str], positional: str = "") -> Any:
-    """Command line -> an instance of the config dataclass `cls`: `--config NAME`, `--key=value`, `--key value`, `--flag`.
+    """Command line -> an instance of the config dataclass `cls`: `--config NAME`, `--key=value`, `--key
+    value`, `--flag`.
 
     presets: one table for all programs; each takes the fields that it knows. positional: the field that takes
     a free word. What was typed is kept as `config.typed`, a dict. A mistake ends in one line and exit status
@@ -150,11 +154,11 @@ def _nearest(word: str, names: Sequence[str]) -> str:
 
 
 def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> Any:
-    """The config of a run that goes on: every field as it was saved, but for those that were typed and may change."""
+    """The config of a run that goes on: every field as it was saved, but for those that were typed and may
+    change.
+    """
     if saved.get("format") != FORMAT:
-        raise UserError(
-            f"{config.out} was begun by an older version of this program and cannot go on; choose another --out"
-        )
+        raise UserError(f"{config.out} was begun by an older version and cannot go on: choose another --out")
     for name, value in config.typed.items():
         if name not in may_change and saved.get(name, value) != value:
             raise UserError(
@@ -168,7 +172,10 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
 
 
 def run_program(program: Callable[[Any], None], config: Any) -> None:
-    """program(config). A user's mistake ends in one line on standard error and exit status 2, a defect in its traceback."""
+    """program(config).
+
+    A user's mistake ends in one line on standard error and exit status 2, a defect in its traceback.
+    """
     try:
         program(config)
     except UserError as error:
@@ -189,7 +196,10 @@ FORMAT = 2  # of checkpoints; 1 has no such key, its field names are listed in m
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to. It is renamed to `path` when the block ends, and removed if it fails."""
+    """A temporary path beside `path` to write to.
+
+    It is renamed to `path` when the block ends, and removed if it fails.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -223,7 +233,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 def trim_log(path: Path, key: str, last: int) -> None:
-    """Drop the lines of a log.jsonl behind the checkpoint that a run resumes from: they will be written again."""
+    """Drop the lines of a log.jsonl behind the checkpoint that a run resumes from: they will be written
+    again.
+    """
     kept = [line for line in read_log(path) if line[key] <= last]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -357,7 +369,10 @@ def wait_for_all() -> None:
 
 
 def leave_processes() -> None:
-    """Part from the other processes. Call wait_for_all() before: gloo aborts a process whose peer hangs up too soon."""
+    """Part from the other processes.
+
+    Call wait_for_all() before: gloo aborts a process whose peer hangs up too soon.
+    """
     if "torch" in sys.modules:
         import torch.distributed as dist
 
@@ -366,7 +381,10 @@ def leave_processes() -> None:
 
 
 class Stopwatch:
-    """Seconds per stage of work. Inside `with Stopwatch() as watch:` every mark(stage) books the time since the one before."""
+    """Seconds per stage of work.
+
+    Inside `with Stopwatch() as watch:` every mark(stage) books the time since the one before.
+    """
 
     active: "Stopwatch | None" = None
 

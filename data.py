@@ -101,7 +101,9 @@ class Tokenizer:
         return b"".join(parts).decode("utf-8", "replace").removeprefix(" ")
 
     def encode_user_text(self, text: str, what: str) -> list[int]:
-        """A user's words in the form of the training text (lower case, punctuation apart) -> ids; UserError if unusable."""
+        """A user's words in the form of the training text (lower case, punctuation apart) -> ids; UserError
+        if unusable.
+        """
         words = re.findall(r"\w+|[^\w\s]", text.lower())
         ids = self.encode(" ".join(words))
         if not text.strip():
@@ -113,7 +115,9 @@ class Tokenizer:
         return ids
 
     def prompt(self, task: str, reasoning: bool = True) -> list[int]:
-        """Instruction -> the ids that the chain of thought (or, without reasoning, the feature queries) follows."""
+        """Instruction -> the ids that the chain of thought (or, without reasoning, the feature queries)
+        follows.
+        """
         ids = [self.task, *self.encode_user_text(task, "instruction")]
         if reasoning:
             ids.append(self.reason)
@@ -124,7 +128,10 @@ class Tokenizer:
         return [*self.encode(reasoning), self.end_reasoning]
 
     def question(self, question: str) -> list[int]:
-        """Question -> the ids that the answer follows. An instruction as a question asks for its reasoning."""
+        """Question -> the ids that the answer follows.
+
+        An instruction as a question asks for its reasoning.
+        """
         if question.startswith("<task>"):
             return self.prompt(question.removeprefix("<task>"))
         return [self.ask, *self.encode_user_text(question, "question"), self.reply]
@@ -156,7 +163,9 @@ Segment = tuple[list[int], list[int]]  # prompt ids, target ids
 
 
 def pack(rows: list[list[Segment]]) -> dict[str, np.ndarray]:
-    """Rows of (prompt ids, target ids) pairs -> padded arrays; each pair becomes a segment 1, 2, ... of its row.
+    """Rows of (prompt ids, target ids) pairs -> padded arrays; each pair becomes a segment 1, 2, ...
+
+    of its row.
 
     -> tokens, segments (-1: padding), positions (within the segment), labels (the next token where it is a
     target, else
@@ -266,7 +275,8 @@ class Episodes:
     def samples(
         self, tokenizer: Tokenizer, picks: Sequence[int], older: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """Frames by index -> images, text, state (B, S), actions (B, H, A), valid (B, H) (False behind the end).
+        """Frames by index -> images, text, state (B, S), actions (B, H, A), valid (B, H) (False behind the
+        end).
 
         older (B,): images and text are those of so many control steps before, or of the episode's start;
         "age" (B,) says how many. Where query states are cached, "query_states" (B, Q, D) stand in place of
@@ -320,7 +330,7 @@ class Episodes:
         self.query_states_of = query_states_of
 
     def cached_query_states(self, tokenizer: Tokenizer, picks: np.ndarray) -> np.ndarray:
-        """Query states (B, Q, D) float32 of frames by index, computed where the cache does not hold them yet."""
+        """Query states (B, Q, D) float32 of frames by index, computed where the cache has none yet."""
         frames = np.array([self.frames[i] for i in picks])
         new = np.flatnonzero(~self.cache["known"][frames])
         if len(new):
@@ -348,7 +358,9 @@ def chunk_end(episode: dict, step: int) -> int:
 
 
 class Questions:
-    """Pictures with questions and answers: the multimodal part of the mix, and the held-out test of language ability."""
+    """Pictures with questions and answers: the multimodal part of the mix, and the held-out test of language
+    ability.
+    """
 
     def __init__(self, folder: str | Path, cfg: Config):
         """Open a question set; UserError shows both sides of what does not fit the model."""
@@ -358,7 +370,7 @@ class Questions:
         self.scenes = np.arange(len(self.questions))
 
     def drop_long(self, tokenizer: Tokenizer) -> None:
-        """Leave out questions with more tokens than the model is made for, and pictures that have no other."""
+        """Leave out questions with more tokens than the model is made for, and pictures left without one."""
 
         def fits(question: str) -> bool:
             if 2 * len(question.encode()) <= tokenizer.LONGEST:  # a byte with a space before it is two tokens
@@ -372,7 +384,7 @@ class Questions:
         self.scenes = np.array([i for i, scene in enumerate(self.questions) if scene])
         if not len(self.scenes):
             raise UserError(
-                f"no question of the set has at most {tokenizer.LONGEST} tokens; make it again with a smaller --longest"
+                f"no question of the set has at most {tokenizer.LONGEST} tokens: use prepare.py --longest=100"
             )
 
     def texts(self) -> list[str]:
@@ -392,7 +404,8 @@ class Questions:
         kinds: tuple[str, ...] | None = None,
         rows: slice = slice(None),
     ) -> dict[str, Tensor]:
-        """n random pictures, each with as many random questions as fit into `room` tokens (the keys of SyVLA.forward).
+        """n random pictures, each with as many random questions as fit into `room` tokens (the keys of
+        SyVLA.forward).
 
         kinds: of question, None for all. Only `rows` of the batch are built.
         """
@@ -407,7 +420,8 @@ class Questions:
         return to_tensors(pack(packed) | {"images": images})
 
     def accuracy(self, answer: Callable, n: int = 2000, batch: int = 50) -> dict[str, dict]:
-        """Exact-match accuracy per kind of question on n fixed random questions; answer(images, questions) -> strings.
+        """Exact-match accuracy per kind of question on n fixed random questions; answer(images, questions) ->
+        strings.
 
         -> {kind: {"accuracy", "n"}, ..., "all": ...}
         """
@@ -455,7 +469,9 @@ def read_meta(folder: str | Path) -> dict:
 
 
 def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]:
-    """The camera arrays (frames, px, px, 3) of a set, memory-mapped, in the model's order; grey where a set lists a view as grey."""
+    """The camera arrays (frames, px, px, 3) of a set, memory-mapped, in the model's order; grey where a set
+    lists a view as grey.
+    """
     wanted = cfg.camera_names
     missing = [camera for camera in wanted if camera not in meta["cameras"]]
     if missing:
@@ -500,7 +516,9 @@ def check_robot(folder: str | Path, meta: dict, state: np.ndarray, action: np.nd
 
 
 def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) -> list[dict]:
-    """The successful episodes of some families; UserError where one has none. (A `start` episode is a few good steps.)"""
+    """The successful episodes of some families; UserError where one has none. (A `start` episode is a few
+    good steps.)
+    """
     usable = [e for e in meta["episodes"] if e["success"] or e.get("kind") == "start"]
     known = sorted({episode.get("family", "") for episode in usable})
     if families is None:

@@ -80,7 +80,7 @@ def check_families(families: Sequence[str], env: str) -> None:
     unknown = [family for family in families if family not in known]
     if unknown:
         raise UserError(
-            f"--env={env} has no task family {', '.join(unknown)}; set --families to some of {', '.join(known)}"
+            f"--env={env} has no family {', '.join(unknown)}: set --families to some of {', '.join(known)}"
         )
 
 
@@ -106,9 +106,11 @@ class ChunkedEnv:
 
     def step_chunk(self, actions: np.ndarray) -> tuple:
         total = 0.0
-        for executed, action in enumerate(np.asarray(actions, np.float32), 1):
+        executed = 0
+        for action in np.asarray(actions, np.float32):
             self.obs, reward, terminated, truncated, info = self.env.step(action)
             self.steps += 1
+            executed += 1
             total += float(reward)
             if terminated or truncated:
                 break
@@ -142,7 +144,9 @@ def make_env(name: str, px: int = 96, **options: Any) -> Any:
 
 
 def serve() -> None:
-    """Body of a worker process: answer pickled requests (method, {arm: arguments}) on standard input until it closes."""
+    """Body of a worker process: answer pickled requests (method, {arm: arguments}) on standard input until it
+    closes.
+    """
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what an environment prints must not end up among the answers
     n, name, options = pickle.load(requests)
@@ -163,7 +167,9 @@ def serve() -> None:
 
 
 class VecEnv:
-    """n environments in worker processes. One whose episode ended rests until it is reset; its last observation stays.
+    """n environments in worker processes.
+
+    One whose episode ended rests until it is reset; its last observation stays.
 
     Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor
     spawn's second import of the main program. Use it in a `with` statement or call close().
@@ -230,14 +236,17 @@ class VecEnv:
                 self.images[arm, view] = obs["images"][camera]
         if np.shape(obs["state"]) != self.state.shape[1:]:
             raise UserError(
-                f"the environment's state has shape {np.shape(obs['state'])}, its class names {self.state.shape[1]} numbers"
+                f"the environment's state has shape {np.shape(obs['state'])}, "
+                f"its class names {self.state.shape[1]} numbers"
             )
         self.state[arm] = obs["state"]
         self.task[arm] = obs["task"]
         self.infos[arm] = info
 
     def observe(self, arms: Sequence[int]) -> dict[str, Any]:
-        """What some arms see now: {"images" (n, V, px, px, 3) uint8, "state" (n, S) float32, "task" [n strings]}."""
+        """What some arms see now: {"images" (n, V, px, px, 3) uint8, "state" (n, S) float32, "task" [n
+        strings]}.
+        """
         arms = list(arms)
         task = [self.task[arm] for arm in arms]
         return {"images": self.images[arms], "state": self.state[arms], "task": task}
@@ -250,7 +259,10 @@ class VecEnv:
             self.terminated[arm] = self.truncated[arm] = False
 
     def step_chunk(self, actions: dict[int, np.ndarray]) -> np.ndarray:
-        """Actions {arm: (h, A)} -> rewards (n,), 0 for the others. Observations, infos and ends are kept in this object."""
+        """Actions {arm: (h, A)} -> rewards (n,), 0 for the others.
+
+        Observations, infos and ends are kept in this object.
+        """
         reward = np.zeros(self.n, np.float32)
         calls = {int(arm): {"actions": chunk} for arm, chunk in actions.items()}
         for arm, (obs, r, terminated, truncated, info) in self._call("step_chunk", calls).items():
@@ -273,7 +285,9 @@ class VecEnv:
 
 
 class SingleEnv(VecEnv):
-    """VecEnv's interface to one environment in this process: a film, or a real arm with a person at this terminal."""
+    """VecEnv's interface to one environment in this process: a film, or a real arm with a person at this
+    terminal.
+    """
 
     def __init__(self, env: Any, px: int, cameras: Sequence[str], S: int):
         self._allocate(1, px, cameras, S)
@@ -373,7 +387,9 @@ def run_episodes(
 
 
 def camera_indices(policy: Any, env: str) -> list[int]:
-    """Which of an environment's cameras the policy looks through; UserError if cameras, motors or state do not fit."""
+    """Which of an environment's cameras the policy looks through; UserError if cameras, motors or state do
+    not fit.
+    """
     cls = environment_class("sim" if env == "real" else env)
     wanted = policy.cfg.camera_names
     missing = [camera for camera in wanted if camera not in cls.cameras]
@@ -391,7 +407,10 @@ def camera_indices(policy: Any, env: str) -> list[int]:
 
 
 def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
-    """A policy as run_episodes() takes it; its extras are the reasoning texts. teacher: it acts on a teacher's reasoning."""
+    """A policy as run_episodes() takes it; its extras are the reasoning texts.
+
+    teacher: it acts on a teacher's reasoning.
+    """
     views = camera_indices(policy, env)
     calls = 0
 
@@ -420,13 +439,17 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 def target_of(reasoning: str | None) -> tuple[str, str] | None:
-    """The (cube colour, pad number) that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
+    """The (cube colour, pad number) that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red",
+    "2").
+    """
     named = re.search(r"is pad (\d) , (\w+) cube", reasoning or "")
     return (named[2], named[1]) if named else None
 
 
 def latency(policy: Any, family: str, env: str = "sim", n: int = 30) -> dict[str, float]:
-    """Median milliseconds of one policy.act on a single observation, over n of them -> {stage: ms, ..., "total": ms}."""
+    """Median milliseconds of one policy.act on a single observation, over n of them -> {stage: ms, ...,
+    "total": ms}.
+    """
     decide = policy_fn(policy, env)
     cls = environment_class(env)
     vec = SingleEnv(
@@ -568,7 +591,9 @@ def draw_frame(
     note: str = "",
     px: int = 256,
 ) -> Image.Image:
-    """The first two views with the instruction, the reasoning and a bar per feature query state (0..1) underneath."""
+    """The first two views with the instruction, the reasoning and a bar per feature query state (0..1)
+    underneath.
+    """
     frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
     for i, camera in enumerate(cameras[:2]):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
@@ -591,7 +616,7 @@ def draw_frame(
 
 
 def save_film(frames: Sequence[Image.Image], folder: str | Path, title: str) -> Path:
-    """Frames -> a GIF and a contact sheet in `folder`, named by the title -> their path without its suffix."""
+    """Frames -> a GIF and a contact sheet in `folder`, named by the title -> their path without suffix."""
     letters = "".join(c if c.isascii() and c.isalnum() else " " for c in title)
     path = Path(folder) / ("_".join(letters.split())[:60] or "task")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""SyVLA in plain PyTorch: a small VLM that reasons in text, 20 feature query tokens, a flow-matching action expert.
+"""SyVLA in plain PyTorch: a small VLM that reasons in text, 20 feature query tokens, a flow-matching action
+expert.
 
     images, instruction -> VLM writes <reason> ... </reason> -> the 20 query tokens follow the reasoning
     -> their last hidden states ("feature query states") -> MLP adapter -> flow-matching action expert ->
@@ -122,8 +123,8 @@ class Config:
                 )
         if self.width // self.heads % 2 or self.expert_width % 2:
             raise UserError(
-                f"width / heads ({self.width} / {self.heads}) and expert_width ({self.expert_width}) must be even: "
-                "sines and cosines come in pairs"
+                f"width / heads ({self.width} / {self.heads}) and expert_width ({self.expert_width}) "
+                "must be even: sines and cosines come in pairs"
             )
         if not self.backbone and self.patch_size % 2:
             raise UserError(f"the convolution stem halves patch_size ({self.patch_size}): make it even")
@@ -161,7 +162,10 @@ class Config:
 
     @classmethod
     def pick(cls, config: Any) -> "Config":
-        """The model's share of a larger config (dataclass or dict). Field names of format 1 are understood."""
+        """The model's share of a larger config (dataclass or dict).
+
+        Field names of format 1 are understood.
+        """
         values = dict(config) if isinstance(config, dict) else dataclasses.asdict(config)
         for old, new in RENAMED.items():
             if old in values:
@@ -266,7 +270,8 @@ def all_presets() -> dict[str, dict]:
 
 
 class VisionEncoder(nn.Module):
-    """Patches of one image by two convolutions, then SmolVLM's connector: pixel shuffle and a projection to width D.
+    """Patches of one image by two convolutions, then SmolVLM's connector: pixel shuffle and a projection to
+    width D.
 
     The overlapping filters learn to see far sooner than SigLIP's single filter a patch (Xiao et al. 2021,
     arXiv 2106.14881). No Transformer blocks follow: from random weights the language model's attention does
@@ -306,7 +311,9 @@ def pixel_shuffle(x: Tensor, k: int) -> Tensor:
 
 
 def rotation(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (..., n) and frequencies (hd/2,) -> cos, sin (..., n, hd) of the rotary embedding, as rope() takes them."""
+    """Positions (..., n) and frequencies (hd/2,) -> cos, sin (..., n, hd) of the rotary embedding, as rope()
+    takes them.
+    """
     angle = positions[..., None] * frequency  # (..., n, hd/2)
     cos = angle.cos()
     sin = angle.sin()
@@ -314,7 +321,10 @@ def rotation(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in Llama's half-split form: a, b -> a cos - b sin, b cos + a sin. x (B, nh, n, hd)."""
+    """Rotary position embedding in Llama's half-split form: a, b -> a cos - b sin, b cos + a sin.
+
+    x (B, nh, n, hd).
+    """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # b, a
     return torch.addcmul(x * cos, swapped, sin)
 
@@ -336,7 +346,10 @@ class LanguageBlock(nn.Module):
         self.qk_gain = nn.Parameter(torch.ones(self.nh + self.nkv, 1, self.hd)) if cfg.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: list | None = None) -> Tensor:
-        """x (B, n, D) -> (B, n, D). mask (B, 1, n, past + n) bool, True: may look. cache: [k, v] of the past, extended."""
+        """x (B, n, D) -> (B, n, D). mask (B, 1, n, past + n) bool, True: may look.
+
+        cache: [k, v] of the past, extended.
+        """
         B, n, D = x.shape
         qkv = self.qkv(self.norm1(x))  # (B, n, (nh + 2 nkv) hd)
         qkv = qkv.view(B, n, -1, self.hd).transpose(1, 2)  # (B, nh + 2 nkv, n, hd)
@@ -433,7 +446,7 @@ class VLM(nn.Module):
         self.vision.connector.requires_grad_(True)
 
     def enable_checkpointing(self) -> None:
-        """Keep only every block's input in the forward pass, and compute the rest again in the backward pass."""
+        """Keep only every block's input in the forward pass; the backward pass computes the rest again."""
         self.lm.checkpointing = True
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -444,7 +457,9 @@ class VLM(nn.Module):
         return self.vision(x).view(B, V, -1, self.queries.shape[-1])  # (B, V, n, D)
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Visual tokens (B, V, n, D) -> embeddings (B, P, D), their positions (P,), position of the first text token."""
+        """Visual tokens (B, V, n, D) -> embeddings (B, P, D), their positions (P,), position of the first
+        text token.
+        """
         x = visual.flatten(1, 2)  # (B, V*n, D)
         if len(self.start) or len(self.image_open):
             B = len(visual)
@@ -461,7 +476,10 @@ class VLM(nn.Module):
 
     @staticmethod
     def join_positions(prefix: Tensor, text: Tensor) -> Tensor:
-        """Positions of the prefix (..., P) and of text (B, n) -> (..., B, P + n). Leading axes: Qwen's time, row, column."""
+        """Positions of the prefix (..., P) and of text (B, n) -> (..., B, P + n).
+
+        Leading axes: Qwen's time, row, column.
+        """
         axes = prefix.shape[:-1]
         B = len(text)
         return torch.cat((prefix.unsqueeze(-2).expand(*axes, B, -1), text.expand(*axes, B, -1)), dim=-1)
@@ -482,7 +500,8 @@ class VLM(nn.Module):
     def forward(
         self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor, with_queries: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """visual (B, V, n, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D), queries (B, Q, D) or None.
+        """visual (B, V, n, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D), queries
+        (B, Q, D) or None.
 
         positions count within a segment from 0: every segment starts right behind the images, as if it were
         alone.
@@ -578,7 +597,9 @@ def timesteps(K: int, device: torch.device | None = None) -> Tensor:
 
 
 class ExpertBlock(nn.Module):
-    """Self-attention over the chunk, cross-attention to the query states, MLP; flow time modulates each (adaLN-zero, DiT)."""
+    """Self-attention over the chunk, cross-attention to the query states, MLP; flow time modulates each
+    (adaLN-zero, DiT).
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -593,7 +614,9 @@ class ExpertBlock(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def keys_values(self, query_states: Tensor) -> Tensor:
-        """Adapted query states (B, Q, De) -> keys, values (2, B, nh, Q, hd): once a chunk, for all noise samples and steps."""
+        """Adapted query states (B, Q, De) -> keys, values (2, B, nh, Q, hd): once a chunk, for all noise
+        samples and steps.
+        """
         B, Q, _ = query_states.shape
         kv = self.cross_kv(query_states).view(B, Q, 2, self.heads, -1)
         return kv.permute(2, 0, 3, 1, 4)
@@ -601,7 +624,10 @@ class ExpertBlock(nn.Module):
     def forward(
         self, x: Tensor, modulation: Tensor, keys_values: Tensor, attention: list | None = None
     ) -> Tensor:
-        """x (B, M, L, De), modulation (B, M, 1, 9 De) -> (B, M, L, De). A list `attention` receives weights (B, nh, M*L, Q)."""
+        """x (B, M, L, De), modulation (B, M, 1, 9 De) -> (B, M, L, De).
+
+        A list `attention` receives weights (B, nh, M*L, Q).
+        """
         B, M, L, De = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.chunk(9, dim=-1)
 
@@ -648,7 +674,8 @@ class ActionExpert(nn.Module):
         return [block.keys_values(query_states) for block in self.blocks]
 
     def modulation(self, t: Tensor, age: Tensor | None = None) -> list[Tensor]:
-        """Flow times (B, M) -> adaLN shifts, scales and gates of every block (B, M, 1, 9 De) and of the output (B, M, 1, 2 De).
+        """Flow times (B, M) -> adaLN shifts, scales and gates of every block (B, M, 1, 9 De) and of the
+        output (B, M, 1, 2 De).
 
         age: control steps since the pictures behind the query states, int64, broadcasts with (B, M); None: 0.
         """
@@ -714,7 +741,9 @@ class SyVLA(nn.Module):
         self._init_weights(own_vlm=vlm is None)
 
     def _init_weights(self, own_vlm: bool) -> None:
-        """Normal weights of variance 1 / fan-in; residual branches, gates and outputs start at zero: blocks begin as identities."""
+        """Normal weights of variance 1 / fan-in; residual branches, gates and outputs start at zero: blocks
+        begin as identities.
+        """
         modules = self.modules() if own_vlm else [*self.adapter.modules(), *self.expert.modules()]
         for module in modules:
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -745,7 +774,9 @@ class SyVLA(nn.Module):
             nn.init.zeros_(self.vlm.lm.head.weight)
 
     def set_statistics(self, statistics: dict[str, dict]) -> None:
-        """{"state": {"q01": (S,), "q99": (S,)}, "action": ...} in LeRobot units, as data.statistics computes them."""
+        """{"state": {"q01": (S,), "q99": (S,)}, "action": ...} in LeRobot units, as data.statistics computes
+        them.
+        """
         for name in ("state", "action"):
             getattr(self, f"{name}_low").copy_(torch.as_tensor(statistics[name]["q01"]))
             getattr(self, f"{name}_high").copy_(torch.as_tensor(statistics[name]["q99"]))
@@ -758,7 +789,9 @@ class SyVLA(nn.Module):
             )
 
     def normalise(self, x: Tensor, name: str) -> Tensor:
-        """LeRobot units -> 1st..99th percentile mapped to [-1, 1], clipped to +-1.5; a constant joint maps to 0."""
+        """LeRobot units -> 1st..99th percentile mapped to [-1, 1], clipped to +-1.5; a constant joint maps to
+        0.
+        """
         low = getattr(self, f"{name}_low")
         span = getattr(self, f"{name}_high") - low
         scaled = 2 * (x - low) / span.clamp(min=1e-3) - 1
@@ -781,7 +814,8 @@ class SyVLA(nn.Module):
         age: Tensor | None = None,
         attention: list | None = None,
     ) -> Tensor:
-        """Conditional flow matching -> (B, M), the mean over valid steps and joints of every noise sample, fp32.
+        """Conditional flow matching -> (B, M), the mean over valid steps and joints of every noise sample,
+        fp32.
 
         query_states (B, Q, D), state (B, S) and actions (B, H, A) normalised, valid (B, H) bool (False:
         behind the episode's end), eps (B, M, H, A), t (B, M), age (B,) of the query states in control steps.
@@ -797,7 +831,8 @@ class SyVLA(nn.Module):
         return (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
 
     def gradient_norms(self, query_states: Tensor, *flow_args: Tensor | None) -> Tensor:
-        """|| d loss / d h_i || of every feature query state, the paper's measure of what it contributes -> (B, Q).
+        """|| d loss / d h_i || of every feature query state, the paper's measure of what it contributes ->
+        (B, Q).
 
         flow_args: the further arguments of flow_loss. Only the expert is walked through, no weight gradient
         is made.
@@ -820,7 +855,9 @@ class SyVLA(nn.Module):
         uniform: Tensor,
         age: Tensor | None = None,
     ) -> Tensor:
-        """Intention decoupling, first pass: which feature query states may the second pass use? -> (B, Q) bool.
+        """Intention decoupling, first pass: which feature query states may the second pass use?
+
+        -> (B, Q) bool.
 
         States whose gradient norm lies under the percentile are dropped (paper: 5th). Scope `sample` drops at
         least one state of every sample, so 20 states at 5 % lose exactly one; scope `batch` sets one
@@ -906,7 +943,8 @@ class SyVLA(nn.Module):
         step: DenoisingStep,
         age: Tensor | None = None,
     ) -> Tensor:
-        """The sampler: K steps from noise (B, H, A) at t=1 to actions at t=0 -> all of the chain (B, K+1, H, A), normalised.
+        """The sampler: K steps from noise (B, H, A) at t=1 to actions at t=0 -> all of the chain (B, K+1, H,
+        A), normalised.
 
         query_states (B, Q, D), state (B, S) normalised, age (B,) of the query states. step(k, x, v) makes the
         next chunk of the present one and its velocity: euler_step() to act, a noisy step in RL, a pulled one
@@ -950,7 +988,8 @@ class SyVLA(nn.Module):
     def act(
         self, images: Any, state: Any, task: list[str], seed: int = 0, reasoning: list[str] | None = None
     ) -> tuple[np.ndarray, list[str]]:
-        """Images (B, V, px, px, 3) uint8, state (B, S) in LeRobot units, B tasks -> chunk (B, H, A) in LeRobot units, B reasoning texts.
+        """Images (B, V, px, px, 3) uint8, state (B, S) in LeRobot units, B tasks -> chunk (B, H, A) in
+        LeRobot units, B reasoning texts.
 
         Arrays or tensors. The same seed gives the same chunk, at temperature 0 every seed does. reasoning:
         texts in place of the policy's own. Raises UserError for inputs of other shapes or types.
@@ -968,7 +1007,8 @@ class SyVLA(nn.Module):
         age: Any = None,
         step: DenoisingStep | None = None,
     ) -> np.ndarray:
-        """The expert alone: query states (B, Q, D) of reason(), joint state (B, S) of now -> chunk (B, H, A) float32.
+        """The expert alone: query states (B, Q, D) of reason(), joint state (B, S) of now -> chunk (B, H, A)
+        float32.
 
         State and chunk in LeRobot units. age (B,) of the query states in control steps; an expert that learnt
         from fresh ones only is not told. step: as denoise() takes it, by default Euler's.
@@ -993,7 +1033,7 @@ class SyVLA(nn.Module):
 
     @torch.inference_mode()
     def answer(self, images: Any, questions: list[str], limit: int = 24) -> list[str]:
-        """Answers to B questions about B scenes, images (B, V, px, px, 3) uint8; at most `limit` tokens each."""
+        """Answers to B questions about images (B, V, px, px, 3) uint8, at most `limit` tokens each."""
         images = torch.as_tensor(np.asarray(images)).to(self.vlm.queries.device)
         visual = self.vlm.encode_images(images)
         prompts = [self.tokenizer.question(question) for question in questions]
@@ -1002,7 +1042,7 @@ class SyVLA(nn.Module):
         return [self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids) for ids in written]
 
     def check_inputs(self, images: Any, state: Any, task: list[str]) -> tuple[Tensor, Tensor]:
-        """Images and state as tensors on the model's device; UserError shows both sides of what does not fit."""
+        """Images and state as tensors on the model's device; UserError shows both sides of a misfit."""
         cfg = self.cfg
         device = self.vlm.queries.device
         images = torch.as_tensor(np.asarray(images)).to(device)
@@ -1052,7 +1092,9 @@ class SyVLA(nn.Module):
         self.load_state_dict(self.state_dict() | loaded)
 
     def fingerprint(self, *words: Any) -> str:
-        """Twelve hex digits that name the VLM's weights and `words`: for files of what a frozen VLM made of something."""
+        """Twelve hex digits that name the VLM's weights and `words`: for files of what a frozen VLM made of
+        something.
+        """
         digest = hashlib.sha256(" ".join(map(str, words)).encode())
         for tensor in self.vlm.state_dict().values():
             digest.update(tensor.float().cpu().numpy().tobytes())
@@ -1071,12 +1113,15 @@ class SyVLA(nn.Module):
 def save_policy(
     folder: str | Path, policy: SyVLA, config: dict, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write what running a policy needs: weights with statistics, config, tokenizer. weights: in place of the policy's own."""
+    """Write what running a policy needs: weights with statistics, config, tokenizer.
+
+    weights: in place of the policy's own.
+    """
     folder = Path(folder)
     weights = weights or policy.state_dict()
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
         raise UserError(
-            f"non-finite weights; the last checkpoint in {folder} is untouched: lower the learning rates, then --resume"
+            f"non-finite weights; the last checkpoint in {folder} is untouched: lower the learning rates"
         )
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(policy.vlm, "save_description"):  # a pretrained backbone's own config
@@ -1092,7 +1137,10 @@ def save_policy(
 
 
 def load_policy(folder: str | Path, device: torch.device | str = "cpu") -> SyVLA:
-    """A trained policy from its checkpoint folder alone, ready to act. Raises UserError where there is none."""
+    """A trained policy from its checkpoint folder alone, ready to act.
+
+    Raises UserError where there is none.
+    """
     folder = Path(folder)
     cfg = Config.pick(read_checkpoint_config(folder))
     if cfg.backbone:

@@ -177,14 +177,14 @@ def samples_of_step(step: int, cfg: TrainConfig) -> tuple[int, int]:
 
 
 def check_split(cfg: TrainConfig, world: int) -> None:
-    """UserError where a phase's samples do not divide by processes and micro-batches: told before any work."""
+    """UserError, before any work, where a phase's samples do not divide by processes and micro-batches."""
     parts = world * cfg.accumulate
     for step in {0, cfg.ground_steps}:
         for name, n in zip(("question", "action"), samples_of_step(step, cfg)):
             if n % parts:
                 raise UserError(
-                    f"{n} {name} samples do not divide by {world} processes x {cfg.accumulate} micro-batches; "
-                    "change --batch_size, --mix or --accumulate"
+                    f"{n} {name} samples do not divide by {world} processes x {cfg.accumulate} "
+                    "micro-batches: change --batch_size, --mix or --accumulate"
                 )
 
 
@@ -219,7 +219,8 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 
 def train_step(run: Run, step: int, micro: list[list[dict[str, Tensor]]]) -> dict[str, float]:
-    """Forward, backward, clip, update -> {"question", "text", "action", "kept", "gnorm"}, means over micro-batches.
+    """Forward, backward, clip, update -> {"question", "text", "action", "kept", "gnorm"}, means over
+    micro-batches.
 
     Text of questions, text of reasoning and the action loss weigh the same. Raises UserError on non-finite
     numbers.
@@ -257,7 +258,9 @@ def train_step(run: Run, step: int, micro: list[list[dict[str, Tensor]]]) -> dic
 
 
 def average_gradients(module: nn.Module) -> None:
-    """One all-reduce over all gradients; parameters without one (the expert, in grounding) take part as zeros."""
+    """One all-reduce over all gradients; parameters without one (the expert, in grounding) take part as
+    zeros.
+    """
     _, world = rank_and_world()
     if world == 1:
         return
@@ -285,7 +288,9 @@ def update_average(run: Run, step: int) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024), for weight matrices.
+    """Momentum whose update is orthogonalised by a Newton-Schulz iteration (Jordan et al.
+
+    2024), for weight matrices.
 
     torch.optim.Muon goes matrix by matrix in bf16. Here equal shapes share one batched fp32 iteration, which
     takes a third of the time on a CPU (77 against 255 ms a step for `small`). Updates are scaled to AdamW's
@@ -320,7 +325,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """(n, rows, columns) -> matrices of the same singular vectors with singular values near 1 (quintic Newton-Schulz)."""
+    """(n, rows, columns) -> matrices of the same singular vectors with singular values near 1 (quintic
+    Newton-Schulz).
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
@@ -332,7 +339,8 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 def make_optimizers(policy: SyVLA, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside blocks, the connector and the adapter; AdamW on the rest, without decay on vectors.
+    """Muon on the matrices inside blocks, the connector and the adapter; AdamW on the rest, without decay on
+    vectors.
 
     With --backbone_lr AdamW alone, as pretrained weights are used to. Every group keeps its peak rate as
     "peak".
@@ -362,7 +370,9 @@ def make_optimizers(policy: SyVLA, cfg: TrainConfig) -> list[torch.optim.Optimiz
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Factor on the peak rates: each phase warms up linearly, then follows a cosine (grounding to a half, actions to 0)."""
+    """Factor on the peak rates: each phase warms up linearly, then follows a cosine (grounding to a half,
+    actions to 0).
+    """
     if step < cfg.ground_steps:
         start, length, floor = 0, cfg.ground_steps, 0.5
     else:
@@ -490,7 +500,10 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
 
 
 def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig) -> None:
-    """Load --init_from. Fine-tuning keeps the scale that its expert learnt, pre-training takes the data set's."""
+    """Load --init_from.
+
+    Fine-tuning keeps the scale that its expert learnt, pre-training takes the data set's.
+    """
     own_scale = {
         name: v.clone() for name, v in policy.state_dict().items() if name.endswith(("_low", "_high"))
     }
@@ -501,7 +514,9 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig) -> None:
 
 
 def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
-    """Apply --new_expert, --freeze_vision and --checkpointing. (--lora has frozen the language model already.)"""
+    """Apply --new_expert, --freeze_vision and --checkpointing. (--lora has frozen the language model
+    already.)
+    """
     if cfg.new_expert:
         policy.vlm.requires_grad_(False)
     if cfg.freeze_vision:
@@ -511,7 +526,9 @@ def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
 
 
 def cache_query_states(run: Run) -> None:
-    """--new_expert: the VLM is frozen, so its query states of a frame are computed once and kept beside the data."""
+    """--new_expert: the VLM is frozen, so its query states of a frame are computed once and kept beside the
+    data.
+    """
     cfg, policy = run.cfg, run.policy
     path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
     size = 2 * cfg.queries * cfg.width * len(run.episodes.state)  # bytes, fp16
@@ -607,7 +624,9 @@ MAY_CHANGE = {
 
 
 def settle(cfg: TrainConfig) -> TrainConfig:
-    """Complete a config from what is on disk: the run to resume, the checkpoint to start from, the backbone, the data set."""
+    """Complete a config from what is on disk: the run to resume, the checkpoint to start from, the backbone,
+    the data set.
+    """
     out = Path(cfg.out)
     begun = (out / "train_state.pt").is_file()
     if cfg.resume and not begun:
@@ -650,9 +669,8 @@ def train(cfg: TrainConfig) -> None:
     if cfg.resume:
         load_checkpoint(run)
     print0(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
-    print0(
-        f"torch {torch.__version__}, {device}, {arithmetic}, {torch.get_num_threads()} threads, {world} process(es)"
-    )
+    machine = f"torch {torch.__version__}, {device}, {arithmetic}, {torch.get_num_threads()} threads"
+    print0(f"{machine}, {world} process(es)")
     pictures = f", {len(run.questions.questions)} pictures with questions" if run.questions else ""
     print0(f"{len(run.episodes.episodes)} episodes, {len(run.episodes)} frames{pictures}")
     if cfg.new_expert:
@@ -746,7 +764,9 @@ class TrainLog:
 
 
 def report_questions(run: Run, when: str) -> None:
-    """Accuracy on held-out questions, printed and kept in questions.json under `when`: the paper's forgetting test."""
+    """Accuracy on held-out questions, printed and kept in questions.json under `when`: the paper's forgetting
+    test.
+    """
     path = Path(run.cfg.out, "questions.json")
     history = read_json(path) if path.is_file() else {}
     if not run.held_out or when in history:  # a resumed run measured it already
@@ -787,12 +807,9 @@ def bench(run: Run) -> None:
                 mark("data")
                 train_step(run, step, micro)
         total = sum(watch.seconds.values())
-        split = " | ".join(
-            f"{part} {s / 20 * 1e3:.0f} ms ({s / total:.1%})" for part, s in watch.seconds.items()
-        )
-        print0(
-            f"{phase}: {total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s | {split}"
-        )
+        parts = [f"{part} {s / 20 * 1e3:.0f} ms ({s / total:.1%})" for part, s in watch.seconds.items()]
+        speed = f"{total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s"
+        print0(f"{phase}: {speed} | {' | '.join(parts)}")
 
 
 def main(argv: list[str] | None = None) -> None:

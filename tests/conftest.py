@@ -52,7 +52,8 @@ def root():
 def make_policy():
     """make_policy(**changes to the debug preset) -> SyVLA whose every weight is random.
 
-    The real initialisation starts residual branches, gates and output at zero: most wrong formulas would not show.
+    The real initialisation starts residual branches, gates and output at zero: most wrong formulas would not
+    show.
     """
 
     def make(seed=0, statistics=True, **changes):
@@ -146,9 +147,10 @@ for line in sys.stdin:
 def strike():
     """strike(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings) -> exit status and last words of a program that works in `folder`.
 
-    It is killed together with its children, by SIGKILL, right before the nth change on disk of a path below the folder that contains `at`, or
-    `delay` seconds after that moment (then perhaps too late: it is done); never if `at` is None. What is on disk changes by such calls only, so
-    no clock is needed to reach a moment. alone: only the process that would make the change is killed. settings: variables of the program's
+    It is killed together with its children, by SIGKILL, right before the nth change on disk of a path below
+    the folder that contains `at`, or `delay` seconds after that moment (then perhaps too late: it is done);
+    never if `at` is None. What is on disk changes by such calls only, so no clock is needed to reach a
+    moment. alone: only the process that would make the change is killed. settings: variables of the program's
     module, set before it begins. All programs are forks of one process that has imported what takes long.
     """
     server = subprocess.Popen(

@@ -1,7 +1,8 @@
 """Tests of pretrained backbones: SmolVLM against transformers, Qwen2.5-VL through the wrapper, chat tokens, pictures, training, bad checkpoints.
 
-They need the optional packages (pip install transformers tokenizers peft) and no network: every checkpoint is a tiny random one
-that the real package writes. The reference for pictures is its Pillow processor, which wants no torchvision.
+They need the optional packages (pip install transformers tokenizers peft) and no network: every checkpoint is
+a tiny random one that the real package writes. The reference for pictures is its Pillow processor, which
+wants no torchvision.
 """
 
 import json
@@ -279,7 +280,8 @@ def test_chat_tokenizer_round_trips(family, smol, qwen):
 def test_pictures_are_prepared_like_the_reference(root, size, enlarge):
     """Square pictures: nearly every pixel equal, the rest one grey level off (their filter rounds its weights).
 
-    Others: Pillow 13 filters rows first where that is cheaper, older ones and we always columns, which moves sharp edges a little.
+    Others: Pillow 13 filters rows first where that is cheaper, older ones and we always columns, which moves
+    sharp edges a little.
     """
     processor = SmolVLMImageProcessorPil(
         size={"longest_edge": enlarge}, max_image_size={"longest_edge": size}, do_image_splitting=False
@@ -752,7 +754,8 @@ def test_predicted_activations_are_what_autograd_keeps(smol, data, flags):
     found = sum(n for n, _ in kept.values()) - weights
     predicted = train.memory(cfg, policy, 1, bf16=True)
     print(f"{flags}: predicted {predicted['activations']}, kept {found}")
-    # with checkpointing the prediction also holds the one block that is being computed again, half of this tiny model
+    # with checkpointing the prediction also holds the one block that is being computed again, half of this
+    # tiny model
     assert loss.requires_grad and 0.7 < predicted["activations"] / found < (3 if cfg.checkpointing else 1.5)
     assert predicted["optimizer"] == 8 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
 

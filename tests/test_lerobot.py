@@ -166,7 +166,7 @@ def bring(root, out, *more):
     return read(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Out and back
 
 
@@ -179,7 +179,8 @@ def test_pictures_come_back_bit_for_bit(ours, tmp_path, monkeypatch):
         assert arrays[name].dtype == back[name].dtype and np.array_equal(arrays[name], back[name]), name
     for name in ("cameras", "motors", "fps", "image_size", "statistics", "episodes"):
         assert before[name] == meta[name], name
-    # without our own file the set is read like anybody's: the thoughts are in a column, family and kind are lost
+    # without our own file the set is read like anybody's: the thoughts are in a column, family and kind are
+    # lost
     (tmp_path / "out" / "meta" / "nanosyvla.json").unlink()
     meta, back = bring(tmp_path / "out", tmp_path / "plain")
     assert [(e["reason"], e["task"], e["length"]) for e in meta["episodes"]] == [
@@ -271,7 +272,7 @@ def test_what_films_cost(simulated, tmp_path, codec, least):
         assert decibel >= least
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # In: cameras, rates, joints
 
 
@@ -603,7 +604,7 @@ def test_a_film_that_ends_early_is_one_line(ours, tmp_path, fails, monkeypatch):
     assert not (tmp_path / "back" / "meta.json").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Questions that others asked
 
 
@@ -694,7 +695,7 @@ def test_bad_image_text_sets_are_one_line(tmp_path, fails):
     assert "damaged" in go(tmp_path / "empty")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The real lerobot
 
 

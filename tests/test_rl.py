@@ -439,20 +439,16 @@ def test_run_resume_and_frozen_language(trained, tmp_path, capsys, monkeypatch, 
 
 def test_two_processes_make_the_same_update_as_one(make_policy, tmp_path):
     code = f"""
-import os, sys; sys.path[:0] = [{str(os.path.dirname(os.path.dirname(__file__)))!r}, {os.path.dirname(__file__)!r}]
-import torch, torch.distributed as dist, rl
-from conftest import make_policy
-from test_rl import chains, config, learner_of
-torch.set_num_threads(1)
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-if world > 1: dist.init_process_group("gloo")
-policy, cfg = make_policy.__wrapped__()(), config(critic_warmup=0, minibatch=6, target_kl=9)
-learner = learner_of(policy)
-torch.manual_seed(1)
-b = chains(policy, 16, cfg) | {{"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}}
-logs = rl.update(policy, None, learner, b, None, torch.optim.SGD(learner.parameters(), lr=.01), cfg, 1, rank, world)
-if rank == 0: torch.save((learner.state_dict(), logs), sys.argv[1])
-if world > 1: dist.barrier(); dist.destroy_process_group()
+import os, sys; sys.path[:0] = [{str(os.path.dirname(os.path.dirname(__file__)))!r},
+{os.path.dirname(__file__)!r}] import torch, torch.distributed as dist, rl from conftest import make_policy
+from test_rl import chains, config, learner_of torch.set_num_threads(1) rank, world =
+int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) if world > 1:
+dist.init_process_group("gloo") policy, cfg = make_policy.__wrapped__()(), config(critic_warmup=0,
+minibatch=6, target_kl=9) learner = learner_of(policy) torch.manual_seed(1) b = chains(policy, 16, cfg) |
+{{"advantage": torch.randn(16), "return": torch.rand(16), "value": torch.zeros(16)}} logs = rl.update(policy,
+None, learner, b, None, torch.optim.SGD(learner.parameters(), lr=.01), cfg, 1, rank, world) if rank == 0:
+torch.save((learner.state_dict(), logs), sys.argv[1]) if world > 1: dist.barrier();
+dist.destroy_process_group()
 """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -99,7 +99,9 @@ def options(config):
 
 
 def main():
-    print(f"{'file':24} {'lines':>6} {'code':>6} {'comments':>9} {'tokens':>7} {'tok/line':>8} {'dense':>6} longest function")
+    print(
+        f"{'file':24} {'lines':>6} {'code':>6} {'comments':>9} {'tokens':>7} {'tok/line':>8} {'dense':>6} longest function"
+    )
     total = {}
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("benchmarks/*.py")]):
         m = measure(path)
@@ -116,7 +118,12 @@ def main():
     import sample
     import train
 
-    configs = {"train": train.TrainConfig, "rl": rl.RLConfig, "sample": sample.SampleConfig, "prepare": prepare.PrepareConfig}
+    configs = {
+        "train": train.TrainConfig,
+        "rl": rl.RLConfig,
+        "sample": sample.SampleConfig,
+        "prepare": prepare.PrepareConfig,
+    }
     print("options: " + ", ".join(f"{name} {options(config)}" for name, config in configs.items()))
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the tests share: the repository on sys.path, a policy with live weights, one debug data set, one debug run."""
+"""What the tests share: a policy with live weights, a debug data set, a debug run, programs that are killed."""
 
 import dataclasses
 import json
@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import train
 from data import Tokenizer
 from model import PRESETS, Config, SyVLA
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the models are tiny: a second thread only costs
 WORDS = [" put", " the", " red", " blue", " cube", " on", " pad", " where", " is", " left", " near"]
 
@@ -29,7 +27,9 @@ def debug_config(**changes):
 
 
 def differences(a, b):
-    """Largest absolute difference between two structures of tensors and numbers; infinite if they are shaped differently."""
+    """Largest absolute difference between two structures of tensors and numbers; infinite if they are shaped
+    differently.
+    """
     if isinstance(a, torch.Tensor):
         return (
             (a.double() - b.double()).abs().nan_to_num(math.inf).max().item()
@@ -91,7 +91,9 @@ def trained(data, tmp_path_factory):
 
 @pytest.fixture
 def fails(capsys):
-    """fails(main, argv) -> the one line on stderr with which main gave up; exit status 2 and no traceback are checked."""
+    """fails(main, argv) -> the one line on stderr with which main gave up; exit status 2 and no traceback are
+    checked.
+    """
 
     def call(main, argv):
         capsys.readouterr()
@@ -104,70 +106,25 @@ def fails(capsys):
     return call
 
 
-STRIKER = """
-import contextlib, json, os, signal, sys, threading, traceback
-sys.path.insert(0, sys.argv[1])
-import prepare, rl, train, torch._dynamo
-with contextlib.suppress(ImportError):
-    import matplotlib.pyplot
-
-def strike(event, args):
-    global nth
-    changes = args[2] & (os.O_WRONLY | os.O_RDWR) if event == "open" else event in ("os.rename", "os.remove")
-    if changes and at in str(args[0]) and os.path.abspath(str(args[0])).startswith(folder):
-        nth -= 1
-        if nth == 0 and delay:
-            threading.Timer(delay, os.kill, (0, signal.SIGKILL)).start()
-        elif nth == 0:
-            os.kill(os.getpid() if alone else 0, signal.SIGKILL)
-
-for line in sys.stdin:
-    program, argv, folder, at, nth, delay, alone, settings = json.loads(line)
-    if not (child := os.fork()):
-        os.setsid()
-        os.chdir(folder)
-        for fd, path in ((0, os.devnull), (1, folder + ".log"), (2, folder + ".log")):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), fd)
-        signal.alarm(300)
-        sys.addaudithook(strike)
-        vars(globals()[program]).update(settings)
-        try:
-            globals()[program].main(argv)
-            os._exit(0)
-        except SystemExit as error:
-            os._exit(error.code)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 @pytest.fixture(scope="session")
 def strike():
-    """strike(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings) -> exit status and last words of a program that works in `folder`.
+    """strike(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings) -> exit status, last words.
 
-    It is killed together with its children, by SIGKILL, right before the nth change on disk of a path below
-    the folder that contains `at`, or `delay` seconds after that moment (then perhaps too late: it is done);
-    never if `at` is None. What is on disk changes by such calls only, so no clock is needed to reach a
-    moment. alone: only the process that would make the change is killed. settings: variables of the program's
-    module, set before it begins. All programs are forks of one process that has imported what takes long.
+    Runs a program in `folder` and kills it with its children, by SIGKILL, right before the nth change on disk of a path
+    below the folder that contains `at`, or `delay` seconds after that moment (then perhaps too late); never if `at` is
+    None. What is on disk changes by such calls only, so no clock is needed to reach a moment. alone: only the process
+    that would make the change is killed. settings: variables of the program's module, set before it begins.
     """
-    server = subprocess.Popen(
-        [sys.executable, "-c", STRIKER, ROOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, ROOT / "tests" / "striker.py"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings):
         folder.mkdir(exist_ok=True)
-        print(
-            json.dumps(
-                [program, argv, str(folder), at or "", nth if at is not None else 0, delay, alone, settings]
-            ),
-            file=server.stdin,
-            flush=True,
-        )
+        moment = [at or "", nth if at is not None else 0, delay, alone]
+        print(json.dumps([program, argv, str(folder), *moment, settings]), file=server.stdin, flush=True)
         status = int(server.stdout.readline())
-        return status, ([""] + folder.with_name(folder.name + ".log").read_text().splitlines())[-1]
+        log = folder.with_name(folder.name + ".log").read_text()
+        return status, ([""] + log.splitlines())[-1]
 
     yield run
     server.stdin.close()

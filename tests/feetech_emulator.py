@@ -449,10 +449,10 @@ def play(env, policy, obs):
 
 def main(run, n=100, family="place"):
     """The same seeds in sim_env, and through RealEnv, LeRobot's driver and the emulator."""
+    from real_env import RealEnv
     from tqdm import tqdm
 
     from model import fast_cpu
-    from real_env import RealEnv
     from sample import load_policy
 
     fast_cpu(1)

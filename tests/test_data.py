@@ -1,15 +1,14 @@
-"""Tests of data.py: tokenizer, packing, statistics, chunks at the end of an episode, batches, error messages."""
+"""Tests of data.py: tokenizer, packing, statistics, ends of chunks, batches, questions, error messages."""
 
 import json
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import debug_config
 
 import sim_env
-from conftest import debug_config
 from data import Episodes, Questions, Tokenizer, pack, statistics
 from model import Config
 
@@ -31,7 +30,7 @@ def tokenizer(episodes, questions):
     return Tokenizer.train(episodes.texts() + questions.texts(), CFG.vocab_size)
 
 
-# -- text ----------------------------------------------------------------------------------------------------------
+# -- text ---------------------------------------------------------------------------------------------------
 
 
 def test_tokenizer_is_lossless_for_every_string(tokenizer):
@@ -131,7 +130,9 @@ def test_tokenizer_on_disk(tokenizer, tmp_path):
 
 
 def test_every_training_text_fits_the_model():
-    """The longest reasoning must fit max_reasoning_tokens, or it would be cut silently; the vocabulary must hold all words."""
+    """The longest reasoning must fit max_reasoning_tokens, or it would be cut silently; the vocabulary must
+    hold all words.
+    """
     small = Config()
     env, texts = sim_env.SO100Env(px=8), []
     for seed in range(10):
@@ -149,7 +150,7 @@ def test_every_training_text_fits_the_model():
     assert max(len(tokenizer.prompt(task)) for task, _ in texts) <= Tokenizer.LONGEST // 2
 
 
-# -- packing -------------------------------------------------------------------------------------------------------
+# -- packing ------------------------------------------------------------------------------------------------
 
 
 def test_pack_by_hand():
@@ -161,7 +162,7 @@ def test_pack_by_hand():
     assert got["labels"].tolist() == [[-100, 12, 13, -100, 15, -100], [-100] * 6]
 
 
-# -- statistics ----------------------------------------------------------------------------------------------------
+# -- statistics ---------------------------------------------------------------------------------------------
 
 
 def test_statistics_against_numpy(data, episodes):
@@ -183,7 +184,7 @@ def test_statistics_against_numpy(data, episodes):
     )
 
 
-# -- episodes ------------------------------------------------------------------------------------------------------
+# -- episodes -----------------------------------------------------------------------------------------------
 
 
 def test_data_set_is_whole(data, episodes):
@@ -227,7 +228,9 @@ def test_chunk_stops_at_the_end_of_its_episode(data, episodes, tokenizer):
 
 
 def test_chunk_stops_at_what_answers_a_disturbance(data, tmp_path, tokenizer):
-    """The arm strays in steps 3 and 4: the action of step 3 is still planned before that, and from step 5 on all is well again."""
+    """The arm strays in steps 3 and 4: the action of step 3 is still planned before that, and from step 5 on
+    all is well again.
+    """
     for file in data.iterdir():
         if file.name != "meta.json":
             (tmp_path / file.name).symlink_to(file)
@@ -311,13 +314,13 @@ def test_times_and_noise_of_a_batch(episodes, tokenizer):
     )  # Beta(1.5, 1): more mass at noise
     assert batch["eps"].mean().abs() < 0.02 and batch["eps"].std().item() == pytest.approx(1, abs=0.02)
     assert (
-        0 <= batch["uniform"].min()
+        batch["uniform"].min() >= 0
         and batch["uniform"].max() < 1
         and batch["uniform"].shape == (400, CFG.queries)
     )
 
 
-# -- questions -----------------------------------------------------------------------------------------------------
+# -- questions ----------------------------------------------------------------------------------------------
 
 
 def test_questions_fit_the_room_and_change(questions, tokenizer):
@@ -357,7 +360,7 @@ def test_accuracy_counts_exact_matches_by_kind(questions):
     assert result["all"]["accuracy"] == pytest.approx(1 - result["sum"]["n"] / total)
 
 
-# -- what does not fit ---------------------------------------------------------------------------------------------
+# -- what does not fit --------------------------------------------------------------------------------------
 
 
 def test_mismatches_show_both_sides(data, tmp_path):

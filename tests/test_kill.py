@@ -1,4 +1,6 @@
-"""kill -9 at awkward moments: what counts as complete loads, and the same command, run again, ends with the same bits."""
+"""kill -9 at awkward moments: what counts as complete loads, and the same command, run again, ends with the
+same bits.
+"""
 
 import json
 import random
@@ -7,9 +9,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from conftest import debug_config, differences
 from PIL import Image
 
-from conftest import debug_config, differences
 from data import Episodes
 from model import load_policy
 
@@ -40,7 +42,9 @@ def whole(run):
 
 
 def killed_and_resumed(strike, program, argv, folder, moments):
-    """Kill the program at these moments, another run of it at random ones, look at what is there and go on as a person would: both end like a run that was let alone."""
+    """Kill the program at these moments, another run of it at random ones, look at what is there and go on as
+    a person would: both end like a run that was let alone.
+    """
     assert strike(program, argv, folder / "alone")[0] == 0
     expected, rng = folder / "alone" / "run", random.Random(0)
     anywhere = [("", rng.randint(3, 12), 0.02 * rng.random()) for _ in range(3)]

@@ -1,4 +1,6 @@
-"""Tests of model.py: shapes, masks, attention, generation, flow matching, intention decoupling, sampler, statistics."""
+"""Tests of model.py: shapes, masks, attention, generation, flow matching, intention decoupling, sampler,
+statistics.
+"""
 
 import dataclasses
 import math
@@ -7,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import debug_config
 from safetensors.torch import load_file, save_file
 
 from common import parse_config, write_json
-from conftest import debug_config
 from data import pack
 from model import (
     PRESETS,
@@ -45,7 +47,10 @@ def packed(rows):
 def flow_inputs(policy, n, seed=0):
     """states, and the other arguments of flow_loss: state, actions, valid, eps, t."""
     cfg, g = policy.cfg, torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g).to(policy.vlm.queries.dtype)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(policy.vlm.queries.dtype)
+
     H, A, M = cfg.chunk_size, cfg.action_dim, cfg.noise_samples
     t = torch.rand(n, M, generator=g).to(policy.vlm.queries.dtype)
     return (
@@ -96,7 +101,7 @@ def test_impossible_models_are_refused_before_anything_runs(fails, argv):
     assert argv[0][2:].split("=")[0] in fails(lambda a: parse_config(Config, PRESETS, a), argv)
 
 
-# -- vision and language -------------------------------------------------------------------------------------------
+# -- vision and language ------------------------------------------------------------------------------------
 
 
 def test_shapes_of_every_part(make_policy):
@@ -173,7 +178,9 @@ def test_mask_rule():
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_language_block_against_plain_loops(qk_norm):
-    """Grouped-query attention with rotary embedding as complex rotation, in fp64, one head and token at a time."""
+    """Grouped-query attention with rotary embedding as complex rotation, in fp64, one head and token at a
+    time.
+    """
     torch.manual_seed(0)
     cfg = debug_config(qk_norm=qk_norm)
     block = LanguageBlock(cfg).double()
@@ -187,10 +194,14 @@ def test_language_block_against_plain_loops(qk_norm):
     mask[4, 1] = False
     got = block(x, *rotation(torch.tensor([[positions]]), frequency), mask[None, None])[0]
 
-    rms = lambda v: v / (v.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt()
-    turn = lambda v, i: (lambda z: torch.cat((z.real, z.imag)))(
-        torch.complex(v[: hd // 2], v[hd // 2 :]) * torch.polar(torch.ones_like(angle[i]), angle[i])
-    )
+    def rms(v):
+        return v / (v.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt()
+
+    def turn(v, i):
+        return (lambda z: torch.cat((z.real, z.imag)))(
+            torch.complex(v[: hd // 2], v[hd // 2 :]) * torch.polar(torch.ones_like(angle[i]), angle[i])
+        )
+
     heads = (block.qkv.weight @ (rms(x[0]) * block.norm1.weight).T).T.view(n, nh + 2 * nkv, hd)
 
     def key_or_query(i, head):
@@ -218,8 +229,13 @@ def test_rotary_scores_depend_on_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
     frequency = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    at = lambda v, position: rope(v, *rotation(torch.tensor([position]), frequency))
-    score = lambda i, j: (at(q, i) * at(k, j)).sum()
+
+    def at(v, position):
+        return rope(v, *rotation(torch.tensor([position]), frequency))
+
+    def score(i, j):
+        return (at(q, i) * at(k, j)).sum()
+
     assert torch.allclose(score(7, 3), score(104, 100)) and not torch.allclose(score(7, 3), score(8, 3))
     assert torch.allclose(at(q, 5).norm(), q.norm())
 
@@ -249,9 +265,10 @@ def test_packed_questions_equal_each_question_alone(make_policy):
 def test_a_question_never_sees_its_neighbours(make_policy):
     policy = make_policy()
     visual = policy.vlm.encode_images(pictures(policy, 1))
-    run = lambda rows: policy.vlm(
-        visual, *(packed([rows])[k] for k in ("tokens", "segments", "positions")), False
-    )[0]
+
+    def run(rows):
+        return policy.vlm(visual, *(packed([rows])[k] for k in ("tokens", "segments", "positions")), False)[0]
+
     before = run(QUESTIONS)
     changed = run([([4, 311, 312, 5], [313, 6]), *QUESTIONS[1:]])
     assert torch.equal(changed[:, 6:], before[:, 6:]) and not torch.allclose(changed[:, :6], before[:, :6])
@@ -268,9 +285,10 @@ def test_padding_does_not_change_the_query_states(make_policy):
     policy = make_policy()
     visual = policy.vlm.encode_images(pictures(policy, 2))
     short, long = [([1, 300, 2], [301, 3])], [([1, 300, 302, 303, 304, 2], [305, 306, 3])]
-    states = lambda visual, rows: policy.vlm(
-        visual, *(packed(rows)[k] for k in ("tokens", "segments", "positions")), True
-    )[1]
+
+    def states(visual, rows):
+        return policy.vlm(visual, *(packed(rows)[k] for k in ("tokens", "segments", "positions")), True)[1]
+
     together = states(visual, [short, long])
     assert torch.allclose(together[:1], states(visual[:1], [short]), atol=1e-5)
     assert torch.allclose(together[1:], states(visual[1:], [long]), atol=1e-5)
@@ -291,7 +309,10 @@ def test_cached_generation_equals_full_forward_passes(make_policy):
     visual = policy.vlm.encode_images(pictures(policy, 3))
     prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
     free = [greedy(policy, visual[i : i + 1], p, limit - 1) for i, p in enumerate(prompts)]
-    cut = lambda stop: [w[: w.index(stop)] if stop in w else w for w in free]
+
+    def cut(stop):
+        return [w[: w.index(stop)] if stop in w else w for w in free]
+
     stop = free[1][2]  # a word from the middle of one row, so that rows end at different times
     wanted = cut(stop)
     assert {len(w) for w in wanted} == {2, limit - 1}
@@ -339,7 +360,9 @@ def test_given_reasoning_is_followed_as_if_it_were_written(make_policy):
 
 
 def test_answers_end_where_the_training_text_ends(make_policy, monkeypatch):
-    """Questions end with <end>, instructions asked as questions with </reason>: what is written behind is no part of the answer."""
+    """Questions end with <end>, instructions asked as questions with </reason>: what is written behind is no
+    part of the answer.
+    """
     policy = make_policy()
     tok = policy.tokenizer
     for question, end in (
@@ -347,13 +370,15 @@ def test_answers_end_where_the_training_text_ends(make_policy, monkeypatch):
         ("<task> put the red cube", tok.end_reasoning),
     ):
         script = iter([tok.ids[" red"], end] + [tok.ids[" blue"]] * 50)  # the model's next words
-        monkeypatch.setattr(
-            policy.vlm.lm, "logits", lambda hidden: F.one_hot(torch.tensor([next(script)]), len(tok)).float()
-        )
+
+        def logits(hidden, script=script):
+            return F.one_hot(torch.tensor([next(script)]), len(tok)).float()
+
+        monkeypatch.setattr(policy.vlm.lm, "logits", logits)
         assert policy.answer(pictures(policy, 1), [question]) == ["red"]
 
 
-# -- flow matching --------------------------------------------------------------------------------------------------
+# -- flow matching ------------------------------------------------------------------------------------------
 
 
 def test_flow_loss_by_hand(make_policy):
@@ -408,7 +433,9 @@ def test_gradient_norms_against_finite_differences(make_policy):
 
 
 def test_closed_form_gradient_of_single_layer_attention():
-    """dl/dh_i = p_i [W_V^T g + (g^T (v_i - z)) W_K^T q / sqrt(d)]: what the gradient norm of a query state is made of."""
+    """dl/dh_i = p_i [W_V^T g + (g^T (v_i - z)) W_K^T q / sqrt(d)]: what the gradient norm of a query state is
+    made of.
+    """
     torch.manual_seed(0)
     Q, d = 5, 6
     W_K, W_V, q, h = (torch.randn(*s, dtype=torch.float64) for s in ((d, d), (d, d), (d,), (Q, d)))
@@ -432,7 +459,7 @@ def test_expert_keeps_noise_samples_apart(make_policy):
     assert not same[0, 1] and same.sum() == same.numel() - 1
 
 
-# -- intention decoupling ------------------------------------------------------------------------------------------
+# -- intention decoupling -----------------------------------------------------------------------------------
 
 
 def test_paper_setting_drops_exactly_the_state_of_least_gradient(make_policy):
@@ -456,9 +483,10 @@ def test_controls_drop_as_many_by_their_own_score(make_policy):
         policy.cfg.decouple = kind
         masks[kind] = ~policy.keep_mask(*inputs, uniform)
         assert (masks[kind].sum(1) == 2).all()
-    lowest = lambda score: torch.zeros(5, 20, dtype=torch.bool).scatter(
-        1, score.topk(2, largest=False).indices, True
-    )
+
+    def lowest(score):
+        return torch.zeros(5, 20, dtype=torch.bool).scatter(1, score.topk(2, largest=False).indices, True)
+
     assert torch.equal(masks["random"], lowest(uniform))
     # attention mass by hand: expert's only block, mean over heads and tokens
     states, state, actions, _, eps, t = inputs
@@ -523,7 +551,7 @@ def test_adapter_of_nothing_is_nothing(make_policy):
     assert not policy.adapter(torch.zeros(1, 2, policy.cfg.width)).any()
 
 
-# -- losses of a batch ---------------------------------------------------------------------------------------------
+# -- losses of a batch --------------------------------------------------------------------------------------
 
 
 def test_text_loss_is_a_mean_over_rows_of_means_over_targets(make_policy):
@@ -555,11 +583,13 @@ def test_a_policy_without_reasoning_has_no_text_loss(make_policy):
     assert losses["text"] == 0 and torch.isfinite(losses["action"])
 
 
-# -- acting --------------------------------------------------------------------------------------------------------
+# -- acting -------------------------------------------------------------------------------------------------
 
 
 def test_sampler_lands_exactly_on_the_data_of_an_exact_field(make_policy, monkeypatch):
-    """u = (x - a) / t is the field whose paths are straight lines into a: any number of Euler steps must end there."""
+    """u = (x - a) / t is the field whose paths are straight lines into a: any number of Euler steps must end
+    there.
+    """
     policy = make_policy()
     a = torch.rand(2, 1, policy.cfg.chunk_size, policy.cfg.action_dim) - 0.5
     monkeypatch.setattr(policy.expert, "modulation", lambda t, age: [t[:, :, None, None]])
@@ -593,10 +623,12 @@ def test_temperature_scales_the_noise(make_policy):
     begun = []
     for temperature in (0.0, 0.5, 1.0):
         policy = make_policy(temperature=temperature)
-        sampler = policy.denoise
-        policy.denoise = lambda states, state, noise, *rest: (
-            begun.append(noise) or sampler(states, state, noise, *rest)
-        )
+
+        def denoise(states, state, noise, *rest, sampler=policy.denoise):
+            begun.append(noise)
+            return sampler(states, state, noise, *rest)
+
+        policy.denoise = denoise
         chunks = [policy.act(images, state, ["put"], seed=seed)[0] for seed in (1, 2)]
         assert np.array_equal(*chunks) == (temperature == 0)
     assert (
@@ -644,7 +676,7 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
         assert all(part in str(caught.value) for part in shown) and "\n" not in str(caught.value)
 
 
-# -- statistics and weights on disk --------------------------------------------------------------------------------
+# -- statistics and weights on disk -------------------------------------------------------------------------
 
 
 def test_normalisation(make_policy):
@@ -694,7 +726,9 @@ def test_checkpoint_round_trip_and_foreign_weights_are_named(make_policy, tmp_pa
 
 
 def test_checkpoints_of_format_1_act_as_before(make_policy, tmp_path):
-    """Before fields were renamed: chunk, execute, max_thought, and an epsilon of 0 for the number format's own."""
+    """Before fields were renamed: chunk, execute, max_thought, and an epsilon of 0 for the number format's
+    own.
+    """
     policy = make_policy()
     save_policy(tmp_path, policy, dataclasses.asdict(policy.cfg))
     old = read_checkpoint_config(tmp_path)

@@ -17,11 +17,7 @@ pytest.importorskip("lerobot")
 pytest.importorskip("scservo_sdk")
 pytest.importorskip("cv2")
 
-import prepare
 import real_env
-import rl
-import sample
-import sim_env
 from feetech_emulator import (
     CALIBRATION,
     HOMING,
@@ -36,6 +32,11 @@ from feetech_emulator import (
     unsigned,
 )
 from real_env import FLOOR, HOME, MAX_STEP, REST, ArmError, RealEnv
+
+import prepare
+import rl
+import sample
+import sim_env
 from sim_env import FPS, HIGH, LOW, MOTORS
 
 TASK = {"task": "put the red cube on the blue pad"}

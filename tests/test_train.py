@@ -1,4 +1,6 @@
-"""Tests of train.py: learning, resuming, processes, Muon, learning rate, checkpoints that survive, and what it refuses."""
+"""Tests of train.py: learning, resuming, processes, Muon, learning rate, checkpoints that survive, and what
+it refuses.
+"""
 
 import json
 import math
@@ -13,12 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import debug_config, differences
 from safetensors.torch import load_file, save_file
 
 import common
-from common import read_json
 import train
-from conftest import debug_config, differences
+from common import read_json
 from data import Episodes, Questions
 from model import PRESETS, load_policy
 
@@ -57,7 +59,7 @@ def state(folder):
     return torch.load(folder / "train_state.pt", weights_only=True)
 
 
-# -- learning ------------------------------------------------------------------------------------------------------
+# -- learning -----------------------------------------------------------------------------------------------
 
 
 def test_overfits_one_batch(data):
@@ -91,7 +93,10 @@ def test_overfits_one_batch(data):
 
 
 def test_every_parameter_learns(data):
-    """A part that gets no gradient is disconnected. One step opens the zero gates, the second must reach everything."""
+    """A part that gets no gradient is disconnected.
+
+    One step opens the zero gates, the second must reach everything.
+    """
     run = build(data=str(data), ground_steps=0, mix=0.5)
     before = {name: p.clone() for name, p in run.policy.named_parameters()}
     listed = [p for o in run.optimizers for g in o.param_groups for p in g["params"]]
@@ -103,7 +108,10 @@ def test_every_parameter_learns(data):
 
 def test_learning_rate(data):
     cfg = train.TrainConfig(ground_steps=100, steps=200, warmup=10)
-    lr = lambda step: train.learning_rate(step, cfg)
+
+    def lr(step):
+        return train.learning_rate(step, cfg)
+
     assert lr(0) == pytest.approx(0.1) and lr(4) == pytest.approx(0.5, rel=0.01)
     assert lr(50) == pytest.approx(0.75) and lr(99) == pytest.approx(
         0.5, abs=0.01
@@ -116,7 +124,7 @@ def test_learning_rate(data):
     )
 
 
-# -- Muon ----------------------------------------------------------------------------------------------------------
+# -- Muon ---------------------------------------------------------------------------------------------------
 
 
 def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values():
@@ -125,7 +133,7 @@ def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values():
         U, S, V = torch.linalg.svd(x, full_matrices=False)
         in_basis = U.mT @ train.orthogonalise(x) @ V.mT
         values = in_basis.diagonal(dim1=1, dim2=2)
-        assert 0.6 < values.min() and values.max() < 1.3 and S.max() / S.min() > 2
+        assert values.min() > 0.6 and values.max() < 1.3 and S.max() / S.min() > 2
         assert (in_basis - torch.diag_embed(values)).abs().max() < 1e-3
 
 
@@ -151,7 +159,7 @@ def test_muon_steps_like_torch():
         )  # torch's runs in bf16
 
 
-# -- resuming, accumulating, processes -----------------------------------------------------------------------------
+# -- resuming, accumulating, processes ----------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -226,7 +234,7 @@ def test_samples_that_do_not_divide_are_refused(fails, data, tmp_path):
     )
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------
+# -- checkpoints --------------------------------------------------------------------------------------------
 
 
 def test_saved_policy_is_the_moving_average(go, monkeypatch):
@@ -291,12 +299,11 @@ def test_a_kill_between_any_two_files_leaves_a_run_that_goes_on(trained, data, t
     for n in range(4):  # tokenizer, weights, config, train state
         out = tmp_path / str(n)
         shutil.copytree(trained, out)
-        left = [n]
+        moments = iter(range(n))
 
-        def replace(a, b):
-            if left[0] == 0:
+        def replace(a, b, moments=moments):
+            if next(moments, None) is None:
                 raise Killed
-            left[0] -= 1
             real(a, b)
 
         flags = ["--resume", "--steps=3"]
@@ -309,7 +316,7 @@ def test_a_kill_between_any_two_files_leaves_a_run_that_goes_on(trained, data, t
     assert state(out)["step"] == 5
 
 
-# -- what it refuses -----------------------------------------------------------------------------------------------
+# -- what it refuses ----------------------------------------------------------------------------------------
 
 
 def test_non_finite_numbers_stop_the_run_and_spare_the_checkpoint(data, tmp_path, fails, monkeypatch):
@@ -400,7 +407,9 @@ def test_new_expert_of_another_size_learns_on_a_vlm_that_stays_bit_for_bit(train
 
 
 def test_query_states_of_a_frozen_vlm_are_cached(trained, data, tmp_path):
-    """They are those of a fresh pass, to half precision; a frame is seen once, stale pictures under their own frame."""
+    """They are those of a fresh pass, to half precision; a frame is seen once, stale pictures under their own
+    frame.
+    """
     policy = load_policy(trained)
     fresh = Episodes(data, replace(policy.cfg, stale=3))
     cached = Episodes(data, replace(policy.cfg, stale=3))
@@ -442,9 +451,11 @@ def test_no_room_to_keep_what_a_frozen_vlm_makes(trained, data, tmp_path, capsys
 
 
 def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fails):
-    tell = lambda folder, *flags: fails(
-        train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={folder}", *flags)
-    )
+    def tell(folder, *flags):
+        return fails(
+            train.main, arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={folder}", *flags)
+        )
+
     assert "--width=32" in tell(trained, "--width=64")
     foreign = tmp_path / "foreign"
     shutil.copytree(trained, foreign)
@@ -484,7 +495,10 @@ def test_the_curriculum_goes_from_easy_to_hard():
     cfg = train.TrainConfig(ground_steps=100)
     kinds = [train.curriculum(step, cfg) for step in range(100)]
     assert kinds[0] == ("describe pads",)  # naming by place comes before finding by colour
-    first = lambda kind: next(i for i, k in enumerate(kinds) if k is None or kind in k)
+
+    def first(kind):
+        return next(i for i, k in enumerate(kinds) if k is None or kind in k)
+
     assert (
         first("describe pads")
         < first("pad")

@@ -1,9 +1,10 @@
 """Print how large and how dense the code is, so that growth is seen: python .ci/measure.py
 
-Per module: lines, code lines, share of comment lines, tokens (Python's tokenizer, without comments and docstrings), tokens
-a code line, dense forms per 100 code lines (conditional expressions, comprehensions, lambdas, walruses, several targets
-packed into one assignment), the longest function, and the share of hinted arguments of public functions. Then the
-number of options of every program, and the lines and words of the README.
+Per module: lines, code lines, share of comment lines, tokens (Python's tokenizer, without comments and
+docstrings), tokens a code line, dense forms per 100 code lines (conditional expressions, comprehensions,
+lambdas, walruses, several targets packed into one assignment), the longest function, and the share of hinted
+arguments of public functions. Then the number of options of every program, and the lines and words of the
+README.
 """
 
 import ast
@@ -100,7 +101,8 @@ def options(config):
 
 def main():
     print(
-        f"{'file':24} {'lines':>6} {'code':>6} {'comments':>9} {'tokens':>7} {'tok/line':>8} {'dense':>6} longest function"
+        f"{'file':24} {'lines':>6} {'code':>6} {'comments':>9} {'tokens':>7} {'tok/line':>8} {'dense':>6} "
+        "longest function"
     )
     total = {}
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), *ROOT.glob("benchmarks/*.py")]):

@@ -1,4 +1,4 @@
-"""What the tests share: a policy with live weights, a debug data set, a debug run, programs that are killed."""
+"""What the tests share: a policy with live weights, a debug data set and run, programs that are killed."""
 
 import dataclasses
 import json
@@ -108,12 +108,14 @@ def fails(capsys):
 
 @pytest.fixture(scope="session")
 def strike():
-    """strike(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings) -> exit status, last words.
+    """strike(program, argv, folder, at=None, nth=1, delay=0.0, alone=False, **settings) -> exit status, last
+    words.
 
-    Runs a program in `folder` and kills it with its children, by SIGKILL, right before the nth change on disk of a path
-    below the folder that contains `at`, or `delay` seconds after that moment (then perhaps too late); never if `at` is
-    None. What is on disk changes by such calls only, so no clock is needed to reach a moment. alone: only the process
-    that would make the change is killed. settings: variables of the program's module, set before it begins.
+    Runs a program in `folder` and kills it with its children, by SIGKILL, right before the nth change on disk
+    of a path below the folder that contains `at`, or `delay` seconds after that moment (then perhaps too
+    late); never if `at` is None. What is on disk changes by such calls only, so no clock is needed to reach a
+    moment. alone: only the process that would make the change is killed. settings: variables of the program's
+    module, set before it begins.
     """
     command = [sys.executable, ROOT / "tests" / "striker.py"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Draw pictures and use torch in one process, in the order that the command line names (for test_common.py)."""
+"""Draw pictures and use torch in one process, in the order of the command line (for test_common.py)."""
 
 import os
 import sys

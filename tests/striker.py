@@ -1,7 +1,9 @@
-"""A server for test_kill.py and others: it runs programs as forks of itself and kills them at chosen changes on disk.
+"""A server for test_kill.py and others: it runs programs as forks of itself and kills them at chosen changes
+on disk.
 
-Every line on standard input is a JSON list [program, argv, folder, at, nth, delay, alone, settings] (see conftest.strike);
-the answer is the exit status. All programs are forks of this process, which has imported what takes long.
+Every line on standard input is a JSON list [program, argv, folder, at, nth, delay, alone, settings] (see
+conftest.strike); the answer is the exit status. All programs are forks of this process, which has imported
+what takes long.
 """
 
 import contextlib

@@ -27,7 +27,7 @@ from common import (
     write_json,
 )
 
-# -- the command line ---------------------------------------------------------------------------------------------
+# -- the command line ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -130,7 +130,7 @@ def test_mistakes_end_in_one_line_and_defects_in_their_traceback(fails):
         require("surely_not_there", "surely-not-there")
 
 
-# -- files --------------------------------------------------------------------------------------------------------
+# -- files --------------------------------------------------------------------------------------------------
 
 
 def test_a_writer_that_dies_leaves_the_old_file(tmp_path):
@@ -166,12 +166,12 @@ def test_log_lines_behind_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert [line["step"] for line in read_log(path)] == [0, 1, 2] and path.read_text().endswith("}\n")
 
 
-# -- libraries ----------------------------------------------------------------------------------------------------
+# -- libraries ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["draw_then_torch", "torch_then_draw", "mujoco_then_torch"])
 def test_pictures_and_triton_live_in_one_process(order, root):
-    """Mesa and triton each bring an LLVM; whatever the order, drawing and torch's meta device must both work."""
+    """Mesa and triton each bring an LLVM; drawing and torch's meta device must work in any order."""
     child = [sys.executable, root / "tests" / "import_orders.py", order]
     done = subprocess.run(child, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and sorted(done.stdout.split()) == ["drawn", "drawn", "torch"], done.stderr

@@ -1,10 +1,12 @@
-"""Tests of the repository as a whole: who imports whom, commands in the documentation, docstrings, requirements, paths."""
+"""Tests of the repository: who imports whom, the core without extras/, documented commands, requirements, size."""
 
 import ast
 import importlib.metadata
 import importlib.util
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -13,39 +15,50 @@ import prepare
 import rl
 import sample
 import train
-from model import parse_config
+from common import parse_config
+from model import all_presets
 
-ROOMS = {  # file: which of our files it may import
-    "sim_env": set(),
-    "data": set(),
-    "model": set(),
-    "real_env": {"sim_env"},
-    "prepare": {"sim_env", "data", "model"},
-    "train": {"sim_env", "data", "model"},
-    "rl": {"train", "sim_env", "real_env", "data", "model"},
-    "sample": {"sim_env", "real_env", "data", "model"},
+ROOMS = {  # file: which of our files it may import; extras/ only inside functions
+    "common": set(),
+    "sim_env": {"common"},
+    "data": {"common", "model"},  # model for its type alone
+    "model": {"common", "data", "extras"},
+    "evaluate": {"common", "sim_env"},
+    "train": {"common", "data", "model", "evaluate", "extras"},
+    "prepare": {"common", "data", "sim_env", "evaluate", "model", "extras"},
+    "rl": {"common", "data", "sim_env", "model", "evaluate", "train", "extras"},
+    "sample": {"common", "data", "sim_env", "model", "evaluate", "extras"},
+    "extras/backbones": {"common", "data", "model"},
+    "extras/lerobot_io": {"common", "data", "sim_env"},
+    "extras/real_env": {"common", "sim_env", "evaluate"},
+    "extras/realtime": {"common", "sim_env", "model", "evaluate", "extras"},
 }
+# Imported where it is used; without it the program says what to install.
 OPTIONAL = {
     "matplotlib",
     "lerobot",
     "cv2",
     "scservo_sdk",
+    "serial",
     "tokenizers",
     "transformers",
     "peft",
     "pyarrow",
     "av",
-}  # imported where it is used; without it the program says what to install
-DISTRIBUTION = {
-    "PIL": "pillow",
-    "huggingface_hub": "huggingface-hub",
-}  # where the import's name is not the package's
+}
+DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}  # where the import has another name
+PROGRAMS = {
+    "prepare": (prepare.PrepareConfig, ""),
+    "train": (train.TrainConfig, ""),
+    "rl": (rl.RLConfig, ""),
+    "sample": (sample.SampleConfig, "task"),
+}
 
 
-def imports(path):
-    """Names of the top-level modules that a file imports anywhere, also inside functions."""
+def imports(path, nodes=None):
+    """Names of the top-level modules that a file imports, by default anywhere, also inside functions."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes or ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -54,38 +67,77 @@ def imports(path):
     return names
 
 
+def modules(root):
+    return [*root.glob("*.py"), *root.glob("extras/*.py")]
+
+
 def test_imports_go_one_way(root):
+    ours = {name.split("/")[0] for name in ROOMS}
+    for path in modules(root):
+        room = str(path.relative_to(root).with_suffix(""))
+        assert room in ROOMS, f"{room} has no room in the design"
+        assert imports(path) & ours <= ROOMS[room], room
+        if "/" not in room:  # no core file needs extras/ to be imported
+            assert "extras" not in imports(path, ast.parse(path.read_text()).body), room
+    for name in (
+        "common.py",
+        "sim_env.py",
+        "evaluate.py",
+        "extras/real_env.py",
+    ):  # workers and arms without torch
+        assert "torch" not in imports(root / name, ast.parse((root / name).read_text()).body), name
+
+
+def test_the_core_works_without_extras(root, tmp_path):
+    """prepare, train, rl, sample and their evaluation on `debug`, in a copy of the repository that lacks extras/."""
     for path in root.glob("*.py"):
-        assert path.stem in ROOMS, f"{path.name} has no room in the design"
-        assert imports(path) & set(ROOMS) <= ROOMS[path.stem], path.name
-    for name in ("sim_env", "real_env"):  # they run on machines without torch
-        assert not (root / f"{name}.py").exists() or "torch" not in imports(root / f"{name}.py")
+        shutil.copy(path, tmp_path)
+    shutil.copytree(
+        root / "assets", tmp_path / "assets", ignore=shutil.ignore_patterns("*.json", "*.gif", "*.png")
+    )
+    for command in (
+        "prepare.py --config debug",
+        "train.py --config debug --device=cpu --threads=1 --eval=1",
+        "rl.py --config debug --device=cpu --threads=1 --iterations=1",
+        "sample.py --config debug",
+        "sample.py --config debug --eval=1 --splits=id",
+    ):
+        words = [sys.executable, *command.split()]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert list(tmp_path.glob("out/debug/sample/*.gif"))
+    missing = subprocess.run(
+        [sys.executable, "sample.py", "--config", "debug", "--interactive"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert missing.returncode == 2 and "extras" in missing.stderr, missing.stderr
 
 
 def test_requirements_name_what_is_imported_and_are_there(root):
-    required = {
-        re.match(r"[\w-]+", line).group()
-        for line in (root / "requirements.txt").read_text().splitlines()
-        if line.strip() and line[0] != "#"
-    }
-    for path in [*root.glob("*.py"), *root.glob("tests/*.py")]:
-        foreign = (
-            imports(path)
-            - set(ROOMS)
-            - set(sys.stdlib_module_names)
-            - OPTIONAL
-            - {"conftest", "feetech_emulator"}
-        )
+    lines = (root / "requirements.txt").read_text().splitlines()
+    required = {re.match(r"[\w-]+", line).group() for line in lines if line.strip() and line[0] != "#"}
+    own = {path.stem for path in [*modules(root), *root.glob("tests/*.py")]} | {"extras", "reach", "glide"}
+    for path in [*modules(root), *root.glob("tests/*.py")]:
+        foreign = imports(path) - own - set(sys.stdlib_module_names) - OPTIONAL
         assert {DISTRIBUTION.get(name, name) for name in foreign} <= required, path.name
+    modules_of = {v: k for k, v in DISTRIBUTION.items()}
     for name in required:
         assert importlib.metadata.version(name)
-        module = {v: k for k, v in DISTRIBUTION.items()}.get(name, name)
-        assert importlib.util.find_spec(module), name
+        assert importlib.util.find_spec(modules_of.get(name, name)), name
 
 
-def test_every_file_says_what_it_is(root):
-    for path in [*root.glob("*.py"), *root.glob("tests/*.py")]:
-        assert ast.get_docstring(ast.parse(path.read_text())), path.name
+def test_every_file_says_what_it_is_and_every_public_function_what_it_does(root):
+    for path in [*modules(root), *root.glob("tests/*.py")]:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path.name
+        if path.parent.name == "tests":
+            continue
+        for node in tree.body:
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if public and node.name != "main":
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
 
 
 def commands(text):
@@ -95,40 +147,49 @@ def commands(text):
             yield match.group(1), shlex.split(match.group(2))
 
 
-def check(name, words):
-    cls, presets = {
-        "prepare": (prepare.PrepareConfig, prepare.PRESETS),
-        "train": (train.TrainConfig, train.PRESETS),
-        "rl": (rl.RLConfig, rl.PRESETS),
-        "sample": (
-            sample.SampleConfig,
-            dict.fromkeys(("debug", "tiny", "small", "base256", "base", "paper"), {}),
-        ),
-    }[name]
-    if not {"--help", "-h"} & set(words):
-        parse_config(cls, presets, words, "task" if name == "sample" else None)
+DOCUMENTED = ["README.md", "docs", "train.py", "prepare.py", "sample.py", "rl.py", "extras/realtime.py"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "train.py", "prepare.py", "sample.py", "rl.py"])
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_documented_commands_parse(root, name):
-    if not (root / name).exists():
-        pytest.skip(f"no {name} yet")
-    text = (root / name).read_text()
-    found = list(commands(text if name.endswith(".md") else ast.get_docstring(ast.parse(text))))
+    if name == "docs":
+        text = "\n".join(path.read_text() for path in sorted(root.glob("docs/*.md")))
+    else:
+        text = (root / name).read_text()
+        if name.endswith(".py"):
+            text = ast.get_docstring(ast.parse(text))
+    found = list(commands(text))
     assert found
     for file, words in found:
-        assert (root / f"{file}.py").exists() or f"# {file}.py:" in text, (
-            file
-        )  # its own, or one that the text itself shows
-        if file in ("prepare", "train", "sample", "rl"):
-            check(file, words)
+        assert (root / f"{file}.py").exists() or f"# {file}.py:" in text, file  # or one that the text shows
+        if file in PROGRAMS and "--help" not in words:
+            cls, positional = PROGRAMS[file]
+            parse_config(cls, all_presets(), words, positional)
+
+
+def test_readme_is_short_and_its_links_lead_somewhere(root):
+    text = (root / "README.md").read_text()
+    assert len(text.splitlines()) <= 230 and len(text.split()) <= 2200
+    assert len(text[: text.index("python train.py")].split()) <= 200
+    for path in [root / "README.md", *root.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 def test_no_path_of_somebodys_machine(root):
-    pattern = re.compile("(?<![\\w.~])/(" + "|".join(("work", "tmp", "home", "root", "Users")) + r")/\w")
-    for path in [
-        p
-        for end in ("*.py", "*.md", "*.txt", "*.json", "*.toml", "tests/*.py", "assets/*.json")
-        for p in root.glob(end)
-    ]:
-        assert not pattern.search(path.read_text()), path.name
+    folders = "|".join(("work", "tmp", "home", "root", "Users"))
+    pattern = re.compile(rf"(?<![\w.~])/({folders})/\w")
+    kinds = (
+        "*.py",
+        "*.md",
+        "*.txt",
+        "*.json",
+        "*.toml",
+        "tests/*.py",
+        "extras/*.py",
+        "docs/*.md",
+        "assets/*.json",
+    )
+    for kind in kinds:
+        for path in root.glob(kind):
+            assert not pattern.search(path.read_text()), path.name

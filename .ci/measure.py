@@ -89,8 +89,8 @@ def show(name, m):
     code = max(1, m["code"])
     hints = m["hinted"] / max(1, m["arguments"])
     print(
-        f"{name:24} {m['lines']:6} {m['code']:6} {m['comments'] / max(1, m['lines']):9.0%} {m['tokens']:7} "
-        f"{m['tokens'] / code:8.1f} {100 * m['dense'] / code:6.1f} {m['longest']:5} {m['name']:20} {hints:5.0%}"
+        f"{name:24} {m['lines']:6} {m['code']:6} {m['comments'] / max(1, m['lines']):9.0%} "
+        f"{m['tokens']:7} {m['tokens'] / code:8.1f} {100 * m['dense'] / code:6.1f} {m['longest']:5} {m['name']:20} {hints:5.0%}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Environments of test_evaluate.py whose state says more than where the motors are; `reach` is the documentation's own."""
+"""Environments of test_evaluate.py, built on `reach`, the example of docs/environments.md."""
 
 import numpy as np
 from reach import Reach

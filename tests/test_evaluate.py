@@ -1,4 +1,4 @@
-"""Tests of evaluate.py: environments by name, many at once, the loop over episodes, tables, and `--env` in every program."""
+"""Tests of evaluate.py: environments by name, many at once, episodes, tables, `--env` in every program."""
 
 import importlib
 import json
@@ -99,7 +99,7 @@ def test_target_of_a_reasoning():
 
 @pytest.fixture
 def reach(tmp_path, monkeypatch, root):
-    """The module of the documentation, importable from the folder it is in, with demonstrations in data/reach."""
+    """The documentation's own module, importable from its folder, with demonstrations in data/reach."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     page = (root / "docs" / "environments.md").read_text()

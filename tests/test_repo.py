@@ -1,4 +1,4 @@
-"""Tests of the repository: who imports whom, the core without extras/, documented commands, requirements, size."""
+"""Tests of the repository: imports, the core without extras/, documented commands, requirements, size."""
 
 import ast
 import importlib.metadata
@@ -89,7 +89,7 @@ def test_imports_go_one_way(root):
 
 
 def test_the_core_works_without_extras(root, tmp_path):
-    """prepare, train, rl, sample and their evaluation on `debug`, in a copy of the repository that lacks extras/."""
+    """All programs on `debug`, in a copy of the repository that lacks extras/."""
     for path in root.glob("*.py"):
         shutil.copy(path, tmp_path)
     shutil.copytree(

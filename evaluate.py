@@ -16,6 +16,7 @@ import pickle
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -218,9 +219,8 @@ class VecEnv:
                 self._send(worker, (method, mine))
                 busy.append((worker, group[0]))
         try:
-            answers = [
-                (pickle.load(worker.stdout), first) for worker, first in busy
-            ]  # all, before raising one
+            # Read every answer before raising one: an unread answer would be taken for the next request's.
+            answers = [(pickle.load(worker.stdout), first) for worker, first in busy]
         except EOFError:
             raise UserError("a simulation worker died: its message is above") from None
         results = {}
@@ -244,9 +244,7 @@ class VecEnv:
         self.infos[arm] = info
 
     def observe(self, arms: Sequence[int]) -> dict[str, Any]:
-        """What some arms see now: {"images" (n, V, px, px, 3) uint8, "state" (n, S) float32, "task" [n
-        strings]}.
-        """
+        """What n arms see now: images (n, V, px, px, 3) uint8, state (n, S) float32, task, n strings."""
         arms = list(arms)
         task = [self.task[arm] for arm in arms]
         return {"images": self.images[arms], "state": self.state[arms], "task": task}
@@ -285,9 +283,7 @@ class VecEnv:
 
 
 class SingleEnv(VecEnv):
-    """VecEnv's interface to one environment in this process: a film, or a real arm with a person at this
-    terminal.
-    """
+    """VecEnv's interface to one environment in this process: for films, and for a real arm."""
 
     def __init__(self, env: Any, px: int, cameras: Sequence[str], S: int):
         self._allocate(1, px, cameras, S)
@@ -345,50 +341,67 @@ def run_episodes(
     """
     waiting = list(episodes)
     running: dict[int, Episode] = {}  # arm -> its episode
-    bar = tqdm(total=len(waiting), desc=name, unit="episode", leave=False, disable=not sys.stderr.isatty())
     for number, episode in enumerate(waiting):
         episode.number = number
+    bar = tqdm(total=len(waiting), desc=name, unit="episode", leave=False, disable=not sys.stderr.isatty())
     while waiting or running:
+        # Free arms take the next episodes.
         free = [arm for arm in range(vec.n) if arm not in running][: len(waiting)]
-        started = {arm: waiting.pop(0) for arm in free}
-        if started:
-            begun = started.values()
-            vec.reset(free, [episode.seed for episode in begun], [episode.options for episode in begun])
-            for arm, episode in started.items():
-                episode.task = vec.task[arm]
-                episode.teacher_reasoning = vec.infos[arm].get("reason", "")
-            running |= started
+        if free:
+            running |= _start(vec, free, waiting)
+
+        # One decision of the policy for all busy arms, and its control steps.
         busy = sorted(running)
         obs = vec.observe(busy)
         obs["episode"] = [running[arm] for arm in busy]
         obs["teacher_reasoning"] = [vec.infos[arm].get("reason", "") for arm in busy]
-        actions, extras = policy_fn(obs)
+        actions, extras = policy_fn(obs)  # (n, h, A), n extras
         rewards = vec.step_chunk(dict(zip(busy, actions)))
         for arm, extra in zip(busy, extras):
             running[arm].extras.append(extra)
             running[arm].rewards.append(float(rewards[arm]))
             running[arm].executed.append(vec.infos[arm]["executed"])
+
+        # Where the time limit ended an episode, its last observation has a value, too.
         cut = [arm for arm in busy if vec.truncated[arm]]
         if cut and final_fn:
             for arm, value in zip(cut, final_fn(vec.observe(cut))):
                 running[arm].final = value
-        for arm in [arm for arm in busy if vec.terminated[arm] or vec.truncated[arm]]:
-            episode = running.pop(arm)
-            info = vec.infos[arm]
-            episode.success = bool(info["success"])
-            episode.steps = info["steps"]
-            episode.failure = info.get("failure", "")
-            episode.moved_at = info.get("moved_at")
-            if on_end:
-                on_end(episode)
-            bar.update()
+
+        for arm in busy:
+            if vec.terminated[arm] or vec.truncated[arm]:
+                episode = running.pop(arm)
+                _finish(episode, vec.infos[arm])
+                if on_end:
+                    on_end(episode)
+                bar.update()
     bar.close()
     return list(episodes)
 
 
+def _start(vec: VecEnv, arms: list[int], waiting: list[Episode]) -> dict[int, Episode]:
+    """Begin the next waiting episodes on free arms -> {arm: its episode}."""
+    started = {arm: waiting.pop(0) for arm in arms}
+    begun = started.values()
+    vec.reset(arms, [episode.seed for episode in begun], [episode.options for episode in begun])
+    for arm, episode in started.items():
+        episode.task = vec.task[arm]
+        episode.teacher_reasoning = vec.infos[arm].get("reason", "")
+    return started
+
+
+def _finish(episode: Episode, info: dict) -> None:
+    """Keep what the last info says of an episode."""
+    episode.success = bool(info["success"])
+    episode.steps = info["steps"]
+    episode.failure = info.get("failure", "")
+    episode.moved_at = info.get("moved_at")
+
+
 def camera_indices(policy: Any, env: str) -> list[int]:
-    """Which of an environment's cameras the policy looks through; UserError if cameras, motors or state do
-    not fit.
+    """Which of an environment's cameras the policy looks through.
+
+    UserError where cameras, motors or state do not fit: a policy must not run on another robot.
     """
     cls = environment_class("sim" if env == "real" else env)
     wanted = policy.cfg.camera_names
@@ -457,6 +470,7 @@ def latency(policy: Any, family: str, env: str = "sim", n: int = 30) -> dict[str
     )
     samples = []
     with vec:
+        # the first five warm up: they are left out below
         for seed in SEEDS["val"][: n + 5]:
             vec.reset([0], [seed], [{"family": family}])
             obs = vec.observe([0])
@@ -570,18 +584,6 @@ def percent(share: float | None) -> str:
 # Films
 
 
-def wrap_text(text: str, font: Any, width: int) -> list[str]:
-    """Break a text into lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
 def draw_frame(
     env: Any,
     cameras: Sequence[str],
@@ -602,9 +604,10 @@ def draw_frame(
     y = px + 4
     shown = f"<reason> {reasoning} </reason>" if reasoning else ""
     for text, colour in ((task, (20, 20, 20)), (shown, (170, 60, 20))):
-        for line in wrap_text(text, font, 2 * px - 12)[:3]:
+        for line in textwrap.wrap(text, width=px // 3)[:3]:
             pen.text((6, y), line, fill=colour, font=font)
             y += 16
+    # a bar for every feature query state: how much the chosen chunk depends on it
     label = f"query states {note}" if len(weights) else note
     pen.text((6, px + 92), label, fill=(120, 120, 120), font=ImageFont.load_default(11))
     left = 206

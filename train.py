@@ -553,7 +553,7 @@ def cache_query_states(run: Run) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """The policy with averaged weights, and train_state.pt: raw trained weights, averages, optimizers, step."""
+    """The policy (averaged weights) and train_state.pt: raw trained weights, averages, optimizers, step."""
     policy = run.policy
     save_policy(run.cfg.out, policy, asdict(run.cfg), policy.state_dict() | run.ema)
     frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}

@@ -47,6 +47,7 @@ COLOURS = ("red", "green", "blue", "yellow", "purple")
 CAMERAS = ("front", "wrist")
 FAMILIES = ("place", "calculate", "sequence")
 LIMIT = {"place": 60, "calculate": 60, "sequence": 110, "tiny": 60}  # control steps before truncation
+LEGS = {"place": 1, "calculate": 1, "sequence": 2, "tiny": 1}  # cubes that the task moves
 SPLITS = ("id", "ood_position", "ood_instruction")
 SEEDS = {
     "train": range(1_000_000),
@@ -91,7 +92,7 @@ def polar_to_xy(phi: float, r: float) -> Array:
 
 def xy_to_polar(xy: Array) -> tuple[float, float]:
     """World x, y (a third number is ignored) -> (phi in degrees, r in metres) about the pan axis."""
-    x, y = xy[:2] - PAN_AXIS
+    x, y = xy[:2] - PAN_AXIS  # metres from the pan axis
     return math.degrees(math.atan2(x, -y)), math.hypot(x, y)
 
 
@@ -128,7 +129,7 @@ class Leg(NamedTuple):
 def number_of(expression: str) -> int:
     """The result of a sum: "3 + 1" -> 4, "3 - 1" -> 2."""
     a, sign, b = expression.split()
-    return int(a) + int(sign + b)
+    return int(a) + int(sign + b)  # "-" and "1" are -1
 
 
 # The last two names of each colour and every fifth sum are said in ood_instruction only.
@@ -140,42 +141,58 @@ HELD_OUT_SUMS = ALL_SUMS[2::5]  # two or three for each result
 SUMS = sorted(set(ALL_SUMS) - set(HELD_OUT_SUMS), key=ALL_SUMS.index)
 
 
+def contents(scene: dict) -> tuple[list, dict]:
+    """The cubes' colours [colour, ...] and the pads' {number: colour} of SO100Env.scene()."""
+    cubes = [cube["colour"] for cube in scene["cubes"]]
+    pads = {pad["number"]: pad["colour"] for pad in scene["pads"]}
+    return cubes, pads
+
+
 def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> dict:
     """A random goal that the cubes and pads of SO100Env.scene() allow; UserError if there are too few.
 
     In ood_position the target cubes are the first in the list. Pads that hold a cube are not asked for. Where
     there is such a pad, a share of the goals has its first leg done already.
     """
-    n = 2 if family == "sequence" else 1
-    colours = [cube["colour"] for cube in scene["cubes"]]
-    pad_colour = {pad["number"]: pad["colour"] for pad in scene["pads"]}
+    n = LEGS[family]
+    colours, pad_colour = contents(scene)
     if min(len(colours), len(pad_colour)) < n:
         raise UserError(f"family {family} needs {n} cubes and {n} pads; here are {colours} and {pad_colour}")
     if split != "ood_position":
         colours = rng.permutation(colours).tolist()
-    colours = colours[:n]
+    colours = colours[:n]  # of the cubes to move
     cube_on = {cube["pad"]: cube["colour"] for cube in scene["cubes"] if cube["pad"]}
-    free = [number for number in pad_colour if number not in cube_on]
+    free = [number for number in pad_colour if number not in cube_on]  # pads on which no cube lies
     numbers = rng.permutation(free)[:n].tolist() if family != "calculate" else [int(rng.choice(free))]
-    if cube_on and rng.random() < (0.5 if n == 2 else 0.2):  # the first leg is done already
+    # A policy also has to learn to say `then` and `done`: as if the first leg had been carried out.
+    done_already = 0.5 if n == 2 else 0.2
+    if cube_on and rng.random() < done_already:
         numbers[0] = int(rng.choice(list(cube_on)))
         done = cube_on[numbers[0]]
-        colours = [done, *(colour for colour in colours if colour != done)][:n]
-    new = split == "ood_instruction"
+        if done in colours:
+            colours.remove(done)
+        colours = [done, *colours][:n]
+    # What is said: words and sums of the split.
+    sums = SUMS
+    known = slice(-2)  # of the vague names
+    named = 0.15  # probability that the instruction says a cube's vague name
     expression = None
+    coin = 0.0
+    if split == "ood_instruction":
+        sums = HELD_OUT_SUMS
+        known = slice(-2, None)
     if family == "calculate":
         # The pad was drawn first: pads are equally frequent, however many sums name them.
-        sums = [s for s in (HELD_OUT_SUMS if new else SUMS) if number_of(s) == numbers[0]]
-        expression = str(rng.choice(sums))
-    # A share of the goals of ood_instruction has held-out names. Other splits draw this number, too, so that
-    # their scenes do not depend on the split.
-    chance = 0 if expression else float(rng.random() < 0.5)
+        expression = str(rng.choice([s for s in sums if number_of(s) == numbers[0]]))
+    else:
+        coin = float(rng.random() < 0.5)  # drawn in every split, so that all consume the same random numbers
+    if split == "ood_instruction":
+        named = coin
     legs = []
     for colour, number in zip(colours, numbers):
         vague = None
-        if family != "tiny" and rng.random() < (chance if new else 0.15):
-            names = VAGUE_NAMES[colour]
-            vague = str(rng.choice(names[-2:] if new else names[:-2]))
+        if family != "tiny" and rng.random() < named:
+            vague = str(rng.choice(VAGUE_NAMES[colour][known]))
         legs.append(Leg(colour, vague, pad_colour[number], number))
     return {"legs": legs, "sum": expression}
 
@@ -186,20 +203,27 @@ def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> 
 VERBS = WORDS["verbs"]
 
 
+def noun(usual: str, rare: str, rng: Generator, plain: bool) -> str:
+    """One of two words for the same thing. Plain sentences have the usual one."""
+    if plain or rng.random() < 0.6:
+        return usual
+    return rare
+
+
 def cube_phrase(leg: Leg, rng: Generator, plain: bool) -> str:
     """ "the red cube", "the red block" or "the one that looks like a tomato"."""
     if leg.vague:
         return f"the one that looks like {WORDS['vague_names'][leg.cube][leg.vague]}"
-    return f"the {leg.cube} {'cube' if plain or rng.random() < 0.6 else 'block'}"
+    return f"the {leg.cube} {noun('cube', 'block', rng, plain)}"
 
 
 def pad_phrase(leg: Leg, expression: str | None, rng: Generator, plain: bool) -> str:
     """ "the blue pad" or "the blue square"; for a sum "pad 3 + 1", "pad number 3 plus 1", ..."""
     if expression is None:
-        return f"the {leg.pad} {'pad' if plain or rng.random() < 0.6 else 'square'}"
+        return f"the {leg.pad} {noun('pad', 'square', rng, plain)}"
     if not plain and rng.random() < 0.5:
         expression = expression.replace("+", "plus").replace("-", "minus")
-    return f"{'pad' if plain or rng.random() < 0.6 else 'pad number'} {expression}"
+    return f"{noun('pad', 'pad number', rng, plain)} {expression}"
 
 
 def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> str:
@@ -215,7 +239,7 @@ def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> s
         named = any(leg.vague for leg in legs)
         new = rng.random() < 0.5 if goal["sum"] else not named
     plain = family == "tiny" or (not new and rng.random() < 0.3)
-    clauses = []
+    clauses = []  # one for each leg
     for leg in legs:
         words = {
             "cube": cube_phrase(leg, rng, plain),
@@ -247,10 +271,11 @@ def reasoning(goal: dict, scene: dict) -> str:
     It is about the first leg whose cube does not lie on its pad. Where there is none it is `done`.
     """
     cubes = {cube["colour"]: cube for cube in scene["cubes"]}
+    # The order is said where there are two legs.
     orders = ("first , ", "then , ") if len(goal["legs"]) == 2 else ("",)
     for order, leg in zip(orders, goal["legs"]):
         cube = cubes[leg.cube]
-        if cube["pad"] == leg.number:
+        if cube["pad"] == leg.number:  # this leg is done
             continue
         where = "in hand" if cube["held"] else f"at {cube['t']} {cube['r']}"
         name = f"{leg.vague} is {leg.cube} , " if leg.vague else ""
@@ -278,16 +303,17 @@ def understand(task: str, scene: dict) -> dict:
     """
     words = " ".join(re.findall(r"\w+|[^\w\s]", task.lower()))
     words = words.replace(" plus ", " + ").replace(" minus ", " - ")
+    # What is mentioned, in the order in which it is: [(colour, vague name or ""), ...]
     cubes = [(colour or COLOUR_OF[name], name) for colour, name in re.findall(CUBE_PATTERN, words)]
     pads = re.findall(PAD_PATTERN, words)  # [(colour, "") or ("", sum), ...]
     expression = "".join(text for _, text in pads)
+    # As many pads as cubes, none of them twice; a sum names one pad of one leg.
     distinct = len(dict(cubes)) == len(cubes) == len(pads) == len(set(pads))
     if not distinct or not 1 <= len(cubes) <= (1 if expression else 2):
         raise UserError(
             f"cannot tell which cube goes where in {task!r}; say: put the red cube on the blue pad"
         )
-    present = [cube["colour"] for cube in scene["cubes"]]
-    pad_colour = {pad["number"]: pad["colour"] for pad in scene["pads"]}
+    present, pad_colour = contents(scene)
     number_with = {colour: number for number, colour in pad_colour.items()}
     legs = []
     for (cube, vague), (pad, _) in zip(cubes, pads):
@@ -304,8 +330,8 @@ def understand(task: str, scene: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 # Where things lie. An area is ((lowest phi, highest phi), (lowest r, highest r)).
 
-PAD_R = 0.265
-PAD_PHI = (-40, -20, 0, 20, 40)
+PAD_R = 0.265  # all pads lie on this arc
+PAD_PHI = (-40, -20, 0, 20, 40)  # pads 1..5
 CUBE_AREA = ((-42, 42), (0.13, 0.21))
 TINY_AREA = ((-25, 25), (0.15, 0.20))
 DROPPED_AREA = ((-50, 50), (0.13, 0.30))
@@ -318,6 +344,7 @@ def sample_place(rng: Generator, area: tuple) -> tuple[float, float]:
     """A place (phi, r), uniform on the surface of an area."""
     (phi0, phi1), (r0, r1) = area
     phi = rng.uniform(phi0, phi1)
+    # The surface within r grows with its square.
     return phi, math.sqrt(rng.uniform(r0**2, r1**2))
 
 
@@ -337,16 +364,18 @@ def sample_cubes(rng: Generator, family: str, split: str, n: int, pads: list) ->
 
     With the places of pads [(phi, r), ...], some cubes lie on a pad already and some anywhere, as amid work.
     """
-    usual = TINY_AREA if family == "tiny" else CUBE_AREA
+    usual = CUBE_AREA
     targets = 0
+    if family == "tiny":
+        usual = TINY_AREA
     if split == "ood_position":
-        targets = 2 if family == "sequence" else 1
+        targets = LEGS[family]
     while True:
         places = []
         for i in range(n):
             area = HELD_OUT_AREA if i < targets else usual
             others = [polar_to_xy(*place) for place in places]
-            for _ in range(50):
+            for _ in range(50):  # trials for this cube
                 phi, r = sample_place(rng, amid_work(rng, area, places, pads))
                 if is_free(polar_to_xy(phi, r), others) and (i < targets or not held_out(phi, r)):
                     places.append((phi, r))
@@ -359,11 +388,13 @@ def amid_work(rng: Generator, usual: tuple, places: list, pads: list) -> tuple:
     """The area of a cube's next trial: about one of the pads (25 %), anywhere (15 %) or the usual area."""
     if not pads or sum(r > 0.22 for _, r in places) >= 2:  # goals need free pads
         return usual
-    kind = rng.random()
+    kind = rng.random()  # which of the three
     if kind < 0.25:
         phi, r = pads[rng.integers(len(pads))]
         return (phi - 4, phi + 4), (r - 0.02, r + 0.02)
-    return DROPPED_AREA if kind < 0.4 else usual
+    if kind < 0.4:
+        return DROPPED_AREA
+    return usual
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -399,6 +430,7 @@ def solve_plane(point: complex, tool: complex, tilt: float) -> Angles | None:
 
     tool: from the wrist to the tool's end at tilt 0.
     """
+    # the wrist's place, seen from the shoulder
     wrist = point - tool * cmath.rect(1, -tilt) - SHOULDER
     # the sides of the triangle shoulder, elbow, wrist
     a = length(UPPER_ARM)
@@ -406,20 +438,23 @@ def solve_plane(point: complex, tool: complex, tilt: float) -> Angles | None:
     d = length(wrist)
     if not abs(a - b) < d < a + b:
         return None
-    down = -cmath.phase(wrist)
+    down = -cmath.phase(wrist)  # tilt of the line from shoulder to wrist
     # tilts of the two links by the law of cosines, with the elbow above the line from shoulder to wrist
     upper = down - math.acos((a * a + d * d - b * b) / (2 * a * d))
     fore = down + math.acos((b * b + d * d - a * a) / (2 * b * d))
+    # Angles of the joints: differences of tilts, which are counted from the links' own directions.
     lift = upper + cmath.phase(UPPER_ARM)
     elbow = fore + cmath.phase(FOREARM) - lift
     angles = (lift, elbow, tilt - lift - elbow)
-    inside = all(low < angle < high for angle, (low, high) in zip(angles, PLANE_RANGES))
-    return angles if inside else None
+    for angle, (low, high) in zip(angles, PLANE_RANGES):
+        if not low < angle < high:
+            return None
+    return angles
 
 
 def solve_steepest(point: complex, tool: complex) -> Angles | None:
     """solve_plane() at the tilt nearest to the vertical that the joints allow; None if there is none."""
-    for degrees in range(90, -45, -5):
+    for degrees in range(90, -45, -5):  # from the vertical upwards
         flat = math.radians(degrees)
         best = solve_plane(point, tool, flat)
         if best:
@@ -446,6 +481,7 @@ def inverse(phi: float, r: float, z: float, roll: float = -90.0, gripper: float 
     higher than about 9 cm. UserError for a place out of reach.
     """
     pinch = -pinch_x(gripper) * cmath.rect(1, math.radians(roll))  # from the roll axis: rise + side * 1j
+    # The arm's plane passes beside the place, by the pinch's distance from the roll axis.
     u = math.sqrt(max(r * r - pinch.imag * pinch.imag, 0))
     angles = solve_steepest(complex(u, z), complex(TIP, pinch.real))
     if angles is None:
@@ -562,7 +598,7 @@ class SO100Env:
         chosen = known | (options or {})
         if len(chosen) > len(known):
             raise UserError(f"unknown reset options {sorted(chosen.keys() - known)}: type {', '.join(known)}")
-        family, split, start, task = chosen.values()
+        family, split, start, task = chosen.values()  # in the order of `known`
         check_task(family, split)
         if seed is None:
             seed = int(default_rng().choice(SEEDS["train" if split == "id" else "report"]))
@@ -586,10 +622,13 @@ class SO100Env:
         """
         self.goal = understand(task, self.scene())
         self.task = task
+        family = "place"  # the time limit depends on it
         if len(self.goal["legs"]) == 2:
-            self.family = "sequence"
-        elif self.family != "tiny":
-            self.family = "calculate" if self.goal["sum"] else "place"
+            family = "sequence"
+        elif self.goal["sum"]:
+            family = "calculate"
+        if self.family != "tiny":
+            self.family = family
         self._begin()
         return self._obs()
 
@@ -613,6 +652,7 @@ class SO100Env:
         """A scene and its instruction, without a picture."""
         self.seed = seed
         self.moved_at = None
+        # Every kind of scene has random numbers of its own.
         rng = default_rng([list(LIMIT).index(self.family), SPLITS.index(self.split), seed, int(start)])
         mujoco.mj_resetData(self.model, self.data)
         self._place_things(rng, start)
@@ -633,31 +673,38 @@ class SO100Env:
             n = rng.integers(2, 5)
             self.cube_colours = rng.permutation(COLOURS)[:n].tolist()
             self.pad_colours = rng.permutation(COLOURS).tolist()
-        turned = (
-            rng.uniform(-3, 3) if self.split != "ood_position" else rng.choice([-1, 1]) * rng.uniform(5, 8)
-        )
+        if self.split == "ood_position":
+            turned = rng.choice([-1, 1]) * rng.uniform(5, 8)  # degrees
+        else:
+            turned = rng.uniform(-3, 3)
         r = PAD_R + rng.uniform(-0.006, 0.006)
         pads = [(phi + turned, r) for phi in PAD_PHI]
-        m.body_pos[PADS, :2] = [polar_to_xy(*pad) for pad in pads]
-        m.body_pos[PADS, 2] = [0 if colour else -1 for colour in self.pad_colours]
-        m.body_quat[PADS] = [quaternion(math.radians(phi)) for phi, _ in pads]
-        if not start or self.family == "tiny":
+        for body, pad, colour in zip(range(m.nbody)[PADS], pads, self.pad_colours):
+            m.body_pos[body, :2] = polar_to_xy(*pad)
+            m.body_pos[body, 2] = 0 if colour else -1
+            m.body_quat[body] = quaternion(math.radians(pad[0]))
+        if not start or self.family == "tiny":  # no cube begins on a pad
             pads = []
         n = len(self.cube_colours)
         places = sample_cubes(rng, self.family, self.split, n, pads)
-        used = np.arange(4) < n
+        used = np.arange(4) < n  # (4,)
         m.body_gravcomp[CUBES] = ~used
         m.geom_contype[CUBES] = used
         m.geom_conaffinity[CUBES] = used
-        self.cube_pose[:, :3] = [(i, 0, -1) for i in range(4)]
-        self.cube_pose[:n, :3] = [(*polar_to_xy(*place), CUBE) for place in places]
-        self.cube_pose[:, 3:] = [quaternion(yaw) for yaw in rng.uniform(0, math.pi / 2, 4)]
+        # Parked ones lie one metre deep and one metre apart.
+        self.cube_pose[:, 0] = range(4)
+        self.cube_pose[:, 2] = -1
+        for pose, place in zip(self.cube_pose, places):
+            pose[:2] = polar_to_xy(*place)
+        for pose, yaw in zip(self.cube_pose, rng.uniform(0, math.pi / 2, 4)):
+            pose[3:] = quaternion(yaw)
 
     def _vary(self, rng: Generator) -> None:
         """Colours, light, cameras, friction and size: fields of the model, written anew at every reset."""
         m = self.model
         original = self.original
         n = len(self.cube_colours)
+        # A colour changes in brightness and a little in hue.
         noise = rng.uniform(-SHADE_SPREAD, SHADE_SPREAD, (7, 4))
         rgb = np.array(list(WORDS["rgb"].values()))  # (7, 3)
         rgb = rgb * (1 + noise[:, :1]) + noise[:, 1:]
@@ -666,15 +713,18 @@ class SO100Env:
         m.geom_rgba[original.geom_rgba[:, 0] > 0.9, :3] = shades["link"]  # the lightest parts of the arm
         m.geom_rgba[PADS, :3] = [shades[colour or "table"] for colour in self.pad_colours]
         m.geom_rgba[CUBES, :3][:n] = [shades[colour] for colour in self.cube_colours]
+        # One lamp: its brightness and direction.
         m.light_diffuse[0] = original.light_diffuse[0] * (1 + rng.uniform(-0.3, 0.3, 1))
         direction = original.light_dir[0] + rng.uniform(-0.25, 0.25, 3)
         m.light_dir[0] = direction / np.linalg.norm(direction)
+        # Cameras: somewhere near, turned a little.
         noise = rng.uniform(-CAMERA_SPREAD, CAMERA_SPREAD)  # (2, 6)
         m.cam_pos[:] = original.cam_pos + noise[:, 3:]
         for old, quat, half in zip(original.cam_quat, m.cam_quat, noise[:, :3] / 2):
-            mujoco.mju_mulQuat(quat, old, np.array([1, *half]))  # a small turn about each axis
+            mujoco.mju_mulQuat(quat, old, np.array([1, *half]))  # (4,): a turn by 2 * half about each axis
             quat /= np.linalg.norm(quat)
         m.geom_friction[CUBES, 0] = original.geom_friction[CUBES, 0] * (1 + rng.uniform(-0.2, 0.2, 4))
+        # The sides of a cube are equal. It stands on the table.
         m.geom_size[CUBES] = CUBE + rng.uniform(-0.0005, 0.0005, (4, 1))
         self.cube_pose[:n, 2] = m.geom_size[CUBES, 2][:n]
 
@@ -690,8 +740,9 @@ class SO100Env:
                 pose = HOME + rng.uniform(-HOME_SPREAD, HOME_SPREAD)
                 position = inverse(*pose, OPEN) + rng.uniform(-2, 2, 6)
             d.qpos[:6] = to_qpos(position.clip(LOW, HIGH))
-            d.ctrl[:] = d.qpos[:6]
+            d.ctrl[:] = d.qpos[:6]  # the servos hold this pose
             mujoco.mj_forward(self.model, d)
+            # bodies of the arm; 0 is the table
             arm = range(1, self.model.body("moving_jaw").id + 1)
             if not np.isin(self._contacts(), arm).any() and d.site_xpos[:, 2].min() > 0.012:
                 return
@@ -745,7 +796,7 @@ class SO100Env:
         """Does the cube touch the (fixed, moving) jaw?"""
         cube = self.model.nbody - 4 + self.cube_colours.index(colour)
         pairs = self._contacts()
-        touched = pairs[(pairs == cube).any(1)]
+        touched = pairs[(pairs == cube).any(1)]  # (n, 2): those of this cube
         return self.model.body("fixed_jaw").id in touched, self.model.body("moving_jaw").id in touched
 
     def held(self, colour: str) -> bool:
@@ -760,6 +811,7 @@ class SO100Env:
 
     def pad_under(self, colour: str) -> int | None:
         """Number of the pad on which the cube lies, let go of, or None. It may still move: see resting()."""
+        # higher than on the pad, or not let go of
         if self.cube_xyz(colour)[2] > CUBE + 0.006 or self.held(colour):
             return None
         for number, there in enumerate(self.pad_colours, 1):
@@ -776,12 +828,14 @@ class SO100Env:
     def placed(self, colour: str, number: int) -> bool:
         """The strict test: resting on the pad, level at table height, no jaw at it, no other cube over the
         pad."""
+        if not self.resting(colour, number) or any(self.touching(colour)):
+            return False
         size = self.model.geom_size[CUBES][self.cube_colours.index(colour), 2]
         height = self.cube_xyz(colour)[2] - size
         upright = np.abs(self.cube_axes(colour)[2]).max()  # 1: some face is exactly level
-        level = bool(abs(height) < 0.002 and upright > 0.995)
-        others = [other for other in self.cube_colours if other != colour and self.over_pad(other, number)]
-        return level and not others and self.resting(colour, number) and not any(self.touching(colour))
+        if abs(height) >= 0.002 or upright <= 0.995:
+            return False
+        return not any(self.over_pad(other, number) for other in self.cube_colours if other != colour)
 
     def scene(self) -> dict:
         """The truth in words and numbers, plain Python: {"cubes": [...], "pads": [...]}."""
@@ -791,6 +845,7 @@ class SO100Env:
             xyz = self.cube_xyz(colour)
             phi, r = xy_to_polar(xyz)
             cube = {"colour": colour, "t": direction_bin(phi), "r": distance_bin(r)}
+            # x orders cubes from left to right in the front picture, distance is from the pan axis
             cube |= {"x": float(xyz[0]), "distance": r}
             cube |= {"held": self.held(colour), "pad": self.pad_under(colour)}
             cubes.append(cube)
@@ -805,6 +860,7 @@ class SO100Env:
         did."""
         legs = self.goal["legs"]
         if len(legs) == 2:
+            # Later the first cube may be knocked off and put back: the order was right all the same.
             first, second = (self.resting(leg.cube, leg.number) for leg in legs)
             self.in_order = self.in_order or first
             if second and not self.in_order:
@@ -849,10 +905,11 @@ class SO100Env:
             )
         self.watch.last = time.perf_counter()
         executed = 0
-        terminated = truncated = False
-        while executed < len(actions) and not terminated and not truncated:
-            terminated, truncated = self.advance(actions[executed])
+        for action in actions:
+            terminated, truncated = self.advance(action)
             executed += 1
+            if terminated or truncated:
+                break
         self.watch.book("physics")
         obs = self._obs()
         self.watch.book("rendering")
@@ -901,7 +958,8 @@ def main() -> None:
         row = []
         for split in SPLITS:
             env.reset(seed=SEEDS["val"].start, options={"family": family, "split": split})
-            row += [env.render(224, camera) for camera in CAMERAS]
+            for camera in CAMERAS:
+                row.append(env.render(224, camera))
             print(f"{family:10} {split:16} {env.task}")
         rows.append(np.hstack(row))
     with atomic_path("out/sim/contact_sheet.png") as temporary:

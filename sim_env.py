@@ -530,6 +530,8 @@ def resize_image(picture: Image.Image, px: int, fit: str) -> Array:
 # ------------------------------------------------------------------------------------------------------------
 # The environment
 
+# Bodies of so100.xml in their order; 0 is the world with the table.
+ARM = range(1, 8)  # base .. fixed jaw, moving jaw
 PADS = slice(-9, -4)  # among the model's bodies, and also among its geoms: each pad and cube has one
 CUBES = slice(-4, None)
 HOME = np.array([0, 0.15, 0.11, -90])  # phi, r, z, roll of the tool when an episode starts
@@ -609,11 +611,16 @@ class SO100Env:
             )
         self.family = family
         self.split = split
-        if task:
-            self._find_scene(task, seed, start)
-        else:
+        if not task:
             self._make_scene(seed, start)
-        return self._obs(), self._info(0)
+            return self._obs(), self._info(0)
+        if family != "tiny":
+            self.family = "sequence"
+        for candidate in range(seed, seed + 200):
+            self._make_scene(candidate, start)
+            with contextlib.suppress(UserError):
+                return self.instruct(task), self._info(0)
+        return self.instruct(task), self._info(0)  # the last scene's UserError says what is missing
 
     def instruct(self, task: str) -> dict:
         """Another instruction, in a person's own words, for the scene as it is -> observation.
@@ -636,17 +643,6 @@ class SO100Env:
         self.steps = 0
         self.failure = ""
         self.in_order = False
-
-    def _find_scene(self, task: str, seed: int, start: bool) -> None:
-        """The first of 200 scenes that has what the task names; UserError says what the last one lacks."""
-        if self.family != "tiny":
-            self.family = "sequence"
-        for candidate in range(seed, seed + 200):
-            self._make_scene(candidate, start)
-            with contextlib.suppress(UserError):
-                understand(task, self.scene())
-                break
-        self.instruct(task)
 
     def _make_scene(self, seed: int, start: bool) -> None:
         """A scene and its instruction, without a picture."""
@@ -709,10 +705,11 @@ class SO100Env:
         rgb = np.array(list(WORDS["rgb"].values()))  # (7, 3)
         rgb = rgb * (1 + noise[:, :1]) + noise[:, 1:]
         shades = dict(zip(WORDS["rgb"], rgb.clip(0, 1)))
-        m.geom_rgba[0, :3] = shades["table"]
-        m.geom_rgba[original.geom_rgba[:, 0] > 0.9, :3] = shades["link"]  # the lightest parts of the arm
-        m.geom_rgba[PADS, :3] = [shades[colour or "table"] for colour in self.pad_colours]
-        m.geom_rgba[CUBES, :3][:n] = [shades[colour] for colour in self.cube_colours]
+        colour = m.geom_rgba[:, :3]  # a view (geoms, 3)
+        colour[0] = shades["table"]
+        colour[original.geom_rgba[:, 0] > 0.9] = shades["link"]  # the lightest parts of the arm
+        colour[PADS] = [shades[name or "table"] for name in self.pad_colours]
+        colour[CUBES][:n] = [shades[name] for name in self.cube_colours]
         # One lamp: its brightness and direction.
         m.light_diffuse[0] = original.light_diffuse[0] * (1 + rng.uniform(-0.3, 0.3, 1))
         direction = original.light_dir[0] + rng.uniform(-0.25, 0.25, 3)
@@ -742,9 +739,7 @@ class SO100Env:
             d.qpos[:6] = to_qpos(position.clip(LOW, HIGH))
             d.ctrl[:] = d.qpos[:6]  # the servos hold this pose
             mujoco.mj_forward(self.model, d)
-            # bodies of the arm; 0 is the table
-            arm = range(1, self.model.body("moving_jaw").id + 1)
-            if not np.isin(self._contacts(), arm).any() and d.site_xpos[:, 2].min() > 0.012:
+            if not np.isin(self._contacts(), ARM).any() and d.site_xpos[:, 2].min() > 0.012:
                 return
 
     def _move_target(self) -> None:
@@ -797,7 +792,7 @@ class SO100Env:
         cube = self.model.nbody - 4 + self.cube_colours.index(colour)
         pairs = self._contacts()
         touched = pairs[(pairs == cube).any(1)]  # (n, 2): those of this cube
-        return self.model.body("fixed_jaw").id in touched, self.model.body("moving_jaw").id in touched
+        return ARM[-2] in touched, ARM[-1] in touched
 
     def held(self, colour: str) -> bool:
         """Is the cube between the jaws?"""

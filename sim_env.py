@@ -65,7 +65,8 @@ SUBSTEPS = 25  # physics steps of 4 ms in one control step
 PAN_AXIS = np.array([0.0, -0.0452])  # x, y in metres
 CUBE = 0.012  # half the side of a cube, metres
 PAD = 0.03  # half the side of a pad, metres
-JOINT_RANGE = mujoco.MjModel.from_xml_string(MJCF).jnt_range[:6].copy()  # radians (6, 2)
+MODEL = mujoco.MjModel.from_xml_string(MJCF)  # environments change copies of it
+JOINT_RANGE = MODEL.jnt_range[:6]  # radians (6, 2)
 # LeRobot's units = radians * SCALE + OFFSET
 SCALE = np.array([-180 / np.pi] + [180 / np.pi] * 4 + [100 / 1.924])
 OFFSET = np.array([0, 90, -90, 0, 0, 100 * 0.174 / 1.924])
@@ -93,7 +94,8 @@ def polar_to_xy(phi: float, r: float) -> Array:
 def xy_to_polar(xy: Array) -> tuple[float, float]:
     """World x, y (a third number is ignored) -> (phi in degrees, r in metres) about the pan axis."""
     x, y = xy[:2] - PAN_AXIS  # metres from the pan axis
-    return math.degrees(math.atan2(x, -y)), math.hypot(x, y)
+    phi = math.degrees(math.atan2(x, -y))
+    return phi, math.hypot(x, y)
 
 
 def wrap(degrees: float, period: float = 360) -> float:
@@ -183,7 +185,8 @@ def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> 
         known = slice(-2, None)
     if family == "calculate":
         # The pad was drawn first: pads are equally frequent, however many sums name them.
-        expression = str(rng.choice([s for s in sums if number_of(s) == numbers[0]]))
+        matching = [s for s in sums if number_of(s) == numbers[0]]
+        expression = str(rng.choice(matching))
     else:
         coin = float(rng.random() < 0.5)  # drawn in every split, so that all consume the same random numbers
     if split == "ood_instruction":
@@ -304,7 +307,9 @@ def understand(task: str, scene: dict) -> dict:
     words = " ".join(re.findall(r"\w+|[^\w\s]", task.lower()))
     words = words.replace(" plus ", " + ").replace(" minus ", " - ")
     # What is mentioned, in the order in which it is: [(colour, vague name or ""), ...]
-    cubes = [(colour or COLOUR_OF[name], name) for colour, name in re.findall(CUBE_PATTERN, words)]
+    cubes = []
+    for colour, name in re.findall(CUBE_PATTERN, words):
+        cubes.append((colour or COLOUR_OF[name], name))
     pads = re.findall(PAD_PATTERN, words)  # [(colour, "") or ("", sum), ...]
     expression = "".join(text for _, text in pads)
     # As many pads as cubes, none of them twice; a sum names one pad of one leg.
@@ -377,7 +382,8 @@ def sample_cubes(rng: Generator, family: str, split: str, n: int, pads: list) ->
             others = [polar_to_xy(*place) for place in places]
             for _ in range(50):  # trials for this cube
                 phi, r = sample_place(rng, amid_work(rng, area, places, pads))
-                if is_free(polar_to_xy(phi, r), others) and (i < targets or not held_out(phi, r)):
+                allowed = i < targets or not held_out(phi, r)
+                if allowed and is_free(polar_to_xy(phi, r), others):
                     places.append((phi, r))
                     break
         if len(places) == n:  # otherwise there was no room for one of them: begin again
@@ -440,8 +446,10 @@ def solve_plane(point: complex, tool: complex, tilt: float) -> Angles | None:
         return None
     down = -cmath.phase(wrist)  # tilt of the line from shoulder to wrist
     # tilts of the two links by the law of cosines, with the elbow above the line from shoulder to wrist
-    upper = down - math.acos((a * a + d * d - b * b) / (2 * a * d))
-    fore = down + math.acos((b * b + d * d - a * a) / (2 * b * d))
+    at_shoulder = math.acos((a * a + d * d - b * b) / (2 * a * d))
+    at_wrist = math.acos((b * b + d * d - a * a) / (2 * b * d))
+    upper = down - at_shoulder
+    fore = down + at_wrist
     # Angles of the joints: differences of tilts, which are counted from the links' own directions.
     lift = upper + cmath.phase(UPPER_ARM)
     elbow = fore + cmath.phase(FOREARM) - lift
@@ -524,7 +532,8 @@ def resize_image(picture: Image.Image, px: int, fit: str) -> Array:
     through here, so that a policy sees the same scene in the same way.
     """
     resize = ImageOps.fit if fit == "crop" else Image.Image.resize
-    return np.asarray(resize(picture.convert("RGB"), (px, px), Image.Resampling.BILINEAR))
+    resized = resize(picture.convert("RGB"), (px, px), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -576,8 +585,7 @@ class SO100Env:
         self.split = split
         self.px = px
         self.moved = moved
-        self.model = mujoco.MjModel.from_xml_string(MJCF)
-        self.original = copy.copy(self.model)  # of the fields that reset() varies
+        self.model = copy.copy(MODEL)
         self.data = mujoco.MjData(self.model)
         self.cube_pose = self.data.qpos[6:].reshape(4, 7)  # a view: x, y, z, quaternion
         self.cube_velocity = self.data.qvel[6:].reshape(4, 6)  # a view: linear, angular
@@ -603,7 +611,8 @@ class SO100Env:
         family, split, start, task = chosen.values()  # in the order of `known`
         check_task(family, split)
         if seed is None:
-            seed = int(default_rng().choice(SEEDS["train" if split == "id" else "report"]))
+            usual = "train" if split == "id" else "report"
+            seed = int(default_rng().choice(SEEDS[usual]))
         if seed in SEEDS["train"] and split != "id":
             raise UserError(
                 f"seed {seed} is a training seed and split {split} must never be trained on: "
@@ -649,7 +658,9 @@ class SO100Env:
         self.seed = seed
         self.moved_at = None
         # Every kind of scene has random numbers of its own.
-        rng = default_rng([list(LIMIT).index(self.family), SPLITS.index(self.split), seed, int(start)])
+        family = list(LIMIT).index(self.family)
+        split = SPLITS.index(self.split)
+        rng = default_rng([family, split, seed, int(start)])
         mujoco.mj_resetData(self.model, self.data)
         self._place_things(rng, start)
         self._vary(rng)
@@ -692,13 +703,13 @@ class SO100Env:
         self.cube_pose[:, 2] = -1
         for pose, place in zip(self.cube_pose, places):
             pose[:2] = polar_to_xy(*place)
-        for pose, yaw in zip(self.cube_pose, rng.uniform(0, math.pi / 2, 4)):
+        yaws = rng.uniform(0, math.pi / 2, 4)
+        for pose, yaw in zip(self.cube_pose, yaws):
             pose[3:] = quaternion(yaw)
 
     def _vary(self, rng: Generator) -> None:
         """Colours, light, cameras, friction and size: fields of the model, written anew at every reset."""
         m = self.model
-        original = self.original
         n = len(self.cube_colours)
         # A colour changes in brightness and a little in hue.
         noise = rng.uniform(-SHADE_SPREAD, SHADE_SPREAD, (7, 4))
@@ -707,20 +718,22 @@ class SO100Env:
         shades = dict(zip(WORDS["rgb"], rgb.clip(0, 1)))
         colour = m.geom_rgba[:, :3]  # a view (geoms, 3)
         colour[0] = shades["table"]
-        colour[original.geom_rgba[:, 0] > 0.9] = shades["link"]  # the lightest parts of the arm
+        colour[MODEL.geom_rgba[:, 0] > 0.9] = shades["link"]  # the lightest parts of the arm
         colour[PADS] = [shades[name or "table"] for name in self.pad_colours]
         colour[CUBES][:n] = [shades[name] for name in self.cube_colours]
         # One lamp: its brightness and direction.
-        m.light_diffuse[0] = original.light_diffuse[0] * (1 + rng.uniform(-0.3, 0.3, 1))
-        direction = original.light_dir[0] + rng.uniform(-0.25, 0.25, 3)
+        brightness = 1 + rng.uniform(-0.3, 0.3, 1)
+        m.light_diffuse[0] = MODEL.light_diffuse[0] * brightness
+        direction = MODEL.light_dir[0] + rng.uniform(-0.25, 0.25, 3)
         m.light_dir[0] = direction / np.linalg.norm(direction)
         # Cameras: somewhere near, turned a little.
         noise = rng.uniform(-CAMERA_SPREAD, CAMERA_SPREAD)  # (2, 6)
-        m.cam_pos[:] = original.cam_pos + noise[:, 3:]
-        for old, quat, half in zip(original.cam_quat, m.cam_quat, noise[:, :3] / 2):
+        m.cam_pos[:] = MODEL.cam_pos + noise[:, 3:]
+        for old, quat, half in zip(MODEL.cam_quat, m.cam_quat, noise[:, :3] / 2):
             mujoco.mju_mulQuat(quat, old, np.array([1, *half]))  # (4,): a turn by 2 * half about each axis
             quat /= np.linalg.norm(quat)
-        m.geom_friction[CUBES, 0] = original.geom_friction[CUBES, 0] * (1 + rng.uniform(-0.2, 0.2, 4))
+        friction = MODEL.geom_friction[CUBES, 0]
+        m.geom_friction[CUBES, 0] = friction * (1 + rng.uniform(-0.2, 0.2, 4))
         # The sides of a cube are equal. It stands on the table.
         m.geom_size[CUBES] = CUBE + rng.uniform(-0.0005, 0.0005, (4, 1))
         self.cube_pose[:n, 2] = m.geom_size[CUBES, 2][:n]
@@ -739,7 +752,9 @@ class SO100Env:
             d.qpos[:6] = to_qpos(position.clip(LOW, HIGH))
             d.ctrl[:] = d.qpos[:6]  # the servos hold this pose
             mujoco.mj_forward(self.model, d)
-            if not np.isin(self._contacts(), ARM).any() and d.site_xpos[:, 2].min() > 0.012:
+            touching = np.isin(self._contacts(), ARM).any()
+            lowest = d.site_xpos[:, 2].min()  # of the fingertips
+            if not touching and lowest > 0.012:
                 return
 
     def _move_target(self) -> None:
@@ -753,7 +768,8 @@ class SO100Env:
         while self.moved_at is None:
             phi, r = sample_place(rng, CUBE_AREA)
             there = polar_to_xy(phi, r)
-            if not held_out(phi, r) and math.dist(there, here) >= 0.05 and is_free(there, others):
+            far = math.dist(there, here) >= 0.05
+            if far and not held_out(phi, r) and is_free(there, others):
                 i = self.cube_colours.index(todo[0])
                 self.cube_pose[i, :2] = there
                 self.cube_velocity[i] = 0
@@ -767,11 +783,13 @@ class SO100Env:
 
     def cube_xyz(self, colour: str) -> Array:
         """Centre of a cube (3,), metres."""
-        return self.data.xpos[CUBES][self.cube_colours.index(colour)].copy()
+        i = self.cube_colours.index(colour)
+        return self.data.xpos[CUBES][i].copy()
 
     def cube_axes(self, colour: str) -> Array:
         """A cube's axes in the world: the columns of a rotation matrix (3, 3)."""
-        return self.data.xmat[CUBES][self.cube_colours.index(colour)].reshape(3, 3)
+        i = self.cube_colours.index(colour)
+        return self.data.xmat[CUBES][i].reshape(3, 3)
 
     def cube_yaw(self, colour: str) -> float:
         """Yaw of a cube in degrees, modulo 90, from whichever of its axes lies flattest."""
@@ -801,7 +819,8 @@ class SO100Env:
     def over_pad(self, colour: str, number: int) -> bool:
         """Is the cube's centre above that pad, at any height?"""
         offset = self.cube_xyz(colour) - self.data.xpos[PADS][number - 1]  # (3,)
-        x, y, _ = offset @ self.data.xmat[PADS][number - 1].reshape(3, 3)  # in the pad's frame
+        axes = self.data.xmat[PADS][number - 1].reshape(3, 3)  # columns
+        x, y, _ = offset @ axes  # in the pad's frame
         return bool(max(abs(x), abs(y)) < PAD)
 
     def pad_under(self, colour: str) -> int | None:
@@ -816,7 +835,8 @@ class SO100Env:
 
     def resting(self, colour: str, number: int) -> bool:
         """Does the cube lie still and released on that pad?"""
-        velocity = self.cube_velocity[self.cube_colours.index(colour)].reshape(2, 3)
+        i = self.cube_colours.index(colour)
+        velocity = self.cube_velocity[i].reshape(2, 3)
         slow = np.linalg.norm(velocity, axis=1) < (0.02, 0.3)  # m/s, rad/s
         return bool(slow.all()) and self.pad_under(colour) == number
 
@@ -825,8 +845,8 @@ class SO100Env:
         pad."""
         if not self.resting(colour, number) or any(self.touching(colour)):
             return False
-        size = self.model.geom_size[CUBES][self.cube_colours.index(colour), 2]
-        height = self.cube_xyz(colour)[2] - size
+        i = self.cube_colours.index(colour)
+        height = self.cube_xyz(colour)[2] - self.model.geom_size[CUBES][i, 2]
         upright = np.abs(self.cube_axes(colour)[2]).max()  # 1: some face is exactly level
         if abs(height) >= 0.002 or upright <= 0.995:
             return False
@@ -860,7 +880,8 @@ class SO100Env:
             self.in_order = self.in_order or first
             if second and not self.in_order:
                 self.failure = "wrong order"
-        return not self.failure and all(self.placed(leg.cube, leg.number) for leg in legs)
+        done = all(self.placed(leg.cube, leg.number) for leg in legs)
+        return done and not self.failure
 
     def _info(self, executed: int = 1) -> dict:
         return {
@@ -894,7 +915,8 @@ class SO100Env:
         if self.goal is None:
             raise UserError("the episode has not begun: call reset() first")
         actions = np.asarray(actions, np.float64)
-        if actions.shape[1:] != (6,) or not len(actions) or not np.isfinite(actions).all():
+        right_shape = actions.shape[1:] == (6,) and len(actions) > 0
+        if not right_shape or not np.isfinite(actions).all():
             raise UserError(
                 f"an action is 6 finite numbers, one for each of {MOTORS}; got {actions.tolist()}"
             )
@@ -923,7 +945,8 @@ class SO100Env:
 
     def _obs(self) -> dict:
         images = {camera: self.render(self.px, camera) for camera in CAMERAS}
-        return {"images": images, "state": self.position().astype(np.float32), "task": self.task}
+        state = self.position().astype(np.float32)  # (6,)
+        return {"images": images, "state": state, "task": self.task}
 
     def seconds(self) -> dict[str, float]:
         """Seconds of physics and rendering that step_chunk() has taken so far."""
@@ -952,7 +975,8 @@ def main() -> None:
     for family in FAMILIES:
         row = []
         for split in SPLITS:
-            env.reset(seed=SEEDS["val"].start, options={"family": family, "split": split})
+            options = {"family": family, "split": split}
+            env.reset(seed=SEEDS["val"].start, options=options)
             for camera in CAMERAS:
                 row.append(env.render(224, camera))
             print(f"{family:10} {split:16} {env.task}")

@@ -299,10 +299,10 @@ PAD_PATTERN = rf"\b({ANY_COLOUR}) (?:pad|square)\b|pad (?:number )?(\d [+-] \d)\
 
 
 def understand(task: str, scene: dict) -> dict:
-    """A person's own words -> the goal that they name in SO100Env.scene(); the first cube goes on the first
-    pad.
+    """A person's own words -> the goal that they name in SO100Env.scene().
 
-    UserError if it is not clear which cube goes where, or if the scene has not got what the words name.
+    The first cube named goes on the first pad named, the second on the second. UserError if it is not clear
+    which cube goes where, or if the scene has not got what the words name.
     """
     words = " ".join(re.findall(r"\w+|[^\w\s]", task.lower()))
     words = words.replace(" plus ", " + ").replace(" minus ", " - ")
@@ -596,8 +596,7 @@ class SO100Env:
     # -- episodes --------------------------------------------------------------------------------------------
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Start an episode -> observation, info. The same seed and options give the same episode, bit for
-        bit.
+        """Start an episode -> observation, info. The same seed and options give the same bits.
 
         options: family, split, start (True: amid work, with any valid arm pose and some cubes on pads
         already) and task (a person's own instruction: the first scene from `seed` on that has what it names,
@@ -628,8 +627,9 @@ class SO100Env:
         for candidate in range(seed, seed + 200):
             self._make_scene(candidate, start)
             with contextlib.suppress(UserError):
-                return self.instruct(task), self._info(0)
-        return self.instruct(task), self._info(0)  # the last scene's UserError says what is missing
+                understand(task, self.scene())
+                break
+        return self.instruct(task), self._info(0)  # UserError if no scene has what the task names
 
     def instruct(self, task: str) -> dict:
         """Another instruction, in a person's own words, for the scene as it is -> observation.
@@ -670,8 +670,7 @@ class SO100Env:
         self._begin()
 
     def _place_things(self, rng: Generator, start: bool) -> None:
-        """Lay out cubes and pads. Unused ones are parked under the table, cubes without weight and
-        contacts."""
+        """Lay out cubes and pads. Unused ones are parked under the table, out of touch."""
         m = self.model
         if self.family == "tiny":
             self.cube_colours = ["red"]
@@ -841,8 +840,7 @@ class SO100Env:
         return bool(slow.all()) and self.pad_under(colour) == number
 
     def placed(self, colour: str, number: int) -> bool:
-        """The strict test: resting on the pad, level at table height, no jaw at it, no other cube over the
-        pad."""
+        """The strict test: at rest and level on the pad, touching no jaw, no other cube over the pad."""
         if not self.resting(colour, number) or any(self.touching(colour)):
             return False
         i = self.cube_colours.index(colour)
@@ -871,8 +869,7 @@ class SO100Env:
         return {"cubes": cubes, "pads": pads}
 
     def _judge(self) -> bool:
-        """Is the whole task done? It has failed once the second cube rests on its pad before the first ever
-        did."""
+        """Is the whole task done? It fails once the second cube rests on its pad before the first."""
         legs = self.goal["legs"]
         if len(legs) == 2:
             # Later the first cube may be knocked off and put back: the order was right all the same.
@@ -906,8 +903,7 @@ class SO100Env:
         return self.step_chunk(np.asarray(action)[None])
 
     def step_chunk(self, actions: Array) -> tuple:
-        """Up to n control steps, actions (n, 6), ending early with the episode; images are drawn once, at the
-        end.
+        """Up to n control steps, actions (n, 6), ending early with the episode; one picture, at the end.
 
         The reward is 1 for success, info["executed"] says how many steps were executed, info["steps"] how
         many since reset. UserError for actions of another shape and for numbers that are not finite.
@@ -968,8 +964,7 @@ class SO100Env:
 
 
 def main() -> None:
-    """Draw every family (rows) in every split (columns), both cameras; open the viewer if there is a
-    display."""
+    """Draw every family (rows) in every split (columns), then open the viewer if there is a display."""
     env = SO100Env()
     rows = []
     for family in FAMILIES:

@@ -87,15 +87,30 @@ from train import average_gradients, averaged_weights
 
 Batch = dict[str, Tensor]
 
+# Settings that no table of ours varies
 FIRST_SEED = 600_000  # of the training range: no scene of the data set is practised on
-VALIDATION_SEEDS = SEEDS["val"][50_000:]
-MAX_GRAD_NORM = 1.0
+VALIDATION_SEEDS = SEEDS["val"][50_000:]  # train.py and sample.py use the first ones
 CRITIC_PASSES = 3  # over the decisions of an iteration; the policy takes one
+MAX_GRAD_NORM = 1.0
 NOISE_SAMPLES = 2  # M, noise samples (eps, t) of an expert sample
 NEIGHBOURS = 4  # a decision draws one of so many most similar frames
 EMA = 0.9  # decay per iteration of the weight average that is validated and saved
-MAY_CHANGE = {"resume", "config", "out", "init_from", "data", "lr", "eval", "device", "threads"}
-MAY_CHANGE |= {"port", "id", "front", "wrist"}
+
+MAY_CHANGE = {  # on --resume: where things lie, what the machine is, and a rate that proved too high
+    "config",
+    "data",
+    "device",
+    "eval",
+    "front",
+    "id",
+    "init_from",
+    "lr",
+    "out",
+    "port",
+    "resume",
+    "threads",
+    "wrist",
+}
 
 
 @dataclass
@@ -160,9 +175,9 @@ class RLConfig:
     arms: int = opt(32)  # simulated at once
     minibatch: int = opt(256)  # decisions per gradient step, over all processes
     critic_warmup: int = opt(2)  # iterations in which only the value model learns
-    critic_lr: float = opt(5e-4)
+    critic_lr: float = opt(5e-4)  # AdamW learning rate of the value model
     gamma: float = opt(0.9)  # discount per decision
-    gae_lambda: float = opt(0.5)
+    gae_lambda: float = opt(0.5)  # of the advantages
     clip_coef: float = opt(0.2)  # of PPO's probability ratio
     target_kl: float = opt(0.02)  # an iteration's update of the policy ends when it has moved this far
     index_frames: int = opt(6000)  # N, recorded frames that can be looked up
@@ -200,20 +215,22 @@ def gaussian_step(x: Tensor, v: Tensor, t: Tensor, d: float, cfg: RLConfig) -> t
     network). sde: Flow-SDE (Flow-GRPO, arXiv 2505.05470), sigma_t = a sqrt(t / (1 - t)), whose marginals are
     those of the ODE as d -> 0. x and v (..., H, A), t (..., 1, 1).
     """
-    x = x.float()
+    x = x.float()  # bf16 is too coarse for a likelihood
     v = v.float()
     if cfg.sampler == "chain":
         return x - d * v, torch.full_like(t, cfg.sigma)
     variance = cfg.sigma**2 * t / (1 - t.clamp(max=1 - d))  # at t = 1 the next time in the denominator
     clean = x - t * v  # where the flow ends, at t = 0
     noise = x + (1 - t) * v  # where it began, at t = 1
-    mean = clean * (1 - t + d) + noise * (t - d - variance * d / (2 * t))
+    noise_share = t - d - variance * d / (2 * t)
+    mean = clean * (1 - t + d) + noise * noise_share
     return mean, (variance * d).sqrt()
 
 
 def gaussian_logp(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Log density of N(mean, std^2), per element."""
-    return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    z = (x - mean) / std
+    return -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
 
 
 def noisy_last_step(policy: SyVLA, noise: Tensor, cfg: RLConfig) -> DenoisingStep:
@@ -256,8 +273,9 @@ def chain_likelihood(net: Any, batch: Batch, cfg: RLConfig) -> tuple[Tensor, Ten
     v = net.expert(x, modulation, batch["state"], keys_values)  # (B, 2, H, A)
     mean, std = gaussian_step(x, v, t[..., None, None], 1 / K, cfg)
 
+    # The arm executes the first control steps alone: the rest of the chunk has earned no reward.
     executed = batch["executed"][..., None].float()  # (B, H, 1)
-    weight = executed / executed.sum(1, keepdim=True)
+    weight = executed / executed.sum(1, keepdim=True)  # (B, H, 1)
     drawn = (chain[:, K] * weight).sum(1)  # (B, A)
     expected = (mean[:, 0] * weight).sum(1)  # (B, A)
     logp = gaussian_logp(drawn, expected, std[:, 0, 0])  # (B, A)
@@ -285,12 +303,12 @@ class Critic(nn.Module):
             nn.ReLU(),
             nn.Linear(128, 1),
         )
-        nn.init.normal_(self.net[-1].weight, std=0.02)
+        nn.init.normal_(self.net[-1].weight, std=0.02)  # first guesses near 0
 
     def forward(self, batch: Batch) -> Tensor:
         """query_states (B, Q, D), state (B, S) normalised -> (B,)."""
         flat = batch["query_states"].flatten(1)  # (B, Q*D)
-        inputs = torch.cat((flat, batch["state"]), dim=1)
+        inputs = torch.cat((flat, batch["state"]), dim=1)  # (B, Q*D + S)
         return self.net(inputs)[:, 0]
 
 
@@ -302,8 +320,8 @@ def gae(
     last: 0 where the episode ended by itself, V(final observation) where the time limit cut it off.
     """
     advantages = torch.zeros(len(rewards))
-    running = 0.0
-    following = last
+    running = 0.0  # the advantage of the decision after i
+    following = last  # the value after i
     for i in reversed(range(len(rewards))):
         delta = rewards[i] + gamma * following - values[i]
         running = delta + gamma * gae_lambda * running
@@ -320,17 +338,19 @@ def to_batch(episodes: list[Episode], cfg: RLConfig) -> Batch:
     """
     decisions = []
     for episode in episodes:
-        T = len(episode.extras)
         values = [float(extra["value"]) for extra in episode.extras]
-        outcome = (episode.rewards, values, episode.final or 0.0, cfg.gamma)
-        advantages = gae(*outcome, cfg.gae_lambda)  # (T,)
-        returns = gae(*outcome, 1.0) + torch.tensor(values)  # (T,)
-        for i in range(T):
-            extra = episode.extras[i]
+        last = episode.final or 0.0
+        advantages = gae(episode.rewards, values, last, cfg.gamma, cfg.gae_lambda)  # (T,)
+        surprises = gae(episode.rewards, values, last, cfg.gamma, 1.0)  # (T,)
+        returns = surprises + torch.tensor(values)  # (T,)
+        for i, extra in enumerate(episode.extras):
             H = extra["chain"].shape[1]
-            executed = torch.arange(H) < episode.executed[i]  # (H,)
-            added = {"executed": executed, "advantage": advantages[i], "return": returns[i]}
-            decisions.append(extra | added)
+            outcome = {
+                "executed": torch.arange(H) < episode.executed[i],  # (H,)
+                "advantage": advantages[i],
+                "return": returns[i],
+            }
+            decisions.append(extra | outcome)
     return {name: torch.stack([decision[name] for decision in decisions]) for name in decisions[0]}
 
 
@@ -349,8 +369,8 @@ class ExpertSamples:
         self.cfg = cfg
         self.policy_cfg = policy.cfg
         recorded = Episodes(cfg.data, policy.cfg, cfg.family_names)
-        shuffled = np.random.default_rng(0).permutation(len(recorded))
-        frames = np.sort(shuffled[: cfg.index_frames])  # (N,)
+        shuffled = np.random.default_rng(0).permutation(len(recorded))  # (all frames,)
+        frames = np.sort(shuffled[: cfg.index_frames])  # (N,), in the order in which they lie on disk
         table = load_table(policy, recorded, frames, cfg)
         self.keys = F.normalize(table.pop("keys").float(), dim=-1)  # (N, V, E) of length 1
         self.keys = self.keys.flatten(1)  # (N, V*E): one product with them sums the cosines over views
@@ -369,7 +389,7 @@ class ExpertSamples:
         self.table = table | {"left": torch.tensor(decisions_left)}
 
     def look_up(self, episodes: list[Episode]) -> None:
-        """Each decision retrieves a frame: its extras gain "expert", a row, and "similarity", lose "views"."""
+        """Each decision retrieves a frame by its "views": its extras gain "expert", a row, and "similarity"."""
         for episode in episodes:
             rng = np.random.default_rng([self.cfg.seed, episode.seed, 1])
             uniform = torch.from_numpy(rng.random(len(episode.extras)))  # (T,)
@@ -390,7 +410,7 @@ class ExpertSamples:
             rows = (uniform * len(self.keys)).long()[:, None]  # (T, 1)
         else:
             other_family = torch.from_numpy(self.families != family)  # (N,)
-            ranked = similarity - 1e3 * other_family  # after all frames of the family
+            ranked = similarity - 1e3 * other_family  # (T, N), other families' frames last
             nearest = ranked.topk(NEIGHBOURS, dim=1).indices  # (T, NEIGHBOURS)
             column = (uniform * NEIGHBOURS).long()[:, None]  # (T, 1)
             rows = nearest.gather(1, column)  # (T, 1)
@@ -404,7 +424,7 @@ class ExpertSamples:
         noise = {
             "t": flow_times(rng, (n, NOISE_SAMPLES)),
             "eps": rng.standard_normal((n, NOISE_SAMPLES, c.chunk_size, c.action_dim)),
-            "uniform": rng.random((n, c.queries)),
+            "uniform": rng.random((n, c.queries)),  # for the control --decouple=random
         }
         samples = {f"expert_{name}": tensor[rows] for name, tensor in self.table.items()}
         for name, array in noise.items():
@@ -434,7 +454,8 @@ def load_table(policy: SyVLA, recorded: Episodes, frames: np.ndarray, cfg: RLCon
         table["query_states"].append(query_states.float().cpu())
         for name in ("state", "actions", "valid"):
             table[name].append(samples[name])
-    own = path.with_suffix(f".{os.getpid()}")  # other processes and other runs may be writing it, too
+    # Other processes and other runs may be writing the same file: each writes its own and renames it.
+    own = path.with_suffix(f".{os.getpid()}")
     save_file({name: torch.cat(parts) for name, parts in table.items()}, own)
     own.replace(path)
     return load_file(path)
@@ -446,8 +467,8 @@ def load_table(policy: SyVLA, recorded: Episodes, frames: np.ndarray, cfg: RLCon
 
 def clipped_surrogate(logp: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate -> losses (B,), probability ratios (B,)."""
-    ratio = (logp - old).clamp(-20, 20).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    ratio = (logp - old).clamp(-20, 20).exp()  # (B,)
+    clipped = ratio.clamp(1 - clip, 1 + clip)  # (B,)
     return -torch.minimum(ratio * advantage, clipped * advantage), ratio
 
 
@@ -462,7 +483,8 @@ def expert_advantage(batch: Batch, critic: Critic, mean: Tensor, std: Tensor, cf
     if cfg.expert_advantage == "one":
         return torch.ones_like(left)
     guess = critic({"query_states": batch["expert_query_states"], "state": batch["expert_state"]})
-    return (cfg.gamma ** (left - 1) - guess - mean) / std
+    returns = cfg.gamma ** (left - 1)  # (n,) success, so many decisions later
+    return (returns - guess - mean) / std
 
 
 def expert_loss(policy: SyVLA, batch: Batch) -> Tensor:
@@ -475,7 +497,7 @@ def expert_loss(policy: SyVLA, batch: Batch) -> Tensor:
     flow_args = [batch[f"expert_{name}"] for name in ("state", "actions", "valid", "eps", "t")]
     if policy.cfg.decouple != "off":
         keep = policy.keep_mask(query_states, *flow_args, batch["expert_uniform"])  # (B, Q)
-        query_states = query_states * keep[..., None]
+        query_states = query_states * keep[..., None]  # (B, Q, D)
     loss = policy.flow_loss(query_states, *flow_args)  # (B, M)
     return loss.mean(1)
 
@@ -484,20 +506,22 @@ def policy_loss(policy: SyVLA, batch: Batch, cfg: RLConfig) -> Batch:
     """Losses of a minibatch of decisions and their expert samples -> {"loss", what is logged}, scalars."""
     logp, mean, std = chain_likelihood(policy, batch, cfg)
     surrogate, ratio = clipped_surrogate(logp, batch["old_logp"], batch["advantage"], cfg.clip_coef)
-    far = (ratio - 1).abs() > cfg.clip_coef
+    clipped = (ratio - 1).abs() > cfg.clip_coef  # (B,)
     logs = {
-        "kl": (ratio - 1 - ratio.log()).mean(),
-        "clipped": far.float().mean(),
+        "kl": (ratio - 1 - ratio.log()).mean(),  # an unbiased estimate that is never negative
+        "clipped": clipped.float().mean(),
     }
-    loss = torch.zeros_like(logs["kl"])
-    if cfg.ppo:
-        loss = surrogate.mean()
+    loss = surrogate.mean()
+    if not cfg.ppo:
+        loss = torch.zeros_like(loss)
     if cfg.experts != "none":
-        logs["expert_loss"] = (batch["expert_advantage"] * expert_loss(policy, batch)).mean()
+        weighted = batch["expert_advantage"] * expert_loss(policy, batch)  # (B,)
+        logs["expert_loss"] = weighted.mean()
         loss = loss + cfg.expert_weight * logs["expert_loss"]
     for name, weight in (("proximal", cfg.proximal), ("anchor", cfg.anchor)):
         if weight:  # KL divergence of Gaussian steps of equal std
-            logs[name] = 0.5 * ((mean - batch[name]) / std).square().mean()
+            z = (mean - batch[name]) / std  # (B, 2, H, A)
+            logs[name] = 0.5 * z.square().mean()
             loss = loss + weight * logs[name]
     return logs | {"loss": loss}
 
@@ -514,14 +538,17 @@ class Learner:
         self.cfg = cfg
         self.device = policy.vlm.queries.device
         torch.manual_seed(cfg.seed)
-        critic = Critic(policy.cfg)
-        self.net = nn.ModuleDict({"adapter": policy.adapter, "expert": policy.expert, "critic": critic})
-        self.net.to(self.device).requires_grad_(True)
+        modules = {
+            "adapter": policy.adapter,
+            "expert": policy.expert,
+            "critic": Critic(policy.cfg),
+        }
+        self.net = nn.ModuleDict(modules).to(self.device).requires_grad_(True)
         self.start = copy.deepcopy(self.net)  # for the KL divergence from the starting policy
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         groups = [
             {"params": trained.values(), "weight_decay": 0.0},
-            {"params": critic.parameters(), "weight_decay": 0.1},
+            {"params": self.net.critic.parameters(), "weight_decay": 0.1},
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         self.ema = {name: p.detach().clone() for name, p in trained.items()}
@@ -570,9 +597,13 @@ class Learner:
 
     def save(self, path: Path, iteration: int) -> None:
         """Write what --resume needs after so many iterations."""
-        state = {"iteration": iteration, "best": self.best, "ema": self.ema}
-        state["net"] = self.net.state_dict()
-        state["optimizer"] = self.optimizer.state_dict()
+        state = {
+            "iteration": iteration,
+            "best": self.best,
+            "ema": self.ema,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         with atomic_path(path) as temporary:
             torch.save(state, temporary)
 
@@ -595,8 +626,8 @@ def update(learner: Learner, batch: Batch, iteration: int) -> dict[str, float]:
     K = policy.cfg.denoise_steps
     rng = np.random.default_rng([cfg.seed, iteration, 2])
     other = torch.from_numpy(rng.integers(max(1, K - 1), size=n))  # (n,) one of the steps before the last
-    orders = [rng.permutation(n) for _ in range(CRITIC_PASSES)]
-    advantage = batch["advantage"]
+    orders = [rng.permutation(n) for _ in range(CRITIC_PASSES)]  # of rows; the policy takes the first
+    advantage = batch["advantage"]  # (n,)
     mean = advantage.mean()
     std = advantage.std().clamp(min=1e-6)
     batch = batch | {"advantage": (advantage - mean) / std, "other": other.to(advantage.device)}
@@ -605,18 +636,21 @@ def update(learner: Learner, batch: Batch, iteration: int) -> dict[str, float]:
         if cfg.experts != "none":
             batch["expert_advantage"] = expert_advantage(batch, critic, mean, std, cfg)
         with torch.no_grad():
-            # By the function that the update uses, not remembered from rollouts: the ratios start at 1.
+            # By the function that the update uses: what rollouts computed, in other batches, would differ by
+            # rounding. So all ratios start at 1.
             batch["old_logp"], batch["proximal"], _ = chain_likelihood(policy, batch, cfg)
             if cfg.anchor:
                 _, batch["anchor"], _ = chain_likelihood(learner.start, batch, cfg)
-        numbers = learner.train_pass(lambda part: policy_loss(policy, part, cfg), batch, orders[0])
+        policy_losses = functools.partial(policy_loss, policy, cfg=cfg)
+        numbers = learner.train_pass(policy_losses, batch, orders[0])
 
     def value_loss(part: Batch) -> Batch:
         return {"loss": F.mse_loss(critic(part), part["return"])}
 
     losses = [learner.train_pass(value_loss, batch, order)["loss"] for order in orders]
     numbers["value_loss"] = float(np.mean(losses))
-    unexplained = (batch["return"] - batch["value"]).var() / batch["return"].var().clamp(min=1e-8)
+    error = batch["return"] - batch["value"]  # (n,)
+    unexplained = error.var() / batch["return"].var().clamp(min=1e-8)
     return numbers | {"explained": 1 - unexplained.item()}
 
 
@@ -640,7 +674,7 @@ def look(learner: Learner, obs: dict) -> Batch:
     seen = {"query_states": query_states, "state": policy.normalise(state, "state")}
     seen["value"] = learner.net.critic(seen)
     if learner.cfg.experts != "none":
-        seen["views"] = visual.flatten(2)
+        seen["views"] = visual.flatten(2)  # (n, V, E)
     mark("VLM")
     return seen
 
@@ -657,7 +691,7 @@ def explore(learner: Learner, obs: dict) -> tuple[np.ndarray, list[Batch]]:
     for episode in obs["episode"]:
         rng = np.random.default_rng([learner.cfg.seed, episode.seed, len(episode.extras)])
         shape = (c.denoise_steps + 1, c.chunk_size, c.action_dim)
-        draws.append(rng.standard_normal(shape, np.float32))
+        draws.append(rng.standard_normal(shape, np.float32))  # the first starts the chain, the last moves it
     noise = torch.from_numpy(np.stack(draws)).to(learner.device)  # (n, K+1, H, A)
     seen = look(learner, obs)
     step = noisy_last_step(policy, noise[:, -1, 0], learner.cfg)
@@ -692,6 +726,7 @@ def play(learner: Learner, vec: VecEnv, jobs: list[Episode]) -> list[Episode]:
         with atomic_path(paths[episode.seed]) as path:
             torch.save(vars(episode), path)
 
+    # What an interrupted run has played is not played again.
     kept = [torch.load(path, weights_only=True) for path in paths.values() if path.is_file()]
     left = [job for job in jobs if not paths[job.seed].is_file()]
     try:
@@ -750,11 +785,11 @@ def practise(learner: Learner, experts: ExpertSamples | None, vec: VecEnv, itera
         mark("retrieval")
         line |= update(learner, batch, iteration)
         for name, average in learner.ema.items():
-            average.lerp_(learner.policy.get_parameter(name).detach(), 1 - EMA)
+            weight = learner.policy.get_parameter(name).detach()
+            average.lerp_(weight, 1 - EMA)
         mark("update")
     line |= success_rates("success", episodes)
     line["return"] = batch["return"].mean().item()
-    line["steps"] = sum(episode.steps for episode in episodes)
     line["seconds"] = sum(watch.seconds.values())
     line["time"] = dict(watch.seconds)
     return line
@@ -774,9 +809,9 @@ def keep_best(learner: Learner, vec: VecEnv) -> dict[str, float]:
             jobs.append(Episode(seed, {"family": family, "split": "id"}))
     with averaged_weights(policy, learner.ema):
         episodes = run_episodes(vec, jobs[rank::world], policy_fn(policy, cfg.env), "validation")
-    policy.eval()
+    policy.eval()  # averaged_weights() leaves the policy in training mode
     rates = success_rates("validation", gather(episodes))
-    score = sum(rates.values())
+    score = sum(rates.values())  # every family counts the same
     if score > learner.best or not rates:
         learner.best = score
         settings = asdict(policy.cfg) | {"data": cfg.data, "families": cfg.families, "env": cfg.env}
@@ -797,7 +832,8 @@ def settle(cfg: RLConfig) -> RLConfig:
         raise UserError(f"{cfg.out} already holds a run; add --resume to go on, or choose another --out")
     if cfg.resume:
         saved = read_checkpoint_config(cfg.out)
-        cfg = resumed_config(cfg, saved.get("rl", {}) | {"format": saved.get("format")}, MAY_CHANGE)
+        settings = saved.get("rl", {}) | {"format": saved.get("format")}
+        cfg = resumed_config(cfg, settings, MAY_CHANGE)
     trained = read_checkpoint_config(cfg.init_from)
     for name in ("data", "families", "env"):
         setattr(cfg, name, getattr(cfg, name) or trained[name])
@@ -900,7 +936,8 @@ def plot(out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command line."""
-    run_program(train_rl, parse_config(RLConfig, all_presets(), sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    run_program(train_rl, parse_config(RLConfig, all_presets(), words))
 
 
 if __name__ == "__main__":

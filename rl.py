@@ -389,7 +389,7 @@ class ExpertSamples:
         self.table = table | {"left": torch.tensor(decisions_left)}
 
     def look_up(self, episodes: list[Episode]) -> None:
-        """Each decision retrieves a frame by its "views": its extras gain "expert", a row, and "similarity"."""
+        """Each decision retrieves a frame by its "views": its extras gain "expert" (row) and "similarity"."""
         for episode in episodes:
             rng = np.random.default_rng([self.cfg.seed, episode.seed, 1])
             uniform = torch.from_numpy(rng.random(len(episode.extras)))  # (T,)

@@ -402,7 +402,8 @@ class ExpertSamples:
     def retrieve(self, views: Tensor, family: str, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """views (T, V, E) -> one row of the table each and its similarity, both (T,).
 
-        uniform (T,) in [0, 1) draws among the most similar frames of a task family, or among all frames.
+        uniform (T,) in [0, 1) draws among the most similar frames, those of the same task family if there
+        are any; or among all frames.
         """
         queries = F.normalize(views.float(), dim=-1).flatten(1)  # (T, V*E)
         similarity = queries @ self.keys.T  # (T, N)
@@ -410,7 +411,7 @@ class ExpertSamples:
             rows = (uniform * len(self.keys)).long()[:, None]  # (T, 1)
         else:
             other_family = torch.from_numpy(self.families != family)  # (N,)
-            ranked = similarity - 1e3 * other_family  # (T, N), other families' frames last
+            ranked = similarity - 100 * other_family  # (T, N), other families' frames last
             nearest = ranked.topk(NEIGHBOURS, dim=1).indices  # (T, NEIGHBOURS)
             column = (uniform * NEIGHBOURS).long()[:, None]  # (T, 1)
             rows = nearest.gather(1, column)  # (T, 1)
@@ -765,8 +766,8 @@ def practise(learner: Learner, experts: ExpertSamples | None, vec: VecEnv, itera
     jobs = []
     for i in range(rank, cfg.episodes, world):
         options = {"family": cfg.family_names[i % len(cfg.family_names)], "split": "id"}
-        if cfg.task:
-            options["task"] = cfg.task
+        if cfg.env == "real":
+            options = {"family": "real", "task": cfg.task}
         jobs.append(Episode(cfg.first_seed(iteration) + i, options))
     line = {"iteration": iteration + 1}
     learner.set_learning_rates(iteration)

@@ -670,7 +670,7 @@ def look(learner: Learner, obs: dict) -> Batch:
     images, state = policy.check_inputs(obs["images"][:, cameras], obs["state"], obs["task"])
     visual = policy.vlm.encode_images(images)  # (n, V, tokens, D)
     prompts = [policy.tokenizer.prompt(task, policy.cfg.reasoning) for task in obs["task"]]
-    limit = policy.cfg.max_reasoning_tokens * policy.cfg.reasoning
+    limit = policy.cfg.max_reasoning_tokens if policy.cfg.reasoning else 0
     _, query_states = policy.vlm.generate(visual, prompts, policy.tokenizer.end_reasoning, limit, True)
     seen = {"query_states": query_states, "state": policy.normalise(state, "state")}
     seen["value"] = learner.net.critic(seen)

@@ -341,8 +341,8 @@ def to_batch(episodes: list[Episode], cfg: RLConfig) -> Batch:
         values = [float(extra["value"]) for extra in episode.extras]
         last = episode.final or 0.0
         advantages = gae(episode.rewards, values, last, cfg.gamma, cfg.gae_lambda)  # (T,)
-        surprises = gae(episode.rewards, values, last, cfg.gamma, 1.0)  # (T,)
-        returns = surprises + torch.tensor(values)  # (T,)
+        corrections = gae(episode.rewards, values, last, cfg.gamma, 1.0)  # (T,)
+        returns = corrections + torch.tensor(values)  # (T,)
         for i, extra in enumerate(episode.extras):
             H = extra["chain"].shape[1]
             outcome = {

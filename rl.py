@@ -1,1078 +1,944 @@
 """Reinforcement learning: similar-sample guided PPO on the flow policy, SyVLA's third stage.
 
-    python rl.py --config small --init_from=out/small                     # roll out, retrieve, update; table before and after
-    python rl.py --config small --init_from=out/small --resume            # go on after a kill
-    python rl.py --config small --init_from=out/small --experts=none --out=out/no_experts      # plain PPO
-    python rl.py --config small --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 --task="put the red cube on the blue pad" --eval=0 --eval_episodes=0
+    python rl.py --config small --init_from=out/small               # rollouts, retrieval, updates
+    python rl.py --config small --init_from=out/small --resume      # go on after a kill
+    python rl.py --config small --init_from=out/small --experts=none --out=out/no_experts     # plain PPO
+    python rl.py --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 --task="put the red cube on the blue pad"
 
-Every iteration: many simulated arms play whole episodes with a noisy denoising chain, whose Gaussian steps have a likelihood
-(`step`). Every decision looks up one of the expert frames most like what it saw. PPO moves the adapter and the expert;
-the expert samples join each minibatch with their advantage fixed at 1.0, outside GAE, outside normalisation, outside the
-value loss. The VLM is frozen: what it made of an observation (the feature query states) is computed once and kept.
+In every iteration many simulated arms play whole episodes. The last denoising step of every chunk is noisy,
+so the chunk has a likelihood. Every decision looks up one of the recorded frames whose pictures are most like
+what it saw. PPO then moves the adapter and the action expert. The expert samples that were looked up join
+each minibatch with their advantage fixed at 1.0: they stay outside GAE, outside the normalisation of
+advantages and outside the value loss. The VLM is frozen: its query states of an observation are kept.
 
-Paper: SyVLA, arXiv 2606.09009, section on reinforcement learning; what it leaves open follows pi_RL (arXiv 2510.25889).
+Read it in this order: the noisy denoising step and its likelihood, values and advantages, ExpertSamples, the
+losses, Learner.train_pass() and update(). Rollouts and the run itself follow.
+
+Shapes.  n decisions of an iteration, B of a minibatch, T of an episode, N recorded frames, V camera views,
+E numbers of a view's visual tokens, Q feature queries, D their width, H control steps of a chunk, A action
+dim, S state dim, K denoising steps, M noise samples.
+
+Paper: SyVLA, arXiv 2606.09009. What it leaves open follows pi_RL, arXiv 2510.25889.
 """
 
 import copy
-import json
+import functools
+import itertools
 import math
 import os
 import sys
-import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
-import real_env
-import sim_env
-from data import Episodes, Neighbours, Tokenizer, flow_times
-from model import SyVLA, fast_cpu, opt, parse_config, read_checkpoint_config
-from train import (
+from torch import Tensor
+
+from common import (
     Stopwatch,
-    average_gradients,
-    averaged_weights,
-    check_resume,
+    UserError,
+    append_log,
+    atomic_path,
+    check_options,
     choose_device,
-    explain_errors,
-    save_policy,
+    fast_cpu,
+    join_processes,
+    mark,
+    opt,
+    parse_config,
+    print0,
+    rank_and_world,
+    read_checkpoint_config,
+    read_log,
+    resumed_config,
+    run_program,
     trim_log,
-    write_atomically,
+    wait_for_all,
 )
+from data import Episodes, flow_times
+from evaluate import (
+    SEEDS,
+    Episode,
+    VecEnv,
+    camera_indices,
+    check_families,
+    evaluate,
+    policy_fn,
+    report,
+    run_episodes,
+)
+from model import (
+    Config,
+    DenoisingStep,
+    SyVLA,
+    all_presets,
+    load_policy,
+    save_policy,
+    timesteps,
+)
+from train import average_gradients, averaged_weights
 
+Batch = dict[str, Tensor]
 
-# ---------------------------------------------------------------------------------------------------------------
-# Retrieval
+# Settings that no table of ours varies
+FIRST_SEED = 600_000  # of the training range: no scene of the data set is practised on
+VALIDATION_SEEDS = SEEDS["val"][50_000:]  # train.py and sample.py use the first ones
+CRITIC_PASSES = 3  # over the decisions of an iteration; the policy takes one
+MAX_GRAD_NORM = 1.0
+NOISE_SAMPLES = 2  # M, noise samples (eps, t) of an expert sample
+NEIGHBOURS = 4  # a decision draws one of so many most similar frames
+EMA = 0.9  # decay per iteration of the weight average that is validated and saved
 
-
-class Neighbours:
-    """Recorded frames by similarity of what the cameras saw: sum_v w_v cos(E(o_v), E(x_v)) (SyVLA), one matrix product per batch.
-
-    keys (N, V, E): what an image encoder E makes of every frame's views; families: N names; weights (V,): w_v.
-    """
-
-    def __init__(self, keys, families, weights):
-        self.keys, self.families, self.weights = (
-            F.normalize(keys.float(), dim=-1).flatten(1),
-            np.asarray(families),
-            weights,
-        )
-
-    def queries(self, tokens):
-        """Embeddings (n, V, E) -> (n, V * E), whose inner products with keys are the weighted sums of cosines."""
-        return (F.normalize(tokens.float(), dim=-1) * self.weights[:, None]).flatten(1)
-
-    def random(self, tokens, uniform):
-        """Any frame for every embedding (n, V, E), drawn by uniform (n,) -> rows (n,), similarity (n,): the control for nearest()."""
-        rows = torch.from_numpy((uniform * len(self.keys)).astype(np.int64))
-        return rows, (self.queries(tokens) * self.keys[rows]).sum(1)
-
-    def nearest(self, tokens, families, k, uniform):
-        """For every embedding (n, V, E) one of the k most similar frames of its family, drawn by uniform (n,) -> rows (n,), similarity (n,)."""
-        k = min(k, *(int((self.families == family).sum()) for family in set(families)))
-        if k == 0:
-            raise ValueError(
-                f"no frame of family {', '.join(sorted(set(families) - set(self.families)))} can be retrieved; raise --index_frames"
-            )
-        similarity = self.queries(tokens) @ self.keys.T  # (n, N)
-        other = np.asarray(families)[:, None] != self.families[None]
-        best, rows = similarity.masked_fill_(torch.from_numpy(other), -math.inf).topk(k, dim=1)  # (n, k)
-        column = torch.from_numpy((uniform * k).astype(np.int64))[:, None]  # (n, 1)
-        return rows.gather(1, column)[:, 0], best.gather(1, column)[:, 0]
+MAY_CHANGE = {  # on --resume: where things lie, what the machine is, and a rate that proved too high
+    "config",
+    "data",
+    "device",
+    "eval",
+    "front",
+    "id",
+    "init_from",
+    "lr",
+    "out",
+    "port",
+    "resume",
+    "threads",
+    "wrist",
+}
 
 
 @dataclass
 class RLConfig:
+    """How a policy practises."""
+
     config: str = opt("small", "preset")
     init_from: str = opt("", "checkpoint folder of the policy to improve (default out/<config>)")
-    data: str = opt("", "data set that expert samples come from (default: the one the policy was trained on)")
+    data: str = opt("", "data set of the expert samples (default: the one the policy was trained on)")
     out: str = opt("", "run folder (default out/<config>_rl)")
-    resume: bool = opt(False, "go on with the run in --out")
+    resume: bool = opt(False, "go on with the run in --out, with its settings")
     env: str = opt(
         "",
-        "sim; real: an SO-100 or SO-101 and a person who judges; or package.module:Class (default: as trained for)",
+        "sim; real: an SO-100 or SO-101 and a person who judges; package.module:Class (default: as trained)",
     )
     port: str = opt("", "real: serial port of the arm (lerobot-find-port)")
     id: str = opt("", "real: LeRobot's robot id, whose calibration is used; not needed if there is only one")
     front: str = opt("", "real: front camera, number or path (lerobot-find-cameras opencv)")
     wrist: str = opt("", "real: wrist camera")
     task: str = opt("", "real: the instruction of every episode")
-    families: str = opt(
-        "", "task families to practise, with commas (default: those the policy was trained on)"
-    )
-    iterations: int = opt(50, "rounds of rollouts and update")
-    episodes: int = opt(192, "episodes per iteration, over all families and processes")
-    arms: int = opt(32, "arms simulated at once")
+    families: str = opt("", "task families, with commas (default: those the policy was trained on)")
+    iterations: int = opt(50, "rounds of rollouts and update", "[1, inf)")
+    episodes: int = opt(192, "episodes per iteration, over all families and processes", "[1, inf)")
     sampler: str = opt(
-        "chain", "noisy denoising: chain (Gaussian Euler steps of fixed --sigma) or sde (Flow-SDE)"
+        "chain", "the noisy step: Euler's and noise of fixed spread, or Flow-SDE's", ("chain", "sde")
     )
-    sigma: float = opt(0.04, "standard deviation of the chain's noisy steps; normalised action units")
-    noisy: str = opt("last", "which denoising steps have noise: last | one (drawn for every chunk) | all")
-    noise: str = opt(
-        "chunk",
-        "draws of a noisy step: chunk (one per joint, for the whole chunk) or step (one per joint and control step)",
+    sigma: float = opt(
+        0.04, "chain: the noise's spread in normalised action units; sde: its level a, like 0.5", "(0, inf)"
     )
-    sde_level: float = opt(0.5, "a, noise level of Flow-SDE")
-    epochs: int = opt(1, "passes of the policy over the rollouts of an iteration")
-    critic_epochs: int = opt(3, "passes of the value model over them")
-    minibatch: int = opt(256, "chunks per gradient step, over all processes")
-    lr: float = opt(3e-4, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine")
-    critic_lr: float = opt(5e-4, "AdamW learning rate of the value model")
-    critic_warmup: int = opt(2, "iterations in which only the value model learns")
-    gamma: float = opt(0.9, "discount per chunk")
-    lam: float = opt(0.5, "lambda of GAE, for the advantages")
-    clip: float = opt(0.2, "PPO clip of the probability ratio")
-    target_kl: float = opt(
-        0.02, "the policy rests for the remainder of an iteration in which it has moved this far"
+    lr: float = opt(
+        3e-4, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine", "(0, inf)"
     )
-    grad_clip: float = opt(1.0, "gradient norm limit")
     ppo: bool = opt(
         True, "false: imitation of the expert samples alone, in as many updates of as many chunks"
     )
-    experts: str = opt("similar", "expert samples in every minibatch: similar (retrieved) | random | none")
-    expert_weight: float = opt(10.0, "weight of the expert term")
-    expert_form: str = opt(
-        "cfm",
-        "cfm (flow-matching loss) | ratio (clipped ratio of it) | chain (likelihood of a noised path to the expert's chunk)",
+    experts: str = opt(
+        "similar", "where the expert samples of every minibatch come from", ("similar", "random", "none")
     )
+    expert_weight: float = opt(10.0, "weight of the expert term", "[0, inf)")
     expert_advantage: str = opt(
-        "one", "one (the paper's 1.0) | gae (from the value model: the paper's failing control)"
-    )
-    noise_samples: int = opt(2, "M, noise samples (eps, t) of every expert sample")
-    neighbours: int = opt(4, "a decision draws one of its most similar expert frames")
-    view_weights: str = opt("", "w_v of every camera in the similarity, with commas (default: 1 each)")
-    index_frames: int = opt(6000, "expert frames that can be retrieved")
-    decouple: str = opt(
-        "gradient", "intention decoupling in the expert term: gradient | random | attention | off"
+        "one", "the paper's fixed 1.0, or the value model's (the paper's failing control)", ("one", "gae")
     )
     proximal: float = opt(
-        0.5,
-        "weight of the KL divergence from the policy that played, over the whole chunk and all denoising steps",
+        0.5, "weight of the KL divergence from the policy that played, over the whole chain", "[0, inf)"
     )
     anchor: float = opt(
-        0.0, "weight of the KL divergence from the starting policy, a baseline in place of experts"
-    )
-    ema: float = opt(0.9, "decay per iteration of the weight average that is evaluated and saved")
-    eval_every: int = opt(
-        10, "iterations between evaluations without noise on validation seeds; the best is kept"
+        0.0,
+        "weight of the KL divergence from the starting policy, a baseline in place of experts",
+        "[0, inf)",
     )
     eval_episodes: int = opt(
-        150, "validation episodes per family in each of them; 0 for none, the last policy is kept"
+        150, "validation episodes per family, which choose the policy kept; 0: the last is kept", "[0, inf)"
     )
-    eval: int = opt(100, "report episodes per family and split for the tables before and after; 0 for none")
-    seed: int = opt(0, "seed of scenes and noise")
+    eval: int = opt(
+        100, "report episodes per family and split for the tables before and after; 0 for none", "[0, inf)"
+    )
+    seed: int = opt(0, "seed of scenes and noise", "[0, inf)")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
-    threads: int = opt(0, "CPU threads; 0 lets torch choose")
+    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, inf)")
+
+    # Set by presets
+    arms: int = opt(32)  # simulated at once
+    minibatch: int = opt(256)  # decisions per gradient step, over all processes
+    critic_warmup: int = opt(2)  # iterations in which only the value model learns
+    critic_lr: float = opt(5e-4)  # AdamW learning rate of the value model
+    gamma: float = opt(0.9)  # discount per decision
+    gae_lambda: float = opt(0.5)  # of the advantages
+    clip_coef: float = opt(0.2)  # of PPO's probability ratio
+    target_kl: float = opt(0.02)  # an iteration's update of the policy ends when it has moved this far
+    index_frames: int = opt(6000)  # N, recorded frames that can be looked up
+    eval_every: int = opt(10)  # iterations between validations
 
     def __post_init__(self):
-        self.init_from, self.out = self.init_from or f"out/{self.config}", self.out or f"out/{self.config}_rl"
-        choices = {
-            "sampler": ("chain", "sde"),
-            "noisy": ("last", "one", "all"),
-            "noise": ("chunk", "step"),
-            "experts": ("similar", "random", "none"),
-            "expert_form": ("cfm", "ratio", "chain"),
-            "expert_advantage": ("one", "gae"),
-            "decouple": ("gradient", "random", "attention", "off"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in (
-            "iterations",
-            "episodes",
-            "arms",
-            "epochs",
-            "critic_epochs",
-            "minibatch",
-            "noise_samples",
-            "neighbours",
-            "index_frames",
-            "eval_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("sigma", "sde_level", "lr", "critic_lr", "clip", "target_kl", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be greater than 0")
-        if self.seed < 0 or FIRST_SEED + (self.seed + 1) * self.iterations * self.episodes > len(
-            sim_env.SEEDS["train"]
-        ):
-            raise ValueError(
-                f"--seed={self.seed} with {self.iterations} iterations of {self.episodes} episodes leaves the training seeds; choose less"
-            )
-        try:
-            [float(w) for w in self.view_weights.split(",") if self.view_weights]
-        except ValueError:
-            raise ValueError(
-                f"view_weights must be numbers with commas between them, not {self.view_weights!r}"
-            ) from None
-        if min(self.eval, self.eval_episodes) < 0:
-            raise ValueError("eval and eval_episodes count episodes: 0 or more")
-        if self.env == "real" and (self.eval or self.eval_episodes):
-            raise ValueError(
-                "practice on the real arm is judged episode by episode: add --eval=0 --eval_episodes=0, and try the policy with sample.py"
-            )
+        self.init_from = self.init_from or f"out/{self.config}"
+        self.out = self.out or f"out/{self.config}_rl"
+        if self.env == "real":  # a person judges every episode: all of them go into learning
+            self.eval = 0
+            self.eval_episodes = 0
+        check_options(self)
+        if self.first_seed(self.iterations) > len(SEEDS["train"]):
+            raise UserError(f"--seed={self.seed} and so many episodes leave the training seeds; choose less")
         if not self.ppo and self.experts == "none":
-            raise ValueError("--ppo=false needs expert samples to imitate; leave out --experts=none")
+            raise UserError("--ppo=false needs expert samples to imitate; leave out --experts=none")
+
+    def first_seed(self, iteration: int) -> int:
+        """Seed of an iteration's first scene. Other iterations and other values of --seed have others."""
+        return FIRST_SEED + (self.seed * self.iterations + iteration) * self.episodes
+
+    @property
+    def family_names(self) -> list[str]:
+        return self.families.split(",")
 
 
-PRESETS = {
-    "debug": dict(
-        iterations=2,
-        episodes=4,
-        arms=2,
-        epochs=2,
-        minibatch=8,
-        critic_warmup=1,
-        index_frames=20,
-        eval_every=1,
-        eval_episodes=1,
-        eval=0,
-        families="place",
-    ),
-    **{name: {} for name in ("tiny", "small", "base256", "base", "paper")},
-}
-HARMLESS = {
-    "config",
-    "out",
-    "resume",
-    "init_from",
-    "data",
-    "device",
-    "threads",
-    "arms",
-    "eval",
-    "eval_every",
-    "port",
-    "id",
-    "front",
-    "wrist",
-}
-FIRST_SEED = 600_000  # of the training range: no scene of the data set is practised on
+# -----------------------------------------------------------------------------------------------------------
+# The noisy denoising step and the likelihood of a chunk
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The denoising chain as a Markov chain with Gaussian steps
+def gaussian_step(x: Tensor, v: Tensor, t: Tensor, d: float, cfg: RLConfig) -> tuple[Tensor, Tensor]:
+    """A noisy denoising step from flow time t to t - d -> its mean, like x, and its std, like t; fp32.
 
-
-def timesteps(K, device=None):
-    """Flow times at which the K steps begin, from noise to data: (K,)."""
-    return torch.linspace(1, 1 / K, K, device=device)
-
-
-def step(x, v, t, d, cfg):
-    """One noisy step from time t to t - d -> mean (like x) and standard deviation (broadcasts with x), both fp32.
-
-    chain: the Euler step of the sampler plus noise of fixed spread sigma (Flow-Noise without a noise network). sde: Flow-SDE
-    (Flow-GRPO, arXiv 2505.05470), sigma_t = a sqrt(t / (1 - t)), which keeps the marginals of the ODE as d -> 0.
-    x, v (..., H, A), t (..., 1, 1).
+    chain: the Euler step with noise of fixed spread (ReinFlow's Flow-Noise, arXiv 2505.22094, without a noise
+    network). sde: Flow-SDE (Flow-GRPO, arXiv 2505.05470), sigma_t = a sqrt(t / (1 - t)), whose marginals are
+    those of the ODE as d -> 0. x and v (..., H, A), t (..., 1, 1).
     """
-    x, v = x.float(), v.float()
+    x = x.float()  # bf16 is too coarse for a likelihood
+    v = v.float()
     if cfg.sampler == "chain":
         return x - d * v, torch.full_like(t, cfg.sigma)
-    variance = (
-        cfg.sde_level**2 * t / (1 - t.clamp(max=1 - d))
-    )  # at t = 1 the next time stands in the denominator
-    mean = (x - t * v) * (1 - t + d) + (x + (1 - t) * v) * (t - d - variance * d / (2 * t))
+    variance = cfg.sigma**2 * t / (1 - t.clamp(max=1 - d))  # at t = 1 the next time in the denominator
+    clean = x - t * v  # where the flow ends, at t = 0
+    noise = x + (1 - t) * v  # where it began, at t = 1
+    noise_share = t - d - variance * d / (2 * t)
+    mean = clean * (1 - t + d) + noise * noise_share
     return mean, (variance * d).sqrt()
 
 
-def gaussian_logp(x, mean, std):
+def gaussian_logp(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Log density of N(mean, std^2), per element."""
-    return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    z = (x - mean) / std
+    return -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
 
 
-def draw(rng, K, H, A, cfg):
-    """Noise of one chunk's chain, the starting noise first, (K+1, H, A) float32, and the indices of its noisy steps (m,)."""
-    noise = rng.standard_normal((K + 1, H, A), dtype=np.float32)
-    if cfg.noise == "chunk":
-        noise[1:] = noise[1:, :1]
-    return noise, np.array({"last": [K - 1], "one": [rng.integers(K)], "all": range(K)}[cfg.noisy])
+def noisy_last_step(policy: SyVLA, noise: Tensor, cfg: RLConfig) -> DenoisingStep:
+    """The step that SyVLA.denoise() takes in rollouts: Euler's, but with noise (B, A) in the last one.
 
-
-@torch.no_grad()
-def sample_chain(policy, states, state, noise, noisy, cfg):
-    """Walk the chain: states (B, Q, D), state (B, S) normalised, noise (B, K+1, H, A), noisy (B, m) indices of the noisy steps.
-
-    -> chain (B, K+1, H, A), the first from noise at the policy's temperature, the last the chunk (normalised).
+    One draw per joint moves the whole chunk. With one draw per control step the arm would only tremble, and
+    the likelihood would have H times as many dimensions.
     """
     K = policy.cfg.denoise_steps
-    times = timesteps(K, noise.device)
-    modulation = policy.expert.modulation(times[:, None])
-    keys_values = policy.expert.condition(policy.adapter(states))
-    chain = [policy.cfg.temperature * noise[:, 0]]
-    for k in range(K):
-        x = chain[-1]
-        v = policy.expert(x[:, None], [m[k : k + 1] for m in modulation], state, keys_values)[
-            :, 0
-        ]  # (B, H, A)
-        mean, std = step(x, v, times[k].view(1, 1, 1), 1 / K, cfg)
-        here = (noisy == k).any(1)[:, None, None]  # (B, 1, 1)
-        chain.append(torch.where(here, mean + std * noise[:, k + 1], x - v / K))
-    return torch.stack(chain, dim=1)
+    t = timesteps(K, noise.device)[-1:, None]  # (1, 1)
+
+    def step(k: int, x: Tensor, v: Tensor) -> Tensor:
+        if k < K - 1:
+            return policy.euler_step(k, x, v)
+        mean, std = gaussian_step(x, v, t, 1 / K, cfg)  # (B, H, A), (1, 1)
+        return mean + std * noise[:, None]
+
+    return step
 
 
-def chain_logp(policy, b, cfg):
-    """Log-probability of the noisy steps of rollouts, a mean over these steps, executed control steps and joints.
+def chain_likelihood(net: Any, batch: Batch, cfg: RLConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """How likely a policy makes the noisy step of a chunk, and where two of its denoising steps lead.
 
-    Where one draw moves the whole chunk (--noise=chunk), what was drawn is the mean displacement of the executed control steps,
-    so the density is that of this mean: 6 numbers of a chunk speak in the gradient instead of 48, all of which exploration has tried.
+    What was drawn is one displacement per joint, so the density is that of the mean over the executed control
+    steps. The log-probability is a mean over its A dimensions, all of which exploration has covered.
 
-    b: states (B, Q, D), state (B, S), chain (B, K+1, H, A), noisy (B, m), executed (B, H), and optionally other (B, o), further
-    steps to walk, without a say in the likelihood. -> (B,) fp32, and the steps' means (B, m+o, H, A) and standard deviations (B or 1, m+o, 1, 1).
+    net: what has an adapter and an expert. batch: query_states (B, Q, D), state (B, S), chain (B, K+1, H, A),
+    executed (B, H) bool; other (B,) int64, a second denoising step, which only the KL penalties look at.
+    -> log-probability (B,); mean (B, 2, H, A) and std (B, 2, 1, 1) of the last step and of the other.
     """
-    K, m = b["chain"].shape[1] - 1, b["noisy"].shape[1]
-    steps = torch.cat((b["noisy"], b["other"]), dim=1) if "other" in b else b["noisy"]  # (B, m+o)
-    rows, t = (
-        torch.arange(len(b["chain"]), device=b["chain"].device)[:, None],
-        timesteps(K, b["chain"].device)[steps],
-    )  # (B, m+o)
-    x, following = b["chain"][rows, steps], b["chain"][rows, steps + 1]  # (B, m+o, H, A)
-    modulation = policy.expert.modulation(
-        t[:1] if (t == t[:1]).all() else t
-    )  # the same steps in every row: computed once
-    v = policy.expert(x, modulation, b["state"], policy.expert.condition(policy.adapter(b["states"])))
-    mean, std = step(x, v, t[..., None, None], 1 / K, cfg)
-    weight = b["executed"][:, None, :, None].float()
-    weight = weight / weight.sum(2, keepdim=True)  # (B, 1, H, 1)
-    if cfg.noise == "chunk":
-        logp = gaussian_logp((following * weight).sum(2), (mean * weight).sum(2), std[..., 0])  # (B, m+o, A)
-    else:
-        logp = (gaussian_logp(following, mean, std) * weight).sum(2)  # (B, m+o, A)
-    return logp[:, :m].mean((1, 2)), mean, std
+    chain = batch["chain"]
+    K = chain.shape[1] - 1
+    last = torch.full_like(batch["other"], K - 1)
+    steps = torch.stack((last, batch["other"]), dim=1)  # (B, 2)
+    rows = torch.arange(len(chain), device=chain.device)[:, None]  # (B, 1)
+    x = chain[rows, steps]  # (B, 2, H, A)
+    t = timesteps(K, chain.device)[steps]  # (B, 2)
+    keys_values = net.expert.condition(net.adapter(batch["query_states"]))
+    modulation = net.expert.modulation(t)
+    v = net.expert(x, modulation, batch["state"], keys_values)  # (B, 2, H, A)
+    mean, std = gaussian_step(x, v, t[..., None, None], 1 / K, cfg)
+
+    # The arm executes the first control steps alone: the rest of the chunk has earned no reward.
+    executed = batch["executed"][..., None].float()  # (B, H, 1)
+    weight = executed / executed.sum(1, keepdim=True)  # (B, H, 1)
+    drawn = (chain[:, K] * weight).sum(1)  # (B, A)
+    expected = (mean[:, 0] * weight).sum(1)  # (B, A)
+    logp = gaussian_logp(drawn, expected, std[:, 0, 0])  # (B, A)
+    return logp.mean(1), mean, std
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Values and advantages
 
 
 class Critic(nn.Module):
-    """V(o), the discounted chance of success: a separate model on the frozen feature query states and the joint state (pi_RL: after the VLM beats after the expert)."""
+    """V(o), the discounted chance of success: a separate model of feature query states and joint state.
 
-    def __init__(self, cfg):
-        super().__init__()
-        sizes = (cfg.queries * cfg.width + cfg.state_dim, 256, 128)
-        layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(nn.LayerNorm(sizes[0]), *layers, nn.Linear(128, 1))
-        nn.init.normal_(self.net[-1].weight, std=0.02)
-
-    def forward(self, states, state):
-        """states (B, Q, D), state (B, S) normalised -> (B,)."""
-        return self.net(torch.cat((states.flatten(1), state), dim=1))[:, 0]
-
-
-def gae(rewards, values, last_value, gamma, lam):
-    """Generalised advantage estimation over the chunks of one episode: rewards, values (T,) -> advantages (T,).
-
-    last_value: 0 where the episode ended by itself, V(final observation) where the time limit cut it off.
+    It sees what the VLM makes of an observation. What the expert makes of it serves less (pi_RL).
     """
-    advantages, running, following = np.zeros(len(rewards), np.float32), 0.0, last_value
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        inputs = cfg.queries * cfg.width + cfg.state_dim
+        self.net = nn.Sequential(
+            nn.LayerNorm(inputs),
+            nn.Linear(inputs, 256),
+            nn.ReLU(),
+            nn.Linear(256, 128),
+            nn.ReLU(),
+            nn.Linear(128, 1),
+        )
+        nn.init.normal_(self.net[-1].weight, std=0.02)  # first guesses near 0
+
+    def forward(self, batch: Batch) -> Tensor:
+        """query_states (B, Q, D), state (B, S) normalised -> (B,)."""
+        flat = batch["query_states"].flatten(1)  # (B, Q*D)
+        inputs = torch.cat((flat, batch["state"]), dim=1)  # (B, Q*D + S)
+        return self.net(inputs)[:, 0]
+
+
+def gae(
+    rewards: Sequence[float], values: Sequence[float], last: float, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Generalised advantage estimation over the T decisions of an episode -> advantages (T,).
+
+    last: 0 where the episode ended by itself, V(final observation) where the time limit cut it off.
+    """
+    advantages = torch.zeros(len(rewards))
+    running = 0.0  # the advantage of the decision after i
+    following = last  # the value after i
     for i in reversed(range(len(rewards))):
-        running = rewards[i] + gamma * following - values[i] + gamma * lam * running
-        advantages[i], following = running, values[i]
+        delta = rewards[i] + gamma * following - values[i]
+        running = delta + gamma * gae_lambda * running
+        advantages[i] = running
+        following = values[i]
     return advantages
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Rollouts
+def to_batch(episodes: list[Episode], cfg: RLConfig) -> Batch:
+    """Episodes -> a batch of their n decisions: their extras, executed (n, H), advantage (n,), return (n,).
 
-
-CHUNKS = ("states", "state", "views", "chain", "noisy", "executed")  # what a rollout keeps of every decision
-
-
-@torch.inference_mode()
-def observe(policy, obs, views):
-    """What the frozen VLM makes of observations, once: feature query states (B, Q, D), normalised joint state (B, S), and the
-    image encoder's tokens of every view (B, V, E) for the retrieval. views: which of the environment's cameras it looks through."""
-    images, state = policy.check_inputs(obs["images"][:, views], obs["state"], obs["task"])
-    visual = policy.vlm.see(images)  # (B, P, D)
-    prompts = [policy.tokenizer.prompt(task, policy.cfg.reasoning) for task in obs["task"]]
-    limit = policy.cfg.max_thought if policy.cfg.reasoning else 0
-    _, states = policy.vlm.generate(visual, prompts, policy.tokenizer.end_thought, limit, with_queries=True)
-    return states, policy.normalise(state, "state"), visual.view(len(visual), policy.cfg.views, -1)
-
-
-def play(policy, jobs, vec, cfg, clock, keep=lambda episode: None):
-    """Whole episodes with the noisy chain, one per job (seed, family); arms that finish take the next job. keep: told each as it ends.
-
-    -> list of episodes by seed: {"seed", "family", "success", "steps", "final": (states, state) or None, "reward": [T numbers], and
-    stacked over its T chunks "states", "state", "views", "chain", "noisy", "executed"}. Noise depends on the episode's seed and time alone.
+    Returns, which the value model learns, are those of lambda 1: it must not learn from its own guesses
+    (VC-PPO, arXiv 2503.01491).
     """
-    K, H, A, execute = policy.cfg.denoise_steps, policy.cfg.chunk, policy.cfg.action_dim, policy.cfg.execute
-    device, cameras = policy.vlm.queries.device, sim_env.views_of(policy, twin(cfg))
-    episodes, waiting, running = [], list(jobs), {}  # running: arm -> its episode
-    bar = tqdm(total=len(jobs), desc="rollouts", unit="episode", leave=False, disable=not sys.stderr.isatty())
-    while waiting or running:
-        free = [arm for arm in range(vec.n) if arm not in running][: len(waiting)]
-        if free:
-            for arm in free:
-                seed, family = waiting.pop(0)
-                running[arm] = {"seed": seed, "family": family, "final": None, "reward": []} | {
-                    name: [] for name in CHUNKS
-                }
-                episodes.append(running[arm])
-            vec.reset(
-                [running[arm]["seed"] for arm in free], [running[arm]["family"] for arm in free], "id", free
-            )
-            clock.mark("simulation")
-        busy = sorted(running)
-        states, state, views = observe(policy, vec.observations(busy), cameras)
-        clock.mark("VLM")
-        drawn = [
-            draw(
-                np.random.default_rng([cfg.seed, running[arm]["seed"], len(running[arm]["reward"])]),
-                K,
-                H,
-                A,
-                cfg,
-            )
-            for arm in busy
-        ]
-        noise, noisy = (
-            torch.from_numpy(np.stack(x)).to(device) for x in zip(*drawn)
-        )  # (B, K+1, H, A), (B, m)
-        chain = sample_chain(policy, states, state, noise, noisy, cfg)
-        chunk = policy.denormalise(chain[:, -1].clamp(-1.5, 1.5)).cpu().numpy()  # (B, H, A)
-        clock.mark("expert")
-        actions = np.zeros((vec.n, execute, A))
-        actions[busy] = chunk[:, :execute]
-        _, reward, terminated, truncated, infos = vec.step_chunk(actions)
-        clock.mark("simulation")
-        for row, arm in enumerate(busy):
-            episode = running[arm]
-            executed = np.arange(H) < infos[arm]["executed"]
-            episode["reward"].append(float(reward[arm]))
-            for name, value in zip(
-                CHUNKS,
-                (states[row], state[row], views[row], chain[row], noisy[row], torch.from_numpy(executed)),
-            ):
-                episode[name].append(value.cpu())
-        ended = [arm for arm in busy if terminated[arm] or truncated[arm]]
-        cut = [arm for arm in ended if truncated[arm]]
-        if cut:
-            for arm, *last in zip(cut, *observe(policy, vec.observations(cut), cameras)[:2]):
-                running[arm]["final"] = [x.cpu() for x in last]
-            clock.mark("VLM")
-        for arm in ended:
-            episode = running.pop(arm)
-            episode["success"], episode["steps"] = bool(terminated[arm]), infos[arm]["steps"]
-            episode |= {name: torch.stack(x) for name, x in episode.items() if name in CHUNKS}
-            keep(episode)
-            bar.update()
-    bar.close()
-    return sorted(episodes, key=lambda e: e["seed"])
+    decisions = []
+    for episode in episodes:
+        values = [float(extra["value"]) for extra in episode.extras]
+        last = episode.final or 0.0
+        advantages = gae(episode.rewards, values, last, cfg.gamma, cfg.gae_lambda)  # (T,)
+        corrections = gae(episode.rewards, values, last, cfg.gamma, 1.0)  # (T,)
+        returns = corrections + torch.tensor(values)  # (T,)
+        for i, extra in enumerate(episode.extras):
+            H = extra["chain"].shape[1]
+            outcome = {
+                "executed": torch.arange(H) < episode.executed[i],  # (H,)
+                "advantage": advantages[i],
+                "return": returns[i],
+            }
+            decisions.append(extra | outcome)
+    return {name: torch.stack([decision[name] for decision in decisions]) for name in decisions[0]}
 
 
-def to_batch(episodes, critic, cfg, device):
-    """Episodes of an iteration -> one batch over all chunks (n, ...), with old values, advantages and returns.
-
-    Returns, which the value model learns, are those of lambda 1: it must not learn from its own guesses (VC-PPO, arXiv 2503.01491).
-    """
-    b = {name: torch.cat([e[name] for e in episodes]).to(device) for name in CHUNKS if name != "views"}
-    with torch.no_grad():
-        values = critic(b["states"], b["state"]).cpu().numpy()
-        advantages, returns, at = [], [], 0
-        for e in episodes:
-            guesses, at = values[at : at + len(e["reward"])], at + len(e["reward"])
-            last = critic(*[x[None].to(device) for x in e["final"]]).item() if e["final"] else 0.0
-            advantages.append(gae(e["reward"], guesses, last, cfg.gamma, cfg.lam))
-            returns.append(gae(e["reward"], guesses, last, cfg.gamma, 1.0) + guesses)
-    b["advantage"] = torch.from_numpy(np.concatenate(advantages)).to(device)
-    b["value"] = torch.from_numpy(values).to(device)
-    b["return"] = torch.from_numpy(np.concatenate(returns)).to(device)
-    return b
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Expert samples
 
 
-class Experts:
-    """Demonstrations as a source of imitation samples: retrieved by similarity of images, or drawn at random."""
+class ExpertSamples:
+    """Recorded frames to imitate: retrieved by similarity of what the cameras saw, or drawn at random.
 
-    def __init__(self, policy, cfg, families, device):
-        self.policy, self.cfg, self.device = policy, cfg, device
-        weights = torch.tensor(
-            [float(w) for w in cfg.view_weights.split(",")] if cfg.view_weights else [1.0] * policy.cfg.views
-        )
-        if len(weights) != policy.cfg.views:
-            raise ValueError(
-                f"view_weights {cfg.view_weights} must be one number for each of the cameras {policy.cfg.cameras}"
-            )
-        episodes = Episodes(cfg.data, policy.cfg, families)
-        frames = np.sort(np.random.default_rng(0).permutation(len(episodes))[: cfg.index_frames])
-        made_of = policy.fingerprint(
-            policy.cfg.cameras, families, cfg.index_frames, policy.cfg.chunk, policy.cfg.reasoning
-        )
-        path = Path(cfg.data, f"similarity_{made_of}.safetensors")
-        if not path.is_file():
-            parts = tqdm(
-                np.array_split(frames, math.ceil(len(frames) / 64)),
-                desc="similarity index",
-                leave=False,
-                disable=not sys.stderr.isatty(),
-            )
-            parts = [self.embed(episodes.samples(policy.tokenizer, part)) for part in parts]
-            temporary = Path(f"{path}.tmp{os.getpid()}")  # several processes may come here at once
-            save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, temporary)
-            os.replace(temporary, path)
-        table = load_file(path)
-        demonstrations = [episodes.episodes[episodes.episode_of[i]] for i in frames]
-        self.index = Neighbours(table.pop("keys"), [e["family"] for e in demonstrations], weights)
-        table["state"], table["actions"] = (
-            policy.normalise(table["state"].to(device), "state"),
-            policy.normalise(table["actions"].to(device), "action"),
-        )
-        steps = [e["start"] + e["length"] - episodes.frames[i] for e, i in zip(demonstrations, frames)]
-        table["left"] = torch.tensor(
-            np.ceil(np.array(steps) / policy.cfg.execute), dtype=torch.float32
-        )  # decisions to the end
-        self.table = {name: x.to(device) for name, x in table.items()}
+    The similarity of two observations is the sum over views of cos(E(o_v), E(x_v)) (SyVLA). E are the frozen
+    VLM's visual tokens. What the VLM makes of recorded frames is computed once and kept with the data set.
+    """
 
-    @torch.inference_mode()
-    def embed(self, samples):
-        """What the frozen VLM makes of demonstrated frames, once -> keys (B, V, E), feature query states after the teacher's own
-        thought (B, Q, D), and what the flow loss takes besides."""
-        visual = self.policy.vlm.see(samples["images"].to(self.device))  # (B, P, D)
-        _, states = self.policy.vlm(
-            visual, *(samples[k].to(self.device) for k in ("tokens", "segments", "positions")), True
-        )
-        return {
-            "keys": visual.view(len(visual), self.policy.cfg.views, -1).half().cpu(),
-            "states": states.float().cpu(),
-            "state": samples["state"],
-            "actions": samples["actions"],
-            "valid": samples["valid"],
-        }
+    def __init__(self, policy: SyVLA, cfg: RLConfig):
+        self.cfg = cfg
+        self.policy_cfg = policy.cfg
+        recorded = Episodes(cfg.data, policy.cfg, cfg.family_names)
+        shuffled = np.random.default_rng(0).permutation(len(recorded))  # (all frames,)
+        frames = np.sort(shuffled[: cfg.index_frames])  # (N,), in the order in which they lie on disk
+        table = load_table(policy, recorded, frames, cfg)
+        self.keys = F.normalize(table.pop("keys").float(), dim=-1)  # (N, V, E) of length 1
+        self.keys = self.keys.flatten(1)  # (N, V*E): one product with them sums the cosines over views
+        device = policy.vlm.queries.device
+        table["state"] = policy.normalise(table["state"].to(device), "state")  # (N, S)
+        table["actions"] = policy.normalise(table["actions"].to(device), "action")  # (N, H, A)
 
-    def retrieve(self, episodes):
-        """Every decision of these episodes looks up a frame: adds "experts" and "similarity" (T,) to each, consumes "views"."""
-        uniform = np.concatenate(
-            [np.random.default_rng([self.cfg.seed, e["seed"], 1]).random(len(e["reward"])) for e in episodes]
-        )
-        views = torch.cat([e.pop("views") for e in episodes])  # (n, V, E)
+        families = []
+        decisions_left = []  # to the end of the demonstration
+        for i in frames:
+            episode = recorded.episodes[recorded.episode_of[i]]
+            families.append(episode["family"])
+            steps_left = episode["start"] + episode["length"] - recorded.frames[i]
+            decisions_left.append(math.ceil(steps_left / policy.cfg.n_action_steps))
+        self.families = np.array(families)  # (N,)
+        self.table = table | {"left": torch.tensor(decisions_left)}
+
+    def look_up(self, episodes: list[Episode]) -> None:
+        """Each decision retrieves a frame by its "views": its extras gain "expert" (row) and "similarity"."""
+        for episode in episodes:
+            rng = np.random.default_rng([self.cfg.seed, episode.seed, 1])
+            uniform = torch.from_numpy(rng.random(len(episode.extras)))  # (T,)
+            views = torch.stack([extra.pop("views") for extra in episode.extras])  # (T, V, E)
+            rows, similarity = self.retrieve(views, episode.options["family"], uniform)
+            for extra, row, alike in zip(episode.extras, rows, similarity):
+                extra["expert"] = row
+                extra["similarity"] = alike
+
+    def retrieve(self, views: Tensor, family: str, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """views (T, V, E) -> one row of the table each and its similarity, both (T,).
+
+        uniform (T,) in [0, 1) draws among the most similar frames, those of the same task family if there
+        are any; or among all frames.
+        """
+        queries = F.normalize(views.float(), dim=-1).flatten(1)  # (T, V*E)
+        similarity = queries @ self.keys.T  # (T, N)
         if self.cfg.experts == "random":
-            rows, similarity = self.index.random(views, uniform)
+            rows = (uniform * len(self.keys)).long()[:, None]  # (T, 1)
         else:
-            families = [e["family"] for e in episodes for _ in e["reward"]]
-            rows, similarity = self.index.nearest(views, families, self.cfg.neighbours, uniform)
-        at = np.cumsum([len(e["reward"]) for e in episodes])[:-1].tolist()
-        for e, mine, alike in zip(episodes, rows.tensor_split(at), similarity.tensor_split(at)):
-            e["experts"], e["similarity"] = mine, alike
+            other_family = torch.from_numpy(self.families != family)  # (N,)
+            ranked = similarity - 100 * other_family  # (T, N), other families' frames last
+            nearest = ranked.topk(NEIGHBOURS, dim=1).indices  # (T, NEIGHBOURS)
+            column = (uniform * NEIGHBOURS).long()[:, None]  # (T, 1)
+            rows = nearest.gather(1, column)  # (T, 1)
+        return rows[:, 0], similarity.gather(1, rows)[:, 0]
 
-    def batch(self, episodes, iteration):
-        """The frames looked up, with their noise -> batch dict (n, ...)."""
-        rng, c = np.random.default_rng([self.cfg.seed, iteration, 1]), self.policy.cfg
-        rows = torch.cat([e["experts"] for e in episodes])
-        n, M, K, H, A = len(rows), self.cfg.noise_samples, c.denoise_steps, c.chunk, c.action_dim
-        drawn = {
-            "t": flow_times(rng, (n, M)),
-            "eps": rng.standard_normal((n, M, H, A)),
-            "uniform": rng.random((n, c.queries)),
-            "path": rng.standard_normal((n, K + 1, H, A)),
+    def samples(self, rows: Tensor, iteration: int) -> Batch:
+        """Rows (n,) of the table and noise for their flow loss, under names that begin with "expert_"."""
+        rng = np.random.default_rng([self.cfg.seed, iteration, 1])
+        c = self.policy_cfg
+        n = len(rows)
+        noise = {
+            "t": flow_times(rng, (n, NOISE_SAMPLES)),
+            "eps": rng.standard_normal((n, NOISE_SAMPLES, c.chunk_size, c.action_dim)),
+            "uniform": rng.random((n, c.queries)),  # for the control --decouple=random
         }
-        e = {name: x[rows.to(self.device)] for name, x in self.table.items()}
-        return e | {k: torch.as_tensor(v, dtype=torch.float32, device=self.device) for k, v in drawn.items()}
+        samples = {f"expert_{name}": tensor[rows] for name, tensor in self.table.items()}
+        for name, array in noise.items():
+            samples[f"expert_{name}"] = torch.from_numpy(array).float()
+        return samples
 
 
-def expert_loss(policy, e):
+@torch.inference_mode()
+def load_table(policy: SyVLA, recorded: Episodes, frames: np.ndarray, cfg: RLConfig) -> Batch:
+    """What the frozen VLM makes of N recorded frames, from its file in the data set, written if missing.
+
+    -> keys (N, V, E), query_states (N, Q, D) after the recorded reasoning, state, actions and valid.
+    """
+    c = policy.cfg
+    device = policy.vlm.queries.device
+    made_of = policy.fingerprint(2, c.cameras, cfg.families, len(frames), c.chunk_size, c.reasoning)
+    path = Path(cfg.data, f"similarity_{made_of}.safetensors")
+    if path.is_file():
+        return load_file(path)
+    table = defaultdict(list)
+    for picks in np.array_split(frames, math.ceil(len(frames) / 64)):
+        samples = recorded.samples(policy.tokenizer, picks)
+        visual = policy.vlm.encode_images(samples["images"].to(device))  # (64, V, tokens, D)
+        text = [samples[name].to(device) for name in ("tokens", "segments", "positions")]
+        _, query_states = policy.vlm(visual, *text, with_queries=True)  # (64, Q, D)
+        table["keys"].append(visual.flatten(2).half().cpu())
+        table["query_states"].append(query_states.float().cpu())
+        for name in ("state", "actions", "valid"):
+            table[name].append(samples[name])
+    # Other processes and other runs may be writing the same file: each writes its own and renames it.
+    own = path.with_suffix(f".{os.getpid()}")
+    save_file({name: torch.cat(parts) for name, parts in table.items()}, own)
+    own.replace(path)
+    return load_file(path)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def clipped_surrogate(logp: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate -> losses (B,), probability ratios (B,)."""
+    ratio = (logp - old).clamp(-20, 20).exp()  # (B,)
+    clipped = ratio.clamp(1 - clip, 1 + clip)  # (B,)
+    return -torch.minimum(ratio * advantage, clipped * advantage), ratio
+
+
+@torch.no_grad()
+def expert_advantage(batch: Batch, critic: Critic, mean: Tensor, std: Tensor, cfg: RLConfig) -> Tensor:
+    """Advantages (n,) of expert samples: the paper's 1.0 or, as its control, those of GAE with lambda 1.
+
+    GAE's are the demonstration's discounted return less the value model's guess, normalised by mean and std
+    of the rollouts' advantages.
+    """
+    left = batch["expert_left"].float()
+    if cfg.expert_advantage == "one":
+        return torch.ones_like(left)
+    guess = critic({"query_states": batch["expert_query_states"], "state": batch["expert_state"]})
+    returns = cfg.gamma ** (left - 1)  # (n,) success, so many decisions later
+    return (returns - guess - mean) / std
+
+
+def expert_loss(policy: SyVLA, batch: Batch) -> Tensor:
     """Flow-matching loss of every expert sample under intention decoupling -> (B,).
 
-    e: states (B, Q, D), state (B, S), actions (B, H, A), valid (B, H), eps (B, M, H, A), t (B, M), uniform (B, Q).
+    Minus this loss bounds the log-probability of the expert's chunk from below, up to a constant and a
+    weight. So its gradient times the advantage is that of PPO's term at ratio 1.
     """
-    flow = [e[k] for k in ("state", "actions", "valid", "eps", "t")]
-    states = e["states"]
+    query_states = batch["expert_query_states"]
+    flow_args = [batch[f"expert_{name}"] for name in ("state", "actions", "valid", "eps", "t")]
     if policy.cfg.decouple != "off":
-        states = states * policy.keep_mask(states, *flow, e["uniform"])[..., None]
-    return policy.flow_loss(states, *flow).mean(1)
+        keep = policy.keep_mask(query_states, *flow_args, batch["expert_uniform"])  # (B, Q)
+        query_states = query_states * keep[..., None]  # (B, Q, D)
+    loss = policy.flow_loss(query_states, *flow_args)  # (B, M)
+    return loss.mean(1)
 
 
-def bridge(actions, noise, K, cfg):
-    """A noisy path from noise to the expert's chunk: the chain with the conditional velocity (x - a) / t in the network's place.
+def policy_loss(policy: SyVLA, batch: Batch, cfg: RLConfig) -> Batch:
+    """Losses of a minibatch of decisions and their expert samples -> {"loss", what is logged}, scalars."""
+    logp, mean, std = chain_likelihood(policy, batch, cfg)
+    surrogate, ratio = clipped_surrogate(logp, batch["old_logp"], batch["advantage"], cfg.clip_coef)
+    clipped = (ratio - 1).abs() > cfg.clip_coef  # (B,)
+    logs = {
+        "kl": (ratio - 1 - ratio.log()).mean(),  # an unbiased estimate that is never negative
+        "clipped": clipped.float().mean(),
+    }
+    loss = surrogate.mean()
+    if not cfg.ppo:
+        loss = torch.zeros_like(loss)
+    if cfg.experts != "none":
+        weighted = batch["expert_advantage"] * expert_loss(policy, batch)  # (B,)
+        logs["expert_loss"] = weighted.mean()
+        loss = loss + cfg.expert_weight * logs["expert_loss"]
+    for name, weight in (("proximal", cfg.proximal), ("anchor", cfg.anchor)):
+        if weight:  # KL divergence of Gaussian steps of equal std
+            z = (mean - batch[name]) / std  # (B, 2, H, A)
+            logs[name] = 0.5 * z.square().mean()
+            loss = loss + weight * logs[name]
+    return logs | {"loss": loss}
 
-    actions (B, H, A), noise (B, K+1, H, A) -> chain (B, K+1, H, A). Its expected log-probability under the policy's chain is a
-    constant minus the flow-matching loss, weighted d^2 / (2 sigma^2) for `chain` and, for `sde`, by
-    d (1 + a^2/2)^2 / (2 a^2) (1 - t) / t.
-    """
-    path = [noise[:, 0]]
-    for k, t in enumerate(timesteps(K, actions.device)):
-        mean, std = step(path[-1], (path[-1] - actions) / t, t.view(1, 1, 1), 1 / K, cfg)
-        path.append(mean + std * noise[:, k + 1])
-    return torch.stack(path, dim=1)
 
-
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Update
 
 
-def ppo_loss(logp, old, advantage, clip):
-    """Clipped surrogate -> losses (B,), ratios (B,)."""
-    ratio = (logp - old).clamp(-20, 20).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage), ratio
+class Learner:
+    """What a run changes: a policy's adapter and action expert, and a value model. The VLM is frozen."""
 
-
-def rows_of(b, rows):
-    return {name: x[rows] for name, x in b.items()}
-
-
-def expert_term(policy, critic, e, scale, cfg):
-    """The expert samples' part of the loss: advantage times likelihood, in one of three forms. -> scalar.
-
-    scale: mean and standard deviation of the rollouts' advantages; used by the GAE control alone.
-    """
-    advantage = torch.ones_like(e["left"])
-    if (
-        cfg.expert_advantage == "gae"
-    ):  # lambda = 1: the demonstration's discounted return minus the value model's guess
-        with torch.no_grad():
-            advantage = (cfg.gamma ** (e["left"] - 1) - critic(e["states"], e["state"]) - scale[0]) / scale[1]
-    if cfg.expert_form == "cfm":
-        return (advantage * expert_loss(policy, e)).mean()
-    K = policy.cfg.denoise_steps
-    if cfg.expert_form == "chain":
-        steps = torch.arange(K, device=e["left"].device).expand(len(e["left"]), K)
-        path = {
-            "chain": bridge(e["actions"], e["path"], K, cfg),
-            "noisy": steps,
-            "executed": e["valid"],
-            "states": e["states"],
-            "state": e["state"],
+    def __init__(self, policy: SyVLA, cfg: RLConfig):
+        self.policy = policy.requires_grad_(False)
+        self.cfg = cfg
+        self.device = policy.vlm.queries.device
+        torch.manual_seed(cfg.seed)
+        modules = {
+            "adapter": policy.adapter,
+            "expert": policy.expert,
+            "critic": Critic(policy.cfg),
         }
-        return -(
-            advantage * chain_logp(policy, path, replace(cfg, noise="step"))[0]
-        ).mean()  # the path's draws are one per control step
-    beta = 1 / (K * cfg.sigma) ** 2 / 2 if cfg.sampler == "chain" else 1.0  # to log-probability; or FPO's
-    ratio = (beta * (e["old"] - expert_loss(policy, e))).clamp(-3, 3).exp()
-    return ppo_loss(ratio.log(), torch.zeros_like(ratio), advantage, cfg.clip)[0].mean()
+        self.net = nn.ModuleDict(modules).to(self.device).requires_grad_(True)
+        self.start = copy.deepcopy(self.net)  # for the KL divergence from the starting policy
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        groups = [
+            {"params": trained.values(), "weight_decay": 0.0},
+            {"params": self.net.critic.parameters(), "weight_decay": 0.1},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        self.ema = {name: p.detach().clone() for name, p in trained.items()}
+        self.best = -1.0  # validation success of the policy in --out
 
+    def set_learning_rates(self, iteration: int) -> None:
+        """A cosine to a tenth; the policy's rises during 5 iterations, as AdamW's first steps are large."""
+        cosine = 0.55 + 0.45 * math.cos(math.pi * iteration / self.cfg.iterations)
+        rise = (iteration + 1 - self.cfg.critic_warmup) / 5
+        policy_group, critic_group = self.optimizer.param_groups
+        policy_group["lr"] = self.cfg.lr * min(1, max(0, rise)) * cosine
+        critic_group["lr"] = self.cfg.critic_lr * cosine
 
-def update(policy, start, learner, b, e, optimizer, cfg, iteration, rank=0, world=1):
-    """One iteration's update on rollouts b and expert samples e (None: without) -> {name: number}. Raises FloatingPointError.
+    def train_pass(
+        self, losses_of: Callable[[Batch], Batch], batch: Batch, order: np.ndarray
+    ) -> dict[str, float]:
+        """Gradient steps on minibatches of a batch, in this order, up to target_kl -> mean numbers.
 
-    Every process holds all chunks and takes its rows of every minibatch; gradients are averaged, so that the result does not
-    depend on the number of processes. start: the starting policy, for --anchor, or None. learner: adapter, expert, critic.
-    """
-    n, moving, critic = len(b["advantage"]), iteration >= cfg.critic_warmup, learner["critic"]
-    scale = b["advantage"].mean(), b["advantage"].std().clamp(min=1e-6)
-    b = b | {"advantage": (b["advantage"] - scale[0]) / scale[1]}
-    pieces = [slice(i, i + cfg.minibatch) for i in range(0, n, cfg.minibatch)]
-    K, rng = b["chain"].shape[1] - 1, np.random.default_rng([cfg.seed, iteration, 2])
-    if cfg.proximal and b["noisy"].shape[1] == 1 < K:  # besides the noisy step one of the others, drawn
-        b["other"] = (
-            b["noisy"] + 1 + torch.from_numpy(rng.integers(K - 1, size=(n, 1))).to(b["noisy"])
-        ) % K  # (n, 1)
-    with (
-        torch.no_grad()
-    ):  # by the function that the update uses, not remembered from the rollout: ratios start at exactly 1
-        b["old"], b["mean"] = (
-            torch.cat(x) for x in zip(*[chain_logp(policy, rows_of(b, piece), cfg)[:2] for piece in pieces])
-        )
-        if start is not None:
-            b["start"] = torch.cat([chain_logp(start, rows_of(b, piece), cfg)[1] for piece in pieces])
-    if e is not None and cfg.expert_form == "ratio":
-        e = e | {"old": torch.cat([expert_loss(policy, rows_of(e, piece)).detach() for piece in pieces])}
-    numbers = defaultdict(list)
-    for epoch in range(max(cfg.epochs, cfg.critic_epochs)):
-        for rows in np.array_split(rng.permutation(n), math.ceil(n / cfg.minibatch)):
-            moving, judging = moving and epoch < cfg.epochs, epoch < cfg.critic_epochs
+        losses_of(minibatch) -> {"loss", what is logged}, scalars. Every process holds the whole batch and
+        takes its rows of each minibatch, so the result does not depend on the number of processes.
+        """
+        rank, world = rank_and_world()
+        numbers = defaultdict(list)
+        for rows in np.array_split(order, math.ceil(len(order) / self.cfg.minibatch)):
             mine = rows[rank::world]
+            logs = losses_of({name: tensor[mine] for name, tensor in batch.items()})
             share = len(mine) * world / len(rows)  # makes the mean over processes the mean over rows
-            part, logs, loss = rows_of(b, mine), {}, 0.0
-            if judging:
-                loss = logs["value_loss"] = F.mse_loss(critic(part["states"], part["state"]), part["return"])
-            if moving:
-                logp, mean, std = chain_logp(policy, part, cfg)
-                losses, ratio = ppo_loss(logp, part["old"], part["advantage"], cfg.clip)
-                logs |= {
-                    "kl": (ratio - 1 - ratio.log()).mean(),
-                    "clipped": ((ratio - 1).abs() > cfg.clip).float().mean(),
-                }
-                if cfg.ppo:
-                    loss = loss + losses.mean()
-                if e is not None:
-                    logs["expert_loss"] = expert_term(policy, critic, rows_of(e, mine), scale, cfg)
-                    loss = loss + cfg.expert_weight * logs["expert_loss"]
-                # KL divergences between Gaussian steps of equal spread, from the policy before this iteration and from the first one
-                for name, reference, weight in (
-                    ("proximal", "mean", cfg.proximal),
-                    ("anchor", "start", cfg.anchor),
-                ):
-                    if weight:
-                        logs[name] = 0.5 * ((mean - part[reference]) / std).square().mean()
-                        loss = loss + weight * logs[name]
-            if not logs:  # the policy stopped early and the value model has seen enough
-                break
-            (loss * share).backward()
-            values = share * torch.stack([v.detach() for v in logs.values()])
+            (logs["loss"] * share).backward()
+            average_gradients(self.net)
+            values = share * torch.stack(list(logs.values())).detach()
             if world > 1:
-                average_gradients(learner, world)
                 dist.all_reduce(values)
                 values /= world
-            logs = dict(zip(logs, values.tolist()))
-            for name, learns, modules in (
-                ("gnorm", moving, (learner["adapter"], learner["expert"])),
-                ("critic_gnorm", judging, (critic,)),
-            ):
-                if learns:
-                    logs[name] = nn.utils.clip_grad_norm_(
-                        [p for module in modules for p in module.parameters()], cfg.grad_clip
-                    ).item()
-            if not all(math.isfinite(v) for v in logs.values()):
-                raise FloatingPointError(
-                    f"non-finite number in iteration {iteration}: {logs}; lower --lr, then --resume"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            moving = moving and (
-                not cfg.ppo or logs["kl"] <= cfg.target_kl
-            )  # the same decision on every process
-            for k, v in logs.items():
-                numbers[k].append(v)
-    explained = 1 - (b["return"] - b["value"]).var() / b["return"].var().clamp(min=1e-8)
-    return {k: float(np.mean(v)) for k, v in numbers.items()} | {
-        "updates": len(numbers["kl"]),
-        "explained": explained.item(),
-    }
+            step = dict(zip(logs, values.tolist()))
+            step["gnorm"] = nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRAD_NORM).item()
+            if not all(map(math.isfinite, step.values())):
+                raise UserError(f"numbers are no longer finite: {step}; type a lower --lr and --resume")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for name, number in step.items():
+                numbers[name].append(number)
+            if self.cfg.ppo and step.get("kl", 0) > self.cfg.target_kl:  # the same on every process
+                break
+        means = {name: float(np.mean(values)) for name, values in numbers.items()}
+        return means | {"updates": len(numbers["loss"])}
+
+    def save(self, path: Path, iteration: int) -> None:
+        """Write what --resume needs after so many iterations."""
+        state = {
+            "iteration": iteration,
+            "best": self.best,
+            "ema": self.ema,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, path: Path) -> int:
+        """Read what save() wrote -> the number of iterations that are done."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema = state["ema"]
+        self.best = state["best"]
+        return state["iteration"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def update(learner: Learner, batch: Batch, iteration: int) -> dict[str, float]:
+    """One iteration's update on a batch of decisions with their expert samples -> numbers for the log."""
+    cfg = learner.cfg
+    policy = learner.policy
+    critic = learner.net.critic
+    n = len(batch["chain"])
+    K = policy.cfg.denoise_steps
+    rng = np.random.default_rng([cfg.seed, iteration, 2])
+    other = torch.from_numpy(rng.integers(max(1, K - 1), size=n))  # (n,) one of the steps before the last
+    orders = [rng.permutation(n) for _ in range(CRITIC_PASSES)]  # of rows; the policy takes the first
+    advantage = batch["advantage"]  # (n,)
+    mean = advantage.mean()
+    std = advantage.std().clamp(min=1e-6)
+    batch = batch | {"advantage": (advantage - mean) / std, "other": other.to(advantage.device)}
+    numbers = {"updates": 0}
+    if iteration >= cfg.critic_warmup:
+        if cfg.experts != "none":
+            batch["expert_advantage"] = expert_advantage(batch, critic, mean, std, cfg)
+        with torch.no_grad():
+            # By the function that the update uses: what rollouts computed, in other batches, would differ by
+            # rounding. So all ratios start at 1.
+            batch["old_logp"], batch["proximal"], _ = chain_likelihood(policy, batch, cfg)
+            if cfg.anchor:
+                _, batch["anchor"], _ = chain_likelihood(learner.start, batch, cfg)
+        policy_losses = functools.partial(policy_loss, policy, cfg=cfg)
+        numbers = learner.train_pass(policy_losses, batch, orders[0])
+
+    def value_loss(part: Batch) -> Batch:
+        return {"loss": F.mse_loss(critic(part), part["return"])}
+
+    losses = [learner.train_pass(value_loss, batch, order)["loss"] for order in orders]
+    numbers["value_loss"] = float(np.mean(losses))
+    error = batch["return"] - batch["value"]  # (n,)
+    unexplained = error.var() / batch["return"].var().clamp(min=1e-8)
+    return numbers | {"explained": 1 - unexplained.item()}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+@torch.no_grad()
+def look(learner: Learner, obs: dict) -> Batch:
+    """What the frozen VLM and the value model make of n observations, as run_episodes() has them.
+
+    -> query_states (n, Q, D), state (n, S) normalised, value (n,), and views (n, V, E) for the retrieval.
+    """
+    policy = learner.policy
+    cameras = camera_indices(policy, learner.cfg.env)
+    images, state = policy.check_inputs(obs["images"][:, cameras], obs["state"], obs["task"])
+    visual = policy.vlm.encode_images(images)  # (n, V, tokens, D)
+    prompts = [policy.tokenizer.prompt(task, policy.cfg.reasoning) for task in obs["task"]]
+    limit = policy.cfg.max_reasoning_tokens if policy.cfg.reasoning else 0
+    _, query_states = policy.vlm.generate(visual, prompts, policy.tokenizer.end_reasoning, limit, True)
+    seen = {"query_states": query_states, "state": policy.normalise(state, "state")}
+    seen["value"] = learner.net.critic(seen)
+    if learner.cfg.experts != "none":
+        seen["views"] = visual.flatten(2)  # (n, V, E)
+    mark("VLM")
+    return seen
+
+
+def explore(learner: Learner, obs: dict) -> tuple[np.ndarray, list[Batch]]:
+    """Noisy decisions for n arms, as run_episodes() takes them -> actions (n, h, A), n extras.
+
+    The noise depends on the episode's seed and the decision's number, not on which arms move together.
+    """
+    mark("simulation")
+    policy = learner.policy
+    c = policy.cfg
+    draws = []
+    for episode in obs["episode"]:
+        rng = np.random.default_rng([learner.cfg.seed, episode.seed, len(episode.extras)])
+        shape = (c.denoise_steps + 1, c.chunk_size, c.action_dim)
+        draws.append(rng.standard_normal(shape, np.float32))  # the first starts the chain, the last moves it
+    noise = torch.from_numpy(np.stack(draws)).to(learner.device)  # (n, K+1, H, A)
+    seen = look(learner, obs)
+    step = noisy_last_step(policy, noise[:, -1, 0], learner.cfg)
+    start = c.temperature * noise[:, 0]  # (n, H, A)
+    chain = policy.denoise(seen["query_states"], seen["state"], start, step)  # (n, K+1, H, A)
+    actions = policy.denormalise(chain[:, -1].clamp(-1.5, 1.5))  # (n, H, A)
+    seen["chain"] = chain
+    extras = []
+    for row in range(len(chain)):
+        extras.append({name: tensor[row].to("cpu", copy=True) for name, tensor in seen.items()})
+    mark("expert")
+    return actions[:, : c.n_action_steps].cpu().numpy(), extras
+
+
+def play(learner: Learner, vec: VecEnv, jobs: list[Episode]) -> list[Episode]:
+    """Play episodes with noise. Episode.final is the value of an observation cut off by the time limit."""
+
+    def final_values(obs: dict) -> list[float]:
+        return look(learner, obs)["value"].tolist()
+
+    decide = functools.partial(explore, learner)
+    if learner.cfg.env != "real":
+        return run_episodes(vec, jobs, decide, "rollouts", final_values)
+
+    # Every episode is on disk as soon as it ends: a person's time is not lost when the program dies.
+    from extras.real_env import ArmError
+
+    folder = Path(learner.cfg.out, "episodes")
+    paths = {job.seed: folder / f"{job.seed}.pt" for job in jobs}
+
+    def save(episode: Episode) -> None:
+        with atomic_path(paths[episode.seed]) as path:
+            torch.save(vars(episode), path)
+
+    # What an interrupted run has played is not played again.
+    kept = [torch.load(path, weights_only=True) for path in paths.values() if path.is_file()]
+    left = [job for job in jobs if not paths[job.seed].is_file()]
+    try:
+        played = run_episodes(vec, left, decide, "episodes", final_values, save)
+        vec.env.rest()
+    except ArmError as error:
+        raise ArmError(f"{error}; the episodes so far are kept: go on with --resume") from None
+    return [Episode(**values) for values in kept] + played
+
+
+def gather(episodes: list[Episode]) -> list[Episode]:
+    """The episodes of all processes, by seed."""
+    world = rank_and_world()[1]
+    parts = [episodes] * world
+    if world > 1:
+        dist.all_gather_object(parts, episodes)
+    return sorted(itertools.chain(*parts), key=lambda episode: episode.seed)
+
+
+def success_rates(name: str, episodes: list[Episode]) -> dict[str, float]:
+    """{"name family": share of successful episodes}."""
+    won = defaultdict(list)
+    for episode in episodes:
+        won[f"{name} {episode.options['family']}"].append(episode.success)
+    return {key: float(np.mean(values)) for key, values in won.items()}
+
+
+# -----------------------------------------------------------------------------------------------------------
 # The run
 
 
-def twin(cfg):
-    """The environment whose cameras and motors are those of --env: the real arm has the simulated one's."""
-    return "sim" if cfg.env == "real" else cfg.env
+def practise(learner: Learner, experts: ExpertSamples | None, vec: VecEnv, iteration: int) -> dict[str, Any]:
+    """One iteration: rollouts, retrieval, update -> a line of log.jsonl."""
+    cfg = learner.cfg
+    rank, world = rank_and_world()
+    jobs = []
+    for i in range(rank, cfg.episodes, world):
+        options = {"family": cfg.family_names[i % len(cfg.family_names)], "split": "id"}
+        if cfg.env == "real":
+            options = {"family": "real", "task": cfg.task}
+        jobs.append(Episode(cfg.first_seed(iteration) + i, options))
+    line = {"iteration": iteration + 1}
+    learner.set_learning_rates(iteration)
+    with Stopwatch(learner.device) as watch:
+        episodes = play(learner, vec, jobs)
+        mark("simulation")
+        if experts:
+            experts.look_up(episodes)
+        episodes = gather(episodes)
+        batch = to_batch(episodes, cfg)
+        if experts:
+            batch |= experts.samples(batch["expert"], iteration)
+            line["similarity"] = batch["similarity"].mean().item()
+            line["expert_frames"] = len(batch["expert"].unique())
+        batch = {name: tensor.to(learner.device) for name, tensor in batch.items()}
+        mark("retrieval")
+        line |= update(learner, batch, iteration)
+        for name, average in learner.ema.items():
+            weight = learner.policy.get_parameter(name).detach()
+            average.lerp_(weight, 1 - EMA)
+        mark("update")
+    line |= success_rates("success", episodes)
+    line["return"] = batch["return"].mean().item()
+    line["seconds"] = sum(watch.seconds.values())
+    line["time"] = dict(watch.seconds)
+    return line
 
 
-def connect(policy, cfg):
-    """The real arm in VecEnv's place; a ValueError of one line where it does not answer."""
-    try:
-        arm = real_env.by_flags(
-            real_env.PracticeEnv,
-            cfg,
-            policy.cfg.cameras.split(","),
-            instruction=cfg.task,
-            px=policy.cfg.image_size,
-        )
-    except RuntimeError as e:
-        raise ValueError(str(e)) from None
-    return sim_env.Alone(arm, policy.cfg.image_size)
+def keep_best(learner: Learner, vec: VecEnv) -> dict[str, float]:
+    """Validate the averaged policy, without noise, and write it to --out if none before was better.
 
-
-def play_real(policy, jobs, vec, cfg, clock):
-    """play() on the real arm. Every episode is on disk as soon as it ends, so that a person's time is not lost when the program dies."""
-    folder = Path(cfg.out, "episodes")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = lambda seed: folder / f"{seed}.pt"
-    keep = lambda episode: write_atomically(path(episode["seed"]), lambda file: torch.save(episode, file))
-    done = [torch.load(path(seed), weights_only=True) for seed, _ in jobs if path(seed).is_file()]
-    try:
-        episodes = play(policy, [job for job in jobs if not path(job[0]).is_file()], vec, cfg, clock, keep)
-        vec.env.rest()
-    except real_env.ArmError as e:
-        raise ValueError(f"{e}; the episodes so far are kept: go on with --resume") from None
-    return sorted(done + episodes, key=lambda e: e["seed"])
-
-
-def jobs_of(cfg, families, iteration):
-    """Scenes of one iteration [(seed, family), ...], none practised twice, the longest episodes first so that no arm waits for them."""
-    first = FIRST_SEED + (cfg.seed * cfg.iterations + iteration) * cfg.episodes
-    jobs = [(first + i, families[i % len(families)]) for i in range(cfg.episodes)]
-    limit = sim_env.environment(twin(cfg)).families
-    return sorted(jobs, key=lambda job: -limit.get(job[1], 0))
-
-
-def validate(policy, ema, families, cfg, rank=0, world=1):
-    """Success without noise on validation seeds, shared among the processes -> {family: rate}, empty if there are to be none."""
-    if not cfg.eval_episodes:
-        return {}
-    seeds, workers = sim_env.SEEDS["val"][50_000 : 50_000 + cfg.eval_episodes], os.cpu_count() // world or 1
-    with averaged_weights(policy, ema):
-        runs = [
-            sim_env.rollout(
-                sim_env.driver(policy, cfg.env),
-                seeds[rank::world],
-                f,
-                "id",
-                cfg.arms,
-                policy.cfg.image_size,
-                workers,
-                f"validation, {f}",
-                cfg.env,
-            )
-            for f in families
-        ]
-    wins = torch.tensor(
-        [sum(e["success"] for e in episodes) for episodes in runs],
-        dtype=torch.float32,
-        device=policy.vlm.queries.device,
-    )
-    if world > 1:
-        dist.all_reduce(wins)
-    return {family: n / len(seeds) for family, n in zip(families, wins.tolist())}
-
-
-def main(argv=None):
-    explain_errors(practise, parse_config(RLConfig, PRESETS, sys.argv[1:] if argv is None else argv))
-
-
-def practise(cfg):
-    """The whole run."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    say = print if rank == 0 else lambda *a, **k: None
-    fast_cpu(cfg.threads)
-    device, *_ = choose_device(cfg.device)
-    out = Path(cfg.out)
-    if (out / "train_state.pt").is_file() != cfg.resume:
-        raise ValueError(
-            f"nothing to resume in {out}; leave --resume out"
-            if cfg.resume
-            else f"{out} already holds a run; add --resume to go on with it, or choose another --out"
-        )
-    began_with = read_checkpoint_config(cfg.init_from)
-    cfg.data, cfg.families = (
-        cfg.data or began_with.get("data", ""),
-        cfg.families or began_with.get("families", "place"),
-    )
-    cfg.env, families = cfg.env or began_with.get("env", "sim"), cfg.families.split(",")
-    if cfg.env != "real":
-        sim_env.check_families(families, cfg.env)
-    if cfg.resume:
-        check_resume(cfg, read_checkpoint_config(out).get("rl", {}), HARMLESS, (), say)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    policy = SyVLA.load(cfg.init_from, Tokenizer.load(cfg.init_from), device)
-    if not torch.isfinite(policy.state_low).all():
-        raise ValueError(
-            f"{cfg.init_from} has no normalisation statistics; choose a checkpoint that train.py wrote"
-        )
-    policy.cfg.decouple = cfg.decouple
-    policy.requires_grad_(False)
-    start = copy.deepcopy(policy) if cfg.anchor else None
-    torch.manual_seed(cfg.seed)
-    learner = nn.ModuleDict(
-        {"adapter": policy.adapter, "expert": policy.expert, "critic": Critic(policy.cfg).to(device)}
-    ).requires_grad_(True)
-    moving = [p for name, p in learner.named_parameters() if not name.startswith("critic")]
-    optimizer = torch.optim.AdamW(
-        [{"params": moving}, {"params": learner["critic"].parameters(), "weight_decay": 0.1}],
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-    )
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    ema = {name: p.detach().clone() for name, p in trained.items()}
-    first, best = 0, -1.0
-    if cfg.resume:
-        saved = torch.load(out / "train_state.pt", map_location=device, weights_only=True)
-        learner.load_state_dict(saved["learner"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, best, ema = saved["iteration"], saved["best"], saved["ema"]
-    experts = Experts(policy, cfg, families, device) if cfg.experts != "none" else None
-    say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
-    say(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es); {sum(p.numel() for p in moving):,} parameters learn, {sum(p.numel() for p in learner['critic'].parameters()):,} judge"
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    settings = asdict(policy.cfg) | {
-        "data": cfg.data,
-        "env": twin(cfg),
-        "families": cfg.families,
-        "rl": asdict(cfg),
-    }
-
-    def keep(iteration):
-        state = {
-            "iteration": iteration,
-            "best": best,
-            "learner": learner.state_dict(),
-            "ema": ema,
-            "optimizer": optimizer.state_dict(),
-        }
-        write_atomically(out / "train_state.pt", lambda path: torch.save(state, path))
-
-    if rank == 0 and cfg.resume:
-        trim_log(out / "log.jsonl", "iteration", first)
-    elif rank == 0:
-        if cfg.eval:
-            say("before:")
-            report(policy, families, cfg, out / "eval_before.json", say)
-        save_policy(out, policy, settings)
-    if not cfg.resume:
-        if before := validate(policy, ema, families, cfg, rank, world):
-            best = float(np.mean(list(before.values())))
-            say("validation before: " + " ".join(f"{family} {rate:.2f}" for family, rate in before.items()))
+    -> {"validation family": success}. Without validation episodes every policy is written.
+    """
+    cfg = learner.cfg
+    policy = learner.policy
+    rank, world = rank_and_world()
+    jobs = []
+    for family in cfg.family_names:
+        for seed in VALIDATION_SEEDS[: cfg.eval_episodes]:
+            jobs.append(Episode(seed, {"family": family, "split": "id"}))
+    with averaged_weights(policy, learner.ema):
+        episodes = run_episodes(vec, jobs[rank::world], policy_fn(policy, cfg.env), "validation")
+    policy.eval()  # averaged_weights() leaves the policy in training mode
+    rates = success_rates("validation", gather(episodes))
+    score = sum(rates.values())  # every family counts the same
+    if score > learner.best or not rates:
+        learner.best = score
+        settings = asdict(policy.cfg) | {"data": cfg.data, "families": cfg.families, "env": cfg.env}
+        if cfg.env == "real":
+            settings["env"] = "sim"  # which has the real arm's cameras and motors
+        settings["rl"] = asdict(cfg)
         if rank == 0:
-            keep(0)
+            save_policy(cfg.out, policy, settings, policy.state_dict() | learner.ema)
+    return rates
+
+
+def settle(cfg: RLConfig) -> RLConfig:
+    """Complete a config from the run to resume, or from the starting policy."""
+    begun = Path(cfg.out, "train_state.pt").is_file()
+    if cfg.resume and not begun:
+        raise UserError(f"nothing to resume in {cfg.out}; leave --resume out")
+    if begun and not cfg.resume:
+        raise UserError(f"{cfg.out} already holds a run; add --resume to go on, or choose another --out")
+    if cfg.resume:
+        saved = read_checkpoint_config(cfg.out)
+        settings = saved.get("rl", {}) | {"format": saved.get("format")}
+        cfg = resumed_config(cfg, settings, MAY_CHANGE)
+    trained = read_checkpoint_config(cfg.init_from)
+    for name in ("data", "families", "env"):
+        setattr(cfg, name, getattr(cfg, name) or trained[name])
+    if cfg.env != "real":
+        check_families(cfg.family_names, cfg.env)
+    return cfg
+
+
+def connect(policy: SyVLA, cfg: RLConfig) -> VecEnv:
+    """The simulated arms of this process, or the real one with a person who judges."""
+    if cfg.env == "real":
+        from extras.real_env import connect
+
+        return connect(cfg, policy, judged=True)
+    world = rank_and_world()[1]
     arms = min(cfg.arms, math.ceil(cfg.episodes / world))
-    bar = tqdm(
-        range(first, cfg.iterations),
-        initial=first,
-        total=cfg.iterations,
-        unit="iteration",
-        disable=rank > 0 or not sys.stderr.isatty(),
-    )
-    with (
-        connect(policy, cfg)
-        if cfg.env == "real"
-        else sim_env.VecEnv(arms, os.cpu_count() // world or 1, cfg.env, policy.cfg.image_size) as vec
-    ):
-        for iteration in bar:
-            factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * iteration / cfg.iterations))
-            rise = min(
-                1, (iteration + 1 - cfg.critic_warmup) / 5
-            )  # AdamW's first steps are of full size however small the gradient
-            for group, lr in zip(optimizer.param_groups, (cfg.lr * max(0, rise), cfg.critic_lr)):
-                group["lr"] = lr * factor
-            spent, clock, began = vec.spent(), Stopwatch(device), time.time()
-            jobs = jobs_of(cfg, families, iteration)[rank::world]
-            episodes = (play_real if cfg.env == "real" else play)(policy, jobs, vec, cfg, clock)
-            rollout = sum(clock.seconds.values()) or math.inf  # no time: every episode was on disk already
-            for stage, seconds in vec.spent().items():
-                clock.seconds[stage] = seconds - spent[stage]
-                clock.seconds["simulation"] -= clock.seconds[
-                    stage
-                ]  # what is left: resets, pipes, waiting for the slower worker
-            if experts:
-                experts.retrieve(episodes)
-            for episode in episodes:
-                episode.pop("views", None)  # large, and no longer needed
-            if world > 1:
-                gathered = [None] * world
-                dist.all_gather_object(gathered, episodes)
-                episodes = sorted((e for part in gathered for e in part), key=lambda e: e["seed"])
-            b = to_batch(episodes, learner["critic"], cfg, device)
-            e, line = None, {"iteration": iteration + 1}
-            if experts:
-                e = experts.batch(episodes, iteration)
-                line |= {
-                    "similarity": torch.cat([e["similarity"] for e in episodes]).mean().item(),
-                    "expert_frames": len(torch.cat([e["experts"] for e in episodes]).unique()),
-                }
-            clock.mark("retrieval")
-            try:
-                line |= update(policy, start, learner, b, e, optimizer, cfg, iteration, rank, world)
-            except FloatingPointError:
-                if rank == 0:
-                    keep(iteration)
-                raise
-            clock.mark("update")
-            for name, average in ema.items():
-                average.lerp_(trained[name].detach(), 1 - cfg.ema)
-            steps, seconds = sum(e["steps"] for e in episodes), time.time() - began
-            line |= {
-                f"success {f}": float(np.mean([e["success"] for e in episodes if e["family"] == f]))
-                for f in families
-            }
-            line |= {
-                "return": b["return"].mean().item(),
-                "chunks": len(b["return"]),
-                "steps_per_s": steps / rollout,
-                "chunks_per_s": len(b["return"]) / rollout,
-                "seconds": seconds,
-                "time": dict(clock.seconds),
-            }
-            if not cfg.eval_episodes:
-                if rank == 0:
-                    save_policy(out, policy, settings, policy.state_dict() | ema)
-            elif (iteration + 1) % cfg.eval_every == 0 or iteration + 1 == cfg.iterations:
-                line["validation"] = validate(policy, ema, families, cfg, rank, world)
-                mean = float(np.mean(list(line["validation"].values())))
-                if mean > best:
-                    best = mean
-                    if rank == 0:
-                        save_policy(out, policy, settings, policy.state_dict() | ema)
+    workers = max(1, os.cpu_count() // world)
+    return VecEnv(arms, workers, cfg.env, policy.cfg.image_size)
+
+
+def train_rl(cfg: RLConfig) -> None:
+    """The whole program: a success table, practice, another table."""
+    rank, world = rank_and_world()
+    fast_cpu(cfg.threads)
+    device, _, _ = choose_device(cfg.device)
+    cfg = settle(cfg)
+    join_processes(device)
+    policy = load_policy(cfg.init_from, device)
+    policy.check_statistics()
+    fingerprint = policy.fingerprint()
+    learner = Learner(policy, cfg)
+    experts = None
+    if cfg.experts != "none":
+        experts = ExpertSamples(policy, cfg)
+    print0(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
+    print0(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es)")
+    out = Path(cfg.out)
+    with connect(policy, cfg) as vec:
+        first = 0
+        if cfg.resume:
+            first = learner.load(out / "train_state.pt")
+        else:
+            report_success(learner, "eval_before.json")
+            print0("before:", keep_best(learner, vec))
+        if rank == 0:
+            trim_log(out / "log.jsonl", "iteration", first)
+            learner.save(out / "train_state.pt", first)
+        for iteration in range(first, cfg.iterations):
+            line = practise(learner, experts, vec, iteration)
+            done = iteration + 1
+            if not cfg.eval_episodes or done % cfg.eval_every == 0 or done == cfg.iterations:
+                line |= keep_best(learner, vec)
             if rank == 0:
-                with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(line) + "\n")
-                keep(iteration + 1)
-                bar.clear()
-                say(describe(line, families, cfg), flush=True)
-    untouched = load_file(Path(cfg.init_from, "model.safetensors"))
-    assert all(
-        torch.equal(x.cpu(), untouched[f"vlm.{name}"].to(x.dtype))
-        for name, x in policy.vlm.state_dict().items()
-    )
-    say(f"practised {cfg.iterations - first} iterations; the VLM is the same bit for bit, so its answers are")
+                append_log(out / "log.jsonl", line)
+                learner.save(out / "train_state.pt", done)
+            shown = [f"{name} {line[name]:.4g}" for name in line if name != "time"]
+            print0(" | ".join(shown))
+    if policy.fingerprint() != fingerprint:
+        raise RuntimeError("the VLM should be frozen, but its weights have changed")
+    print0("the VLM is the same bit for bit, so its answers are")
+    wait_for_all()
+    policy.load_weights(out / "model.safetensors")  # the best, not the last
+    report_success(learner, "eval.json")
     if rank == 0:
-        plot(out, say)
-        if cfg.eval:
-            say("after:")
-            policy.load_weights(out / "model.safetensors")  # the best, not the last
-            report(policy, families, cfg, out / "eval.json", say)
-    if world > 1:
-        dist.barrier()  # gloo aborts one who hangs up while another is still busy
-        dist.destroy_process_group()
+        plot(out)
 
 
-def report(policy, families, cfg, path, say):
-    """Closed-loop success on held-out report seeds: a JSON file and the printed table."""
-    results = sim_env.evaluate(policy, families, cfg.eval, env=cfg.env)
-    write_atomically(path, lambda p: p.write_text(json.dumps(results, indent=1)))
-    say(sim_env.table(results))
+def report_success(learner: Learner, name: str) -> None:
+    """The success table on report seeds, printed and written to --out, unless --eval=0."""
+    cfg = learner.cfg
+    if cfg.eval and rank_and_world()[0] == 0:
+        results = evaluate(learner.policy, cfg.family_names, cfg.eval, env=cfg.env)
+        report(results, Path(cfg.out, name))
 
 
-def describe(line, families, cfg):
-    """The log line that a person reads."""
-    total = sum(line["time"].values())
-    noisy = " ".join(f"{line[f'success {f}']:.2f}" for f in families)
-    parts = [
-        f"iteration {line['iteration']}/{cfg.iterations}",
-        f"noisy success {noisy}",
-        f"return {line['return']:.3f}",
-        f"value explains {line['explained']:.2f}",
-    ]
-    if "kl" in line:
-        parts += [f"kl {line['kl']:.4f}", f"clipped {line['clipped']:.2f}", f"gnorm {line['gnorm']:.2f}"]
-    if "similarity" in line:
-        parts += [f"similarity {line['similarity']:.3f} ({line['expert_frames']} frames)"]
-    parts += [
-        f"{line['steps_per_s']:.0f} steps/s",
-        f"{line['seconds']:.1f} s: " + " ".join(f"{k} {v / total:.0%}" for k, v in line["time"].items()),
-    ]
-    if "validation" in line:
-        parts += ["validation without noise " + " ".join(f"{v:.2f}" for v in line["validation"].values())]
-    return " | ".join(parts)
-
-
-def plot(out, say):
-    """curves.png: success of rollouts and of validation, KL and gradient norm over iterations."""
+def plot(out: Path) -> None:
+    """curves.png: success with noise and on validation scenes, KL and gradient norm over iterations."""
     try:
         import matplotlib
     except ImportError:
-        say("for a picture of the curves: pip install matplotlib, then run the same command with --resume")
+        print("for a picture of the curves: pip install matplotlib, then run the same with --resume")
         return
     matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
-    at = [line["iteration"] for line in lines]
-    for name in [k for k in lines[0] if k.startswith("success ")]:
-        (drawn,) = axes[0].plot(at, [line[name] for line in lines], alpha=0.4)
-        checked = [line for line in lines if "validation" in line]
-        axes[0].plot(
-            [line["iteration"] for line in checked],
-            [line["validation"][name.removeprefix("success ")] for line in checked],
-            color=drawn.get_color(),
-            label=name.removeprefix("success "),
-        )
-    for axis, name in ((axes[1], "kl"), (axes[2], "gnorm")):
-        axis.plot(at, [line.get(name, math.nan) for line in lines])
-        axis.set_title(name)
-    axes[0].set_title("success: noisy rollouts (pale), validation without noise")
-    axes[0].legend()
-    for axis in axes:
+    lines = read_log(out / "log.jsonl")
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2))
+    for axis, shown in zip(axes, ("success validation", "kl", "gnorm")):
+        for key in lines[-1]:
+            if key.split()[0] in shown:  # "success place" is that of a family
+                there = [line for line in lines if key in line]
+                axis.plot([line["iteration"] for line in there], [line[key] for line in there], label=key)
         axis.set_xlabel("iteration")
+        axis.legend()
     figure.tight_layout()
-    write_atomically(out / "curves.png", lambda path: figure.savefig(path, format="png"))
-    say(f"wrote {out / 'curves.png'}")
+    with atomic_path(out / "curves.png") as path:
+        figure.savefig(path, format="png")
+    print(f"wrote {out / 'curves.png'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the command line."""
+    words = sys.argv[1:] if argv is None else argv
+    run_program(train_rl, parse_config(RLConfig, all_presets(), words))
 
 
 if __name__ == "__main__":

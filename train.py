@@ -592,6 +592,7 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the policy carries its averaged weights and is in evaluation mode."""
     raw = {name: tensor.clone() for name, tensor in policy.state_dict().items() if name in ema}
     policy.load_state_dict(ema, strict=False)
+    training = policy.training
     policy.eval()  # transformers refuses to cache in training mode with checkpointing
     rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
     device_type = policy.vlm.queries.device.type
@@ -600,7 +601,7 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
         with autocast:
             yield
     finally:
-        policy.train()
+        policy.train(training)
         policy.load_state_dict(raw, strict=False)
 
 

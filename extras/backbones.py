@@ -405,7 +405,13 @@ class WrappedLanguageModel:
     def __call__(self, x: Tensor, positions: Tensor, mask: Tensor, caches: Any = None) -> Tensor:
         """x (B, n, D), positions (B, n) or (3, B, n), mask (B, n, past + n) bool -> hidden states (B, n, D)."""
         mask = mask[:, None]  # (B, 1, n, past + n)
-        out = self.text(inputs_embeds=x, position_ids=positions, attention_mask=mask, past_key_values=caches)
+        out = self.text(
+            inputs_embeds=x,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=caches,
+            use_cache=caches is not None,
+        )
         return out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ FINETUNE = dict(
     save_every=1000,
 )
 PRESETS = {
+    # SmolVLM2-256M and an expert of 54 M
     "base256": dict(
         FINETUNE,
         backbone="HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
@@ -65,6 +66,7 @@ PRESETS = {
         expert_heads=8,
         accumulate=4,
     ),
+    # SmolVLM2-500M and an expert of 106 M
     "base": dict(
         FINETUNE,
         backbone="HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
@@ -83,7 +85,7 @@ PRESETS = {
         expert_width=1280,
         expert_depth=17,
         expert_heads=20,
-        accumulate=16,
+        accumulate=16,  # micro-batches of 4 samples
     ),
 }
 
@@ -116,9 +118,9 @@ CHAT_FORMATS = {
 class ChatTokenizer:
     """A pretrained model's tokenizer and chat format, with the methods of data.Tokenizer.
 
-    The conversation is written as the model learnt it: START (OPEN picture CLOSE)* instruction TURN answer END.
-    Reasoning is an answer that begins with the words <reason>. END stands for </reason>: one token that every
-    chat model knows.
+    The conversation is written as the model learnt it: START (OPEN picture CLOSE)* instruction TURN answer
+    END. Reasoning is an answer that begins with the words <reason>. END stands for </reason>: one token that
+    every chat model knows.
     """
 
     LONGEST = 512  # tokens of an instruction or question
@@ -127,17 +129,18 @@ class ChatTokenizer:
         """text: the content of a tokenizer.json."""
         self.text = text
         self.pretrained = require("tokenizers").Tokenizer.from_str(text)
+        # the formats are encoded with their special tokens
         known = [mark for mark in CHAT_FORMATS if self.pretrained.token_to_id(mark) is not None]
         if not known:
             raise UserError(
                 "this tokenizer's chat format is unknown: add it to CHAT_FORMATS in extras/backbones.py"
             )
         *pieces, self.space = CHAT_FORMATS[known[0]]
+        # END is a single token
         self.start, self.image_open, self.image_close, self.turn, end = map(self.encode, pieces)
         self.end_reasoning = self.end_answer = end[0]
-        self.pretrained.encode_special_tokens = (
-            True  # from here on "<image>" in a text is ordinary characters
-        )
+        # from here on nobody types control tokens: "<image>" in a text is seven characters
+        self.pretrained.encode_special_tokens = True
 
     def __len__(self) -> int:
         return self.pretrained.get_vocab_size()
@@ -158,7 +161,7 @@ class ChatTokenizer:
         return ids
 
     def prompt(self, task: str, reasoning: bool = True) -> list[int]:
-        """Instruction -> the ids that the chain of thought, or without reasoning the feature queries, follow."""
+        """Instruction -> the ids that the chain of thought follows, or without it the feature queries."""
         ids = self.encode_user_text(task, "instruction") + self.turn
         if reasoning:
             ids += self.encode(self.space + "<reason>")
@@ -205,13 +208,14 @@ def fetch_backbone(name: str, weights: bool) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # no network, a wrong name, a full disk: the client has a dozen types for it
         raise UserError(
-            f"cannot download {name} ({type(error).__name__}); check its name, network and disk, or give a folder: "
-            "--backbone=FOLDER; if it asks for a licence to be accepted, do so on the hub and type: hf auth login"
+            f"cannot download {name} ({type(error).__name__}); check its name, network and disk, or give a "
+            "folder: --backbone=FOLDER. If the model's page asks for a licence to be accepted, accept it and "
+            "type: hf auth login"
         ) from None
 
 
 TEXT_FIELDS = {  # field of Config -> of a config.json's "text_config"
-    "width": "hidden_size",
+    "width": "hidden_size",  # D
     "depth": "num_hidden_layers",
     "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads",
@@ -222,20 +226,23 @@ TEXT_FIELDS = {  # field of Config -> of a config.json's "text_config"
 
 
 def apply_backbone_config(cfg: Config) -> None:
-    """Fill in a TrainConfig what its backbone fixes, and the pixels of the data set's cameras."""
+    """Fill in a TrainConfig what its backbone fixes, and the pixels of the data set's cameras.
+
+    What is about vision alone stays in the backbone's config.json.
+    """
     if cfg.init_from:  # that checkpoint's fields have been taken already
         return
     folder = fetch_backbone(cfg.backbone, weights=False)
     config = read_json(folder / "config.json")
     if "vision_config" not in config:
         raise UserError(f"{folder} is no vision-language model: its config.json has no vision_config")
-    text = config.get("text_config", config)
+    text = config.get("text_config", config)  # older files hold the text's fields at the top
     for ours, theirs in TEXT_FIELDS.items():
         setattr(cfg, ours, text[theirs])
-    rope = text.get("rope_parameters", text)  # transformers 5 moved rope_theta there
+    rope = text.get("rope_parameters", text)  # where transformers 5 writes it
     cfg.rope_theta = float(rope["rope_theta"])
     cfg.tied = config.get("tie_word_embeddings", False)
-    cfg.qk_norm = False
+    cfg.qk_norm = False  # Qwen2.5 and SmolLM2 have none
     camera = Path(cfg.data, f"{cfg.camera_names[0]}.npy")
     if camera.is_file():
         cfg.image_size = np.load(camera, mmap_mode="r").shape[1]
@@ -264,30 +271,34 @@ class PretrainedVLM(VLM):
 
 @lru_cache(maxsize=32)
 def lanczos(side: int, longest: int, size: int) -> Tensor:
-    """SmolVLM's resizing of one side of a picture, whose longest side is `longest`, as a matrix (size, side).
+    """How SmolVLM's processor resizes one side of a picture, as a matrix (size, side).
 
-    Its processor makes the longest side 4 * size pixels long, and the picture square after that.
+    It makes the longest side of the picture, which has `longest` pixels, 4 * size pixels long, and after that
+    the picture square. Pillow's filter is linear: the unit pictures show all of it.
     """
     enlarged = 4 * size * side // longest
-    enlarged += enlarged % 2  # as the processor does
-    picture = Image.fromarray(np.eye(side, dtype=np.float32))
+    enlarged += enlarged % 2  # the processor makes it even
+    picture = Image.fromarray(np.eye(side, dtype=np.float32))  # column i: a picture of pixel i alone
     for pixels in (enlarged, size):
         picture = picture.resize((side, pixels), Image.Resampling.LANCZOS)
-    return torch.tensor(np.asarray(picture))
+    return torch.tensor(np.asarray(picture))  # (size, side)
 
 
 class SigLIP(nn.Module):
-    """SmolVLM's vision tower: patches, pre-norm Transformer blocks, pixel shuffle, a projection to width D."""
+    """SmolVLM's vision tower: patches, pre-norm Transformer blocks, pixel shuffle, a projection to width D.
+
+    config: the backbone's config.json. width: D.
+    """
 
     def __init__(self, config: dict[str, Any], width: int):
         super().__init__()
-        # published files leave out what equals these
+        # published files may leave out what equals these
         defaults = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6)
         vision = defaults | config["vision_config"]
         W = vision["hidden_size"]
         self.size = vision["image_size"]
         self.shuffle = config["scale_factor"]
-        self.checkpointing = False
+        self.checkpointing = False  # see enable_checkpointing() of SmolVLM
         self.patch = nn.Conv2d(3, W, vision["patch_size"], stride=vision["patch_size"])
         self.position = nn.Parameter(torch.zeros((self.size // vision["patch_size"]) ** 2, W))
         self.blocks = nn.ModuleList()
@@ -309,19 +320,21 @@ class SigLIP(nn.Module):
     def resize(self, images: Tensor) -> Tensor:
         """Images (n, 3, h, w) in [-1, 1] -> (n, 3, size, size) as SmolVLM's processor prepares a picture.
 
-        Both of its steps are linear, so one small matrix a side does them on any device. Pillow rounds and clips
-        in between: on our camera images 0.3 grey levels on average, more at sharp edges of black and white.
+        Both of its steps are linear, so one small matrix a side does them on any device. Pillow also rounds
+        and clips in between. On our camera images that makes 0.05 grey levels on average; 0.1 to 0.4 % of the
+        pixels, at sharp edges, differ by more than 1.5.
         """
         h, w = images.shape[2:]
         rows = lanczos(h, max(h, w), self.size).to(images)  # (size, h)
         columns = lanczos(w, max(h, w), self.size).to(images)  # (size, w)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):  # bf16 has no room for 256 grey levels
             x = rows @ images @ columns.T  # (n, 3, size, size)
         return x.clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (n, 3, h, w) in [-1, 1] -> visual tokens (n, tokens, D)."""
-        x = self.patch(self.resize(images))  # (n, W, side, side)
+        x = self.resize(images)  # (n, 3, size, size)
+        x = self.patch(x)  # (n, W, side, side)
         x = x.flatten(2).transpose(1, 2)  # (n, side*side, W)
         x = x + self.position
         for block in self.blocks:
@@ -330,7 +343,7 @@ class SigLIP(nn.Module):
             else:
                 x = block(x)
         x = pixel_shuffle(self.norm(x), self.shuffle)  # (n, side*side / shuffle^2, shuffle^2 * W)
-        return self.connector(x)
+        return self.connector(x)  # (n, tokens, D)
 
 
 # Published names -> ours, as regular expressions. Tensors that get the same name are stacked.
@@ -362,7 +375,8 @@ def read_smolvlm(folder: Path) -> dict[str, Tensor]:
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
     stacks = defaultdict(list)
-    for theirs in sorted(tensors, key=lambda name: name.replace("q_proj", "a_proj")):  # q, k, v; gate, up
+    # in the order in which they are stacked: q, k, v and gate, up
+    for theirs in sorted(tensors, key=lambda name: name.replace("q_proj", "a_proj")):
         ours = theirs
         for pattern, replacement in SMOLVLM_NAMES.items():
             ours = re.sub(pattern, replacement, ours)
@@ -393,7 +407,10 @@ class SmolVLM(PretrainedVLM):
 
 
 class WrappedLanguageModel:
-    """The language model of a `transformers` VLM with LanguageModel's interface; WrappedVLM holds its weights."""
+    """The language model of a `transformers` VLM with LanguageModel's interface.
+
+    It is no module: WrappedVLM holds the weights.
+    """
 
     def __init__(self, text: nn.Module, head: nn.Module | None, new_caches: Callable):
         """head: the output layer, None where it is the token embedding."""
@@ -403,16 +420,16 @@ class WrappedLanguageModel:
         self.new_caches = new_caches
 
     def __call__(self, x: Tensor, positions: Tensor, mask: Tensor, caches: Any = None) -> Tensor:
-        """x (B, n, D), positions (B, n) or (3, B, n), mask (B, n, past + n) bool -> hidden states (B, n, D)."""
+        """x (B, n, D), positions (B, n) or (3, B, n), mask (B, n, past + n) bool -> hidden (B, n, D)."""
         mask = mask[:, None]  # (B, 1, n, past + n)
         out = self.text(
             inputs_embeds=x,
             position_ids=positions,
             attention_mask=mask,
             past_key_values=caches,
-            use_cache=caches is not None,
+            use_cache=caches is not None,  # else transformers makes one in training, too
         )
-        return out.last_hidden_state
+        return out.last_hidden_state  # (B, n, D)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> (..., vocab), at least in fp32."""
@@ -423,8 +440,8 @@ class WrappedLanguageModel:
 class WrappedVLM(PretrainedVLM):
     """Any image-text model of `transformers`: its vision tower and language model with our sequence and mask.
 
-    Packing, feature queries, generation and answers are VLM's own. The model must offer get_image_features and a
-    language model that takes inputs_embeds and a 4-D mask, and CHAT_FORMATS must have its chat format.
+    Packing, feature queries, generation and answers are VLM's own. The model must offer get_image_features
+    and a language model that takes inputs_embeds and a 4-D mask. CHAT_FORMATS must have its chat format.
     """
 
     def __init__(self, cfg: Config, tokenizer: ChatTokenizer, folder: Path, pretrained: bool):
@@ -437,7 +454,7 @@ class WrappedVLM(PretrainedVLM):
             whole = auto.from_pretrained(folder, dtype=torch.float32)
         else:
             whole = auto.from_config(transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32)
-        self.model = whole.model
+        self.model = whole.model  # vision tower and language model, without the output layer
         head = whole.get_output_embeddings()
         self.head = None if head.weight is whole.get_input_embeddings().weight else head
         text = getattr(self.model, "language_model", None) or self.model.text_model
@@ -448,8 +465,8 @@ class WrappedVLM(PretrainedVLM):
         language = list(self.lm.text.parameters())
         if self.head is not None:
             language += self.head.parameters()
-        known = {id(p) for p in language}
-        vision = [p for p in self.model.parameters() if id(p) not in known]
+        known = set(language)  # by identity
+        vision = [p for p in self.model.parameters() if p not in known]
         return {"vision": vision, "language": language}
 
     def freeze_vision(self) -> None:
@@ -464,31 +481,33 @@ class WrappedVLM(PretrainedVLM):
         self.model.train()  # from_pretrained left it in evaluation mode, in which nothing is checkpointed
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, V, h, w, 3) uint8 -> visual tokens of every view (B, V, n, D), by the model's processor."""
+        """Images (B, V, h, w, 3) uint8 -> visual tokens of every view (B, V, n, D).
+
+        The model's own processor prepares the pictures, one by one on the CPU.
+        """
         pictures = images.flatten(0, 1)[:, None]  # (B*V, 1, h, w, 3): lists of one picture
         inputs = self.processor(images=[list(p.cpu().numpy()) for p in pictures], return_tensors="pt")
         features = self.model.get_image_features(**inputs.to(self.queries.device)).pooler_output
         visual = torch.cat(list(features))  # (B*V*n, D)
-        return visual.view(*images.shape[:2], -1, self.queries.shape[-1])
+        return visual.view(*images.shape[:2], -1, self.queries.shape[-1])  # (B, V, n, D)
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
-        """As VLM.prefix(). Qwen counts positions as time, row and column, (3, P), which differ inside pictures."""
+        """As VLM.prefix(), but Qwen's positions are (3, P): time, row, column, all equal in text."""
         x, positions, first = super().prefix(visual)
         if not hasattr(self.model, "get_rope_index"):
             return x, positions, first
         V, n = visual.shape[1:3]
         side = math.isqrt(n)
-        # how far each token moves the position of the next: a picture by its side, at its last token
-        view = [1] * len(self.image_open) + [0] * (n - 1) + [side] + [1] * len(self.image_close)
-        moves = [1] * len(self.start) + V * view
-        ends = torch.tensor(moves, device=x.device).cumsum(0)  # (P,)
-        positions = (ends - ends.new_tensor(moves)).repeat(3, 1)  # (3, P)
-        index = torch.arange(n, device=x.device)
-        for i in range(V):
-            first = len(self.start) + i * len(view) + len(self.image_open)  # token of this picture
-            positions[1, first : first + n] += index // side
-            positions[2, first : first + n] += index % side
-        return x, positions, sum(moves)
+        # of every token: how far it moves the position of the next one, its row and its column in a picture
+        text = (1, 0, 0)
+        picture = [(0, i // side, i % side) for i in range(n)]
+        picture[-1] = (side, side - 1, side - 1)  # what follows stands behind the longest side
+        view = len(self.image_open) * [text] + picture + len(self.image_close) * [text]
+        tokens = len(self.start) * [text] + V * view
+        move, row, column = torch.tensor(tokens, device=x.device).T  # each (P,)
+        time = move.cumsum(0) - move  # (P,): a picture's tokens share one
+        positions = torch.stack((time, time + row, time + column))  # (3, P)
+        return x, positions, sum(moved for moved, _, _ in tokens)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -498,15 +517,19 @@ class WrappedVLM(PretrainedVLM):
 def load_backbone(
     cfg: Config, folder: Path, tokenizer_path: Path, pretrained: bool
 ) -> tuple[ChatTokenizer, PretrainedVLM]:
-    """Tokenizer and VLM of a backbone's folder. Without `pretrained` the weights are random, to be replaced."""
+    """Tokenizer and VLM of a backbone's folder.
+
+    Without `pretrained` its weights are random: a checkpoint's are to be loaded into it.
+    """
     tokenizer = ChatTokenizer(tokenizer_path.read_text(encoding="utf-8"))
     is_smolvlm = read_json(folder / "config.json")["model_type"] in ("smolvlm", "idefics3")
     kind = SmolVLM if is_smolvlm else WrappedVLM
     vlm = kind(cfg, tokenizer, folder, pretrained)
     if pretrained:  # feature queries as loud as words
+        # nn.Embedding tables of pretrained models are far from variance 1
         words = vlm.lm.embed(torch.arange(cfg.vocab_size))  # (vocab, D)
         vlm.queries.data *= words.std() / vlm.queries.std()
-    if cfg.lora:
+    if cfg.lora:  # behind the pretrained weights: it renames the matrices
         add_lora(vlm, cfg.lora)
     return tokenizer, vlm
 
@@ -518,11 +541,12 @@ def backbone_of_run(cfg: Config, start: str, weights: bool = True) -> tuple[Chat
 
 
 def add_lora(vlm: PretrainedVLM, rank: int) -> None:
-    """Low-rank adapters (Hu et al. 2021) beside the matrices of the language model's blocks, which is frozen."""
+    """Freeze the language model; put low-rank adapters (Hu et al. 2021) beside the matrices of its blocks."""
     peft = require("peft")
     for parameter in vlm.parts()["language"]:
         parameter.requires_grad_(False)
-    targets = r".*(proj|qkv|gate_up|down)"  # theirs end in proj, ours have four names
+    # theirs are called q_proj, up_proj and the like, ours by four names
+    targets = r".*(proj|qkv|gate_up|down)"
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     peft.inject_adapter_in_model(config, getattr(vlm.lm, "text", vlm.lm))
 
@@ -547,16 +571,20 @@ FLOPS = flop_registry | {  # operation -> formula; torch's table lacks attention
 
 
 class Meter(TorchDispatchMode):
-    """Counts floating point operations, and the bytes of all living tensors that operations inside have met."""
+    """Counts floating point operations and the bytes of living tensors, of all operations inside.
+
+    Views share the storage of what they show, so they cost nothing; neither does a change in place.
+    """
 
     def __init__(self):
         super().__init__()
         self.flops = 0
-        self.bytes = 0
+        self.bytes = 0  # now
         self.peak = 0  # most bytes at once
-        self.known = weakref.WeakSet()  # storages
+        self.known = weakref.WeakSet()  # storages that are counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # torch calls this in place of every operation, below autograd and autocast
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.overloadpacket in FLOPS:
@@ -581,6 +609,7 @@ class Meter(TorchDispatchMode):
 
 def longest_batch(cfg: Config, rows: int) -> dict[str, Tensor]:
     """Action samples for SyVLA.forward with as much text as can be; half of it are targets."""
+    # room for packed questions, or for an instruction with its reasoning
     half = max(cfg.question_tokens, 32 + cfg.max_reasoning_tokens) // 2
     batch = to_tensors(pack(rows * [[(half * [0], half * [0])]]))
     images = (len(cfg.camera_names), cfg.image_size, cfg.image_size, 3)
@@ -589,9 +618,9 @@ def longest_batch(cfg: Config, rows: int) -> dict[str, Tensor]:
     shapes = {
         "state": (cfg.state_dim,),
         "actions": chunk,
-        "valid": (cfg.chunk_size,),
+        "valid": (cfg.chunk_size,),  # all of them
         "eps": (cfg.noise_samples, *chunk),
-        "t": (cfg.noise_samples,),
+        "t": (cfg.noise_samples,),  # values do not matter: all are 1
         "uniform": (cfg.queries,),
     }
     for name, shape in shapes.items():
@@ -602,11 +631,14 @@ def longest_batch(cfg: Config, rows: int) -> dict[str, Tensor]:
 def predict(
     cfg: Config, rows: int, bf16: bool, freeze: Callable, make_optimizers: Callable
 ) -> tuple[SyVLA, int, Meter]:
-    """Run a step of one micro-batch without memory for weights -> policy, bytes before the micro-batch, counts.
+    """Run a step of one micro-batch with weights that have shapes but no memory.
 
-    The code that runs is the policy's own. Approximate are: the text, which is as long as it can be; which results
-    are in bf16, which autocast decides for a CPU here; attention, where a GPU may choose another kernel. Gaps
-    between tensors and the libraries' own buffers are not counted.
+    -> the policy, the bytes of weights, gradients and optimizer, the counts of all of the step.
+
+    The code that runs is the policy's own, so nothing is written down a second time. Approximate are: the
+    text, which is as long as it can be; what is computed in bf16, which autocast decides as for a CPU;
+    attention, where a GPU may choose another kernel. Not counted are gaps between tensors, the libraries' own
+    buffers, and the buffer of torchrun's all-reduce.
     """
     with torch.device("meta"):
         if cfg.backbone:
@@ -618,8 +650,9 @@ def predict(
     if bf16:
         cast_frozen_to_bf16(policy)
     batch = longest_batch(cfg, rows)
-    # Fake tensors have no memory, and neither have the results of operations on them. The batch is real, so
-    # that code which looks at values works: at labels, at a picture processor's sizes.
+    # Fake tensors have no memory, and neither have the results of operations on them. The batch is real and
+    # small, so that code which looks at values works: at labels, or at the sizes that a processor returns.
+    # They pretend to be on the CPU, because autocast does nothing for the device "meta".
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         policy.to_empty(device="cpu")
         trained = [p for p in policy.parameters() if p.requires_grad]
@@ -627,7 +660,7 @@ def predict(
             p.grad = torch.zeros_like(p)
     with Meter() as meter:
         meter.count([list(policy.parameters()), [p.grad for p in trained]])
-        with fake:
+        with fake:  # the optimizers' states become fake, too
             for optimizer in make_optimizers(policy, cfg):
                 optimizer.step()
         held = meter.bytes
@@ -640,25 +673,26 @@ def predict(
 def available_memory(device: torch.device) -> float:
     """Bytes of memory that a device has for this process."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0]  # free now
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return math.inf
+    return math.inf  # Windows does not tell
 
 
 def plan_memory(
     cfg: Config, device: torch.device, world: int, freeze: Callable, make_optimizers: Callable
 ) -> None:
-    """Print parameters, predicted peak memory of one of `world` processes, and work of a sample (a TrainConfig).
+    """Print parameters, predicted peak memory of one of `world` processes, and work of a sample.
 
-    UserError names the flags that would make it fit where the device has less. freeze, make_optimizers:
-    train.py's.
+    UserError names the flags that would make it fit where the device has less. cfg: a TrainConfig. freeze,
+    make_optimizers: train.py's functions of these names.
     """
     bf16 = cfg.plan or has_bf16(device)  # a plan is made for the GPU that is yet to come
     rows = cfg.batch_size // (world * cfg.accumulate)
     policy, held, meter = predict(cfg, rows, bf16, freeze, make_optimizers)
-    parts = policy.parameter_table()
+    parts = policy.parameter_table()  # of vision, language, queries, adapter, expert
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    # GiB
     need = meter.peak / 2**30
     free = available_memory(device) / 2**30
     print0(f"{sum(parts.values()):,} parameters, {trained:,} of them trained: {parts}")
@@ -668,9 +702,10 @@ def plan_memory(
     )
     if cfg.plan or need <= free:
         return
-    # as many micro-batches as divide both kinds of samples
-    most = math.gcd(round(cfg.batch_size * cfg.mix), cfg.batch_size) // world
-    flags = {}
+    # the most micro-batches that both questions and actions divide by
+    most = math.gcd(round(cfg.batch_size * cfg.mix), cfg.batch_size)
+    most = max(1, most // world)
+    flags = {}  # first what costs no quality, last what does
     for more in ({"accumulate": most}, {"checkpointing": True}, {"lora": 16, "freeze_vision": True}):
         flags |= more
         smaller = dataclasses.replace(cfg, **flags)

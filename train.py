@@ -41,6 +41,7 @@ from common import (
     atomic_path,
     choose_device,
     fast_cpu,
+    has_bf16,
     join_processes,
     leave_processes,
     mark,
@@ -468,25 +469,26 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     """Data, policy and optimizers of a config whose fields are settled, before the first step."""
     episodes, questions, held_out = open_data(cfg)
     start = cfg.out if cfg.resume else cfg.init_from  # a checkpoint folder, or ""
+    torch.manual_seed(cfg.seed)
+    vlm = None
     if cfg.backbone:
         from extras.backbones import backbone_of_run
 
-        tokenizer, make_vlm = backbone_of_run(cfg, start)
+        tokenizer, vlm = backbone_of_run(cfg, start)
     elif start:
-        tokenizer, make_vlm = Tokenizer.load(start), None
+        tokenizer = Tokenizer.load(start)
     else:
         texts = episodes.texts() + (questions.texts() if questions else [])
-        tokenizer, make_vlm = Tokenizer.train(texts, cfg.vocab_size), None
+        tokenizer = Tokenizer.train(texts, cfg.vocab_size)
     for asked in (questions, held_out):
         if asked:
             asked.drop_long(tokenizer)
-    torch.manual_seed(cfg.seed)
-    policy = SyVLA(cfg, tokenizer, make_vlm() if make_vlm else None)
+    policy = SyVLA(cfg, tokenizer, vlm)
     freeze(policy, cfg)
-    if cfg.backbone:
+    if cfg.backbone and has_bf16(device):
         from extras.backbones import cast_frozen_to_bf16
 
-        cast_frozen_to_bf16(policy, device)
+        cast_frozen_to_bf16(policy)
     policy.to(device)
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
@@ -655,7 +657,7 @@ def train(cfg: TrainConfig) -> None:
     if cfg.backbone or cfg.plan:
         from extras.backbones import plan_memory
 
-        plan_memory(cfg, device, world, make_optimizers)
+        plan_memory(cfg, device, world, freeze, make_optimizers)
         if cfg.plan:
             return
     if cfg.eval:  # complain of a wrong name now, not after the training

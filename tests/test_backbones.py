@@ -1,36 +1,63 @@
-"""Tests of pretrained backbones: SmolVLM against transformers, Qwen2.5-VL through the wrapper, chat tokens, pictures, training, bad checkpoints.
+"""Tests of pretrained backbones: SmolVLM against transformers, Qwen2.5-VL through the wrapper, chat tokens,
+pictures, training, predicted memory.
 
 They need the optional packages (pip install transformers tokenizers peft) and no network: every checkpoint is
 a tiny random one that the real package writes. The reference for pictures is its Pillow processor, which
 wants no torchvision.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import model as model_module
-import rl
-import sample
 import train
-from data import Tokenizer, pack
-from model import Config, SyVLA, backbone_fields, fetch_backbone, fit
+from common import UserError, read_json, read_log
+from data import pack, to_tensors
+from extras import backbones
+from extras.backbones import ChatTokenizer, SmolVLM, WrappedVLM, apply_backbone_config, load_backbone
+from model import PRESETS, SyVLA, load_policy
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
-from transformers.models.llama import modeling_llama  # noqa: E402
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # noqa: E402
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil  # noqa: E402
+llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+qwen2_5_vl = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+qwen_pictures = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+smol_pictures = pytest.importorskip("transformers.models.smolvlm.image_processing_pil_smolvlm")
+smol_prompt = pytest.importorskip("transformers.models.smolvlm.processing_smolvlm")._prompt_single_image
 
-SMOL_TEMPLATE = "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-QWEN_TEMPLATE = "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-SMOL_TOKENS = [
+CPU = torch.device("cpu")
+TASK = "put the red cube on the blue pad"
+NO_EOS = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+# The chat templates of the published models.
+SMOL_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SMOL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -39,8 +66,8 @@ SMOL_TOKENS = [
     "<global-img>",
     "<end_of_utterance>",
     "<video>",
-]
-QWEN_TOKENS = [
+)
+QWEN_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -48,7 +75,10 @@ QWEN_TOKENS = [
     "<|vision_end|>",
     "<|image_pad|>",
     "<|video_pad|>",
-]
+)
+
+
+# -- tiny random checkpoints --------------------------------------------------------------------------------
 
 
 def make_tokenizer(special, template):
@@ -56,19 +86,12 @@ def make_tokenizer(special, template):
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=400, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
-    core.train_from_iterator(
-        [
-            "put the red cube on the blue pad, then User: Assistant: <reason> where is it? What colour is pad 3?"
-        ]
-        * 4,
-        trainer,
-    )
+    text = TASK + ", then User: Assistant: <reason> where is it? What colour is pad 3?"
+    core.train_from_iterator([text] * 4, trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=special[2], pad_token=special[0], chat_template=template
     )
@@ -82,58 +105,51 @@ def live(model):
     return model
 
 
-@pytest.fixture(scope="session")
-def smol(tmp_path_factory):
-    """folder(tied) of a tiny random SmolVLM with tokenizer and processor, written by save_pretrained."""
-
-    def write(tied):
-        folder = tmp_path_factory.mktemp("smol")
-        tokenizer = make_tokenizer(SMOL_TOKENS, SMOL_TEMPLATE)
-        text = dict(
-            model_type="llama",
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            vocab_size=len(tokenizer) + 3,
-            rms_norm_eps=1e-5,
-            rope_theta=100000.0,
-            tie_word_embeddings=tied,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        vision = dict(
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            image_size=32,
-            patch_size=4,
-        )
-        config = transformers.SmolVLMConfig(
-            text_config=text,
-            vision_config=vision,
-            scale_factor=2,
-            tie_word_embeddings=tied,
-            image_token_id=SMOL_TOKENS.index("<image>"),
-            pad_token_id=0,
-        )
-        live(transformers.SmolVLMForConditionalGeneration(config)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        SmolVLMImageProcessorPil(
-            size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
-        ).save_pretrained(folder)
-        return folder
-
-    made = {}
-    return lambda tied=False: made.get(tied) or made.setdefault(tied, write(tied))
+def write_smol(folder, tied):
+    tokenizer = make_tokenizer(SMOL_TOKENS, SMOL_TEMPLATE)
+    text = dict(
+        model_type="llama",
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer) + 3,
+        rms_norm_eps=1e-5,
+        rope_theta=100000.0,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = dict(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=32,
+        patch_size=4,
+    )
+    config = transformers.SmolVLMConfig(
+        text_config=text,
+        vision_config=vision,
+        scale_factor=2,
+        tie_word_embeddings=tied,
+        image_token_id=SMOL_TOKENS.index("<image>"),
+        pad_token_id=0,
+    )
+    live(transformers.SmolVLMForConditionalGeneration(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    smol_processor(32).save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen")
+def smol_processor(size):
+    return smol_pictures.SmolVLMImageProcessorPil(
+        size={"longest_edge": 4 * size}, max_image_size={"longest_edge": size}, do_image_splitting=False
+    )
+
+
+def write_qwen(folder):
     tokenizer = make_tokenizer(QWEN_TOKENS, QWEN_TEMPLATE)
     text = dict(
         hidden_size=32,
@@ -156,676 +172,696 @@ def qwen(tmp_path_factory):
         fullatt_block_indexes=[1],
         window_size=56,
     )
-    ids = {
-        f"{name}_token_id": QWEN_TOKENS.index(token)
-        for name, token in (
-            ("image", "<|image_pad|>"),
-            ("video", "<|video_pad|>"),
-            ("vision_start", "<|vision_start|>"),
-            ("vision_end", "<|vision_end|>"),
-        )
-    }
     config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=QWEN_TOKENS.index("<|image_pad|>"),
+        video_token_id=QWEN_TOKENS.index("<|video_pad|>"),
+        vision_start_token_id=QWEN_TOKENS.index("<|vision_start|>"),
+        vision_end_token_id=QWEN_TOKENS.index("<|vision_end|>"),
     )
     live(transformers.Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil().save_pretrained(folder)
-    return folder
+    qwen_pictures.Qwen2VLImageProcessorPil().save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Folders of a tiny random SmolVLM, the same with tied embeddings, and a Qwen2.5-VL."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("smol", "tied", "qwen")}
+    write_smol(folders["smol"], tied=False)
+    write_smol(folders["tied"], tied=True)
+    write_qwen(folders["qwen"])
+    return folders
+
+
+def read_tokenizer(folder):
+    return ChatTokenizer((folder / "tokenizer.json").read_text())
+
+
+def config(folder, **changes):
+    """TrainConfig of the debug preset on a backbone, with its fields filled in."""
+    known = {field.name for field in dataclasses.fields(train.TrainConfig)}
+    preset = {name: value for name, value in PRESETS["debug"].items() if name in known}
+    own = dict(backbone=str(folder), cameras="front,wrist", ground_steps=0, backbone_lr=1e-4, adam_lr=2e-4)
+    cfg = train.TrainConfig(**preset | own | changes)
+    apply_backbone_config(cfg)
+    return cfg
 
 
 def build(folder, **changes):
-    """A policy on a pretrained backbone, small expert."""
-    fields = backbone_fields(folder)
-    small = dict(
-        image_size=48,
-        queries=3,
-        expert_width=16,
-        expert_depth=1,
-        expert_heads=2,
-        max_thought=6,
-        decouple_percentile=34.0,
-    )
+    """A policy on a pretrained backbone, with statistics."""
     torch.manual_seed(0)
-    policy = SyVLA(
-        Config(**small | fields | dict(backbone=str(folder)) | changes),
-        Tokenizer.load(folder),
-        folder,
-        pretrained=True,
-    )
+    cfg = config(folder, image_size=48, **changes)
+    policy = SyVLA(cfg, *load_backbone(cfg, folder, folder / "tokenizer.json", pretrained=True))
     low = torch.full((6,), -90.0)
     policy.set_statistics({name: {"q01": low, "q99": low + 180} for name in ("state", "action")})
     return policy.eval()
 
 
+def fp64_norm(self, x):
+    """RMSNorm without the cast to fp32."""
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
 @pytest.fixture
 def fp64_reference(monkeypatch):
-    """transformers' RMSNorms compute in fp32 whatever the model's type; here the same formula without that cast."""
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
-
-    norm = lambda self, x: (
-        self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-    )
-    for cls in (modeling_llama.LlamaRMSNorm, modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm):
-        monkeypatch.setattr(cls, "forward", norm)
+    """transformers' RMSNorms compute in fp32 whatever the model's type; here the same formula in its type."""
+    monkeypatch.setattr(llama.LlamaRMSNorm, "forward", fp64_norm)
+    monkeypatch.setattr(qwen2_5_vl.Qwen2_5_VLRMSNorm, "forward", fp64_norm)
 
 
 def real_pictures(root, px=None):
-    """Photographs of the simulation from the repository: uint8 arrays (n, h, w, 3)."""
+    """Four photographs of the simulation from the repository: uint8 arrays (h, w, 3)."""
     sheet = Image.open(root / "assets" / "tasks.png").convert("RGB")
     boxes = [(0, 0, 120, 120), (130, 40, 310, 220), (60, 90, 260, 190), (20, 10, 117, 200)]
-    return [np.asarray(sheet.crop(box).resize((px, px)) if px else sheet.crop(box)) for box in boxes]
+    pictures = [sheet.crop(box) for box in boxes]
+    if px:
+        pictures = [picture.resize((px, px)) for picture in pictures]
+    return [np.asarray(picture) for picture in pictures]
 
 
-def reference_ids(tokenizer, question, views, tokens_per_view, family):
-    """Token ids of the processor's prompt: its chat template, every picture's token repeated as its processor does."""
-    content = [{"type": "image"}] * views + [{"type": "text", "text": question}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    if family == "smol":
-        from transformers.models.smolvlm.processing_smolvlm import _prompt_single_image
-
-        text = text.replace(
-            "<image>",
-            _prompt_single_image(tokens_per_view, "<fake_token_around_image>", "<image>", "<global-img>"),
-        )
-    else:
-        text = text.replace("<|image_pad|>", "<|image_pad|>" * tokens_per_view)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def two_scenes(root, px, views=2):
+    """Images (2, views, px, px, 3) uint8."""
+    pictures = real_pictures(root, px)
+    return torch.from_numpy(np.stack([pictures[i : i + views] for i in (0, 2)]))
 
 
-# -- chat tokens and pictures ----------------------------------------------------------------------------------------
+def batch_of(rows):
+    return to_tensors(pack(rows))
+
+
+def prefix_ids(tokenizer, views, tokens_per_view, image):
+    """Token ids before the text as transformers wants them: `image` where a visual token stands."""
+    view = [*tokenizer.image_open, *tokens_per_view * [image], *tokenizer.image_close]
+    return [*tokenizer.start, *views * view]
+
+
+# -- chat tokens and pictures -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["smol", "qwen"])
 @pytest.mark.parametrize("views", [1, 2])
-def test_prompt_is_the_reference_processors_token_by_token(family, views, smol, qwen):
-    folder = smol() if family == "smol" else qwen
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
-    image = theirs.convert_tokens_to_ids("<image>" if family == "smol" else "<|image_pad|>")
+def test_prompt_is_the_reference_processors_token_by_token(family, views, checkpoints):
+    """The reference: its chat template, every picture's token repeated as its processor does."""
+    folder = checkpoints[family]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = read_tokenizer(folder)
+    word = "<image>" if family == "smol" else "<|image_pad|>"
+    repeated = 9 * word
+    if family == "smol":
+        repeated = smol_prompt(9, "<fake_token_around_image>", "<image>", "<global-img>")
     for question in ("where is the red cube?", "What colour is pad 3", "señor \U0001f916, put it there"):
+        content = [{"type": "image"}] * views + [{"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        text = theirs.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        expected = theirs(text.replace(word, repeated), add_special_tokens=False)["input_ids"]
         prompt = ours.question(question)
-        got = [*ours.start, *views * [*ours.image_open, *9 * [image], *ours.image_close], *prompt]
-        assert got == reference_ids(theirs, question, views, 9, family)
+        assert prefix_ids(ours, views, 9, theirs.convert_tokens_to_ids(word)) + prompt == expected
         assert ours.decode(prompt).startswith(question)
     assert len(ours) == len(theirs)
 
 
 @pytest.mark.parametrize("family", ["smol", "qwen"])
-def test_chat_tokenizer_round_trips(family, smol, qwen):
-    tokenizer = Tokenizer.load(smol() if family == "smol" else qwen)
+def test_chat_tokenizer_round_trips(family, checkpoints):
+    tokenizer = read_tokenizer(checkpoints[family])
     for text in ("blue is pad 2 , red cube at t5 r3", "a <image> <|im_end|> in words", "ä\n\U0001f916"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.end_thought not in tokenizer.encode(
-        "say <end_of_utterance> <|im_end|>"
-    )  # nobody types control tokens
-    thought = tokenizer.thought("red cube at t5")
-    assert (
-        thought[-1] == tokenizer.end_thought
-        and tokenizer.decode(thought) == "red cube at t5"
-        and tokenizer.thought("") == [tokenizer.end_thought]
-    )
-    assert tokenizer.question("<task> put it") == tokenizer.prompt("put it") and tokenizer.answer(
-        "<task> put it", "there"
-    ) == tokenizer.thought("there")
+    typed = tokenizer.encode("say <end_of_utterance> <|im_end|>")
+    assert tokenizer.end_reasoning not in typed  # nobody types control tokens
+    reasoning = tokenizer.reasoning_ids("red cube at t5")
+    assert reasoning[-1] == tokenizer.end_reasoning
+    assert tokenizer.decode(reasoning) == "red cube at t5"
+    assert tokenizer.reasoning_ids("") == [tokenizer.end_reasoning]
+    assert tokenizer.question("<task> put it") == tokenizer.prompt("put it")
+    assert tokenizer.answer("<task> put it", "there") == tokenizer.reasoning_ids("there")
     assert tokenizer.prompt("put it", reasoning=False) == tokenizer.question("put it")
-    assert type(tokenizer)(tokenizer.dumps()).encode("the red cube") == tokenizer.encode("the red cube")
-    for text, said in ((" ", "is empty"), ("why " * 3000, "tokens long")):
-        with pytest.raises(ValueError, match=said):
+    assert ChatTokenizer(tokenizer.dumps()).encode("the red cube") == tokenizer.encode("the red cube")
+    for text, said in ((" ", "has 0 tokens"), ("why " * 3000, "tokens; write between 1 and 512")):
+        with pytest.raises(UserError, match=said):
             tokenizer.question(text)
 
 
-@pytest.mark.parametrize("size, enlarge", [(32, 64), (512, 2048), (48, 100)])
-def test_pictures_are_prepared_like_the_reference(root, size, enlarge):
-    """Square pictures: nearly every pixel equal, the rest one grey level off (their filter rounds its weights).
+def test_an_unknown_chat_format_is_named(checkpoints):
+    text = (checkpoints["smol"] / "tokenizer.json").read_text().replace("end_of_utterance", "end_of_story")
+    with pytest.raises(UserError, match="CHAT_FORMATS"):
+        ChatTokenizer(text)
 
-    Others: Pillow 13 filters rows first where that is cheaper, older ones and we always columns, which moves
-    sharp edges a little.
+
+@pytest.mark.parametrize("size", [32, 512])
+def test_pictures_are_prepared_like_the_reference(root, checkpoints, size):
+    """Half a grey level for the rounding that we leave out, more where Pillow clips between its two steps.
+
+    Pictures of low contrast are never clipped.
     """
-    processor = SmolVLMImageProcessorPil(
-        size={"longest_edge": enlarge}, max_image_size={"longest_edge": size}, do_image_splitting=False
-    )
-    for picture in real_pictures(root)[: 1 if enlarge == 2048 else None]:
-        theirs = processor([Image.fromarray(picture)], return_tensors="pt")["pixel_values"][0, 0]
-        ours = fit(torch.tensor(picture).permute(2, 0, 1)[None], size, enlarge)[0].div(127.5).sub(1.0)
-        error = (ours - theirs).abs() * 127.5
-        assert ours.shape == theirs.shape and error.mean() < 0.5
-        assert picture.shape[0] != picture.shape[1] or (
-            error.max() < 1.01 and (error > 0.01).float().mean() < 0.01
-        )
+    tower = build(checkpoints["smol"]).vlm.vision
+    tower.size = size
+    for picture in real_pictures(root)[: 1 if size == 512 else None]:
+        for pixels, most in ((picture, 40), (picture // 2 + 64, 1.6)):
+            theirs = smol_processor(size)([Image.fromarray(pixels)], return_tensors="pt")["pixel_values"][
+                0, 0
+            ]
+            ours = tower.resize(torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1)[0]
+            error = (ours - theirs).abs() * 127.5
+            assert ours.shape == theirs.shape
+            assert error.mean() < (1 if most > 2 else 0.5)
+            assert error.max() < most
 
 
-# -- SmolVLM: parity with transformers --------------------------------------------------------------------------------
+# -- parity with transformers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["smol", "tied"])
 @pytest.mark.parametrize("views", [1, 2])
-def test_logits_and_gradients_equal_transformers_in_fp64(smol, root, fp64_reference, tied, views):
-    folder = smol(tied)
+def test_logits_and_gradients_equal_transformers_in_fp64(checkpoints, root, fp64_reference, family, views):
+    folder = checkpoints[family]
     policy = build(folder).double()
+    vlm = policy.vlm
+    assert isinstance(vlm, SmolVLM)
     theirs = transformers.SmolVLMForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="sdpa"
     )
-    tokenizer, questions = policy.tokenizer, ["where is the red cube?", "put it on pad 3, then"]
-    images = torch.from_numpy(
-        np.stack([real_pictures(root, 48)[i : i + views] for i in (0, 2)])
-    )  # (2, views, 48, 48, 3)
-    rows = [
-        [(tokenizer.question(q), tokenizer.answer(q, a))]
-        for q, a in zip(questions, ("on the blue pad", "no"))
-    ]
-    batch = {
-        k: torch.from_numpy(v) for k, v in pack(rows).items()
-    }  # rows of different length: the second is padded
-    text, _ = policy.vlm(
-        policy.vlm.see(images), batch["tokens"], batch["segments"], batch["positions"], False
-    )
-    ours = policy.vlm.lm.logits(text)  # (2, T, vocab)
+    images = two_scenes(root, 48, views)  # (2, views, 48, 48, 3)
+    rows = []  # of different length: the second is padded
+    for question, answer in (("where is the red cube?", "on the blue pad"), ("put it on pad 3, then", "no")):
+        rows.append([(policy.tokenizer.question(question), policy.tokenizer.answer(question, answer))])
+    batch = batch_of(rows)
+    visual = vlm.encode_images(images)
+    text, _ = vlm(visual, batch["tokens"], batch["segments"], batch["positions"], False)
+    ours = vlm.lm.logits(text)  # (2, T, vocab)
     assert ours.dtype == torch.float64
 
-    image = SMOL_TOKENS.index("<image>")
-    head = [
-        *tokenizer.start,
-        *views * [*tokenizer.image_open, *policy.cfg.tokens_per_view * [image], *tokenizer.image_close],
-    ]
+    head = prefix_ids(policy.tokenizer, views, visual.shape[2], SMOL_TOKENS.index("<image>"))
     ids = torch.cat((torch.tensor([head, head]), batch["tokens"]), dim=1)
-    mask = torch.cat((torch.ones(2, len(head), dtype=torch.int64), (batch["segments"] >= 0).long()), dim=1)
-    pixels = (
-        fit(images.flatten(0, 1).permute(0, 3, 1, 2), 32, 64)
-        .double()
-        .div(127.5)
-        .sub(1)
-        .view(2, views, 3, 32, 32)
-    )
-    reference = theirs(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, len(head) :]
     there = batch["segments"] >= 0
-    assert not there.all() and (ours - reference)[there].abs().max() < 1e-9
+    mask = torch.cat((torch.ones(2, len(head), dtype=torch.int64), there.long()), dim=1)
+    pixels = prepared(vlm, images)
+    reference = theirs(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, len(head) :]
+    assert not there.all()
+    assert (ours - reference)[there].abs().max() < 1e-9
 
-    weights = (
-        torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        * there[..., None]
-    )
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator) * there[..., None]
     (ours * weights).sum().backward()
     (reference * weights).sum().backward()
-    parameters = dict(theirs.named_parameters())
-    grad = lambda *names: torch.cat([parameters[name].grad for name in names])
-    text, eye = "model.text_model.", "model.vision_model."
-    for got, expected in (
-        (policy.vlm.lm.embed.weight, grad(text + "embed_tokens.weight")),
-        (
-            policy.vlm.lm.blocks[0].qkv.weight,
-            grad(*(f"{text}layers.0.self_attn.{x}_proj.weight" for x in "qkv")),
-        ),
-        (
-            policy.vlm.lm.blocks[1].gate_up.weight,
-            grad(text + "layers.1.mlp.gate_proj.weight", text + "layers.1.mlp.up_proj.weight"),
-        ),
-        (policy.vlm.lm.blocks[0].norm2.weight, grad(text + "layers.0.post_attention_layernorm.weight")),
-        (policy.vlm.vision.connector.weight, grad("model.connector.modality_projection.proj.weight")),
-        (
-            policy.vlm.vision.blocks[0].qkv.bias,
-            grad(*(f"{eye}encoder.layers.0.self_attn.{x}_proj.bias" for x in "qkv")),
-        ),
-        (policy.vlm.vision.blocks[1].up.weight, grad(eye + "encoder.layers.1.mlp.fc1.weight")),
-        (policy.vlm.vision.patch.weight, grad(eye + "embeddings.patch_embedding.weight")),
-        (policy.vlm.vision.position, grad(eye + "embeddings.position_embedding.weight")),
+    compare_gradients(vlm, theirs)
+
+
+def prepared(vlm, images):
+    """Images (B, V, h, w, 3) uint8 as transformers takes them, (B, V, 3, size, size), by our own resizing."""
+    x = images.flatten(0, 1).permute(0, 3, 1, 2).double() / 127.5 - 1
+    x = vlm.vision.resize(x)
+    return x.view(*images.shape[:2], *x.shape[1:])
+
+
+def compare_gradients(vlm, theirs):
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    text = "model.text_model."
+    tower = "model.vision_model."
+    attention = [f"layers.0.self_attn.{part}_proj" for part in "qkv"]
+    gate_up = [f"{text}layers.1.mlp.{part}_proj.weight" for part in ("gate", "up")]
+    lm, vision = vlm.lm, vlm.vision
+    for ours, names in (
+        (lm.embed.weight, [text + "embed_tokens.weight"]),
+        (lm.blocks[0].qkv.weight, [f"{text}{part}.weight" for part in attention]),
+        (lm.blocks[1].gate_up.weight, gate_up),
+        (lm.blocks[0].norm2.weight, [text + "layers.0.post_attention_layernorm.weight"]),
+        (vision.connector.weight, ["model.connector.modality_projection.proj.weight"]),
+        (vision.blocks[0].self_attn.in_proj_bias, [f"{tower}encoder.{part}.bias" for part in attention]),
+        (vision.blocks[1].linear1.weight, [tower + "encoder.layers.1.mlp.fc1.weight"]),
+        (vision.patch.weight, [tower + "embeddings.patch_embedding.weight"]),
+        (vision.position, [tower + "embeddings.position_embedding.weight"]),
     ):
-        assert expected.abs().max() > 1e-3 and (got.grad - expected).abs().max() < 1e-9 * max(
-            1, expected.abs().max()
-        )
+        expected = torch.cat([gradients[name] for name in names])
+        size = expected.abs().max()
+        assert size > 1e-3
+        assert (ours.grad - expected).abs().max() < 1e-9 * max(1, size), names
 
 
 @pytest.mark.parametrize("family", ["smol", "qwen"])
-def test_greedy_answers_equal_transformers_generate(family, smol, qwen, root, fp64_reference):
+def test_greedy_answers_equal_transformers_generate(family, checkpoints, root, fp64_reference):
     """Our cached decoding of two padded rows and two pictures, against their generate() of each row alone."""
-    folder = smol() if family == "smol" else qwen
+    folder = checkpoints[family]
     policy = build(folder).double()
+    vlm, tokenizer = policy.vlm, policy.tokenizer
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="sdpa"
     )
-    tokenizer, questions = policy.tokenizer, ["where is the red cube?", "put it"]
-    images = torch.from_numpy(
-        np.stack([real_pictures(root, 56)[i : i + 2] for i in (0, 2)])
-    )  # (2, 2, 56, 56, 3)
-    visual = policy.vlm.see(images)
-    got, _ = policy.vlm.generate(
-        visual, [tokenizer.question(q) for q in questions], policy.cfg.vocab_size - 1, 8
-    )  # a token that nobody says
+    questions = ["where is the red cube?", "put it"]
+    images = two_scenes(root, 56)
+    visual = vlm.encode_images(images)
+    stop = policy.cfg.vocab_size - 1  # a token that nobody says
+    got, _ = vlm.generate(visual, [tokenizer.question(q) for q in questions], stop, 8)
     image = theirs.config.image_token_id
     for row, question in enumerate(questions):
-        ids = torch.tensor(
-            [
-                [
-                    *tokenizer.start,
-                    *2 * [*tokenizer.image_open, *visual.shape[2] * [image], *tokenizer.image_close],
-                    *tokenizer.question(question),
-                ]
-            ]
-        )
+        prompt = tokenizer.question(question)
+        ids = torch.tensor([prefix_ids(tokenizer, 2, visual.shape[2], image) + prompt])
         inputs = {"input_ids": ids}
         if family == "smol":
-            inputs["pixel_values"] = (
-                fit(images[row].permute(0, 3, 1, 2), 32, 64).double().div(127.5).sub(1)[None]
-            )
+            inputs["pixel_values"] = prepared(vlm, images[row : row + 1])
         else:
-            inputs |= dict(
-                policy.vlm.processor(images=list(images[row].numpy()), return_tensors="pt"),
-                mm_token_type_ids=(ids == image).int(),
-            )
+            inputs |= vlm.processor(images=list(images[row].numpy()), return_tensors="pt")
+            inputs["mm_token_type_ids"] = (ids == image).int()
+        text = batch_of([[(prompt, [])]])
         with torch.no_grad():
-            logits = theirs(**inputs).logits
-        text = {k: torch.from_numpy(v) for k, v in pack([[(tokenizer.question(question), [])]]).items()}
-        hidden, _ = policy.vlm(
-            visual[row : row + 1], text["tokens"], text["segments"], text["positions"], False
-        )
-        ours = raw_logits(policy, hidden)
-        assert (ours - logits[:, -ours.shape[1] :]).abs().max() < 1e-9
-        out = theirs.generate(**inputs, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)[
-            0, ids.shape[1] :
-        ]
-        assert got[row] == out.tolist()
-
-
-def raw_logits(policy, hidden):
-    """Logits in the model's own number format."""
-    head = (
-        policy.vlm.lm.head.weight
-        if policy.vlm.lm.head is not None
-        else policy.vlm.lm.embed(torch.arange(policy.cfg.vocab_size))
-    )
-    return hidden @ head.T
+            expected = theirs(**inputs).logits[:, -len(prompt) :]
+            hidden, _ = vlm(visual[row : row + 1], text["tokens"], text["segments"], text["positions"], False)
+            ours = vlm.lm.logits(hidden)
+        assert (ours - expected).abs().max() < 1e-9
+        said = theirs.generate(**inputs, max_new_tokens=7, **NO_EOS)[0, ids.shape[1] :]
+        assert got[row] == said.tolist()
 
 
 @pytest.mark.parametrize("family", ["smol", "qwen"])
-def test_cached_thought_and_queries_equal_a_full_forward(family, smol, qwen, root):
-    policy = build(smol() if family == "smol" else qwen).double()
-    tokenizer = policy.tokenizer
-    images = torch.from_numpy(np.stack([real_pictures(root, 56)[i : i + 2] for i in (0, 2)]))
-    prompts = [tokenizer.prompt("put the red cube on the blue pad"), tokenizer.prompt("put it")]
-    visual = policy.vlm.see(images)
-    said, states = policy.vlm.generate(visual, prompts, tokenizer.end_thought, 6, with_queries=True)
-    rows = {
-        k: torch.from_numpy(v)
-        for k, v in pack([[(p, s + [tokenizer.end_thought])] for p, s in zip(prompts, said)]).items()
-    }
-    _, full = policy.vlm(visual, rows["tokens"], rows["segments"], rows["positions"], True)
-    assert (states - full).abs().max() < 1e-5  # their rotary tables and norms are in fp32
-    packed = {k: torch.from_numpy(v) for k, v in pack([[(prompts[0], [5]), (prompts[1], [6, 7])]]).items()}
-    alone = {k: torch.from_numpy(v) for k, v in pack([[(prompts[1], [6, 7])]]).items()}
-    run = lambda b: policy.vlm(visual[:1], b["tokens"], b["segments"], b["positions"], False)[0]
-    assert (
-        run(packed)[:, len(prompts[0]) + 1 :] - run(alone)
-    ).abs().max() < 1e-5  # isolated questions, as in `small`
+def test_cached_reasoning_and_queries_equal_a_full_forward(family, checkpoints, root):
+    policy = build(checkpoints[family]).double()
+    vlm, tokenizer = policy.vlm, policy.tokenizer
+    stop = tokenizer.end_reasoning
+    prompts = [tokenizer.prompt(TASK), tokenizer.prompt("put it")]
+    visual = vlm.encode_images(two_scenes(root, 56))
+    said, query_states = vlm.generate(visual, prompts, stop, 6, with_queries=True)
+    rows = batch_of([[(prompt, ids + [stop])] for prompt, ids in zip(prompts, said)])
+    _, full = vlm(visual, rows["tokens"], rows["segments"], rows["positions"], True)
+    assert (query_states - full).abs().max() < 1e-5  # their rotary tables and norms are in fp32
+
+    # questions packed behind one picture do not see each other
+    packed = batch_of([[(prompts[0], [5]), (prompts[1], [6, 7])]])
+    alone = batch_of([[(prompts[1], [6, 7])]])
+    hidden = []
+    for batch in (packed, alone):
+        out, _ = vlm(visual[:1], batch["tokens"], batch["segments"], batch["positions"], False)
+        hidden.append(out[:, -len(prompts[1]) - 2 :])
+    assert (hidden[0] - hidden[1]).abs().max() < 1e-5
 
 
-def test_the_wrapper_and_the_native_model_agree(smol, root):
-    """SmolVLM through the wrapper: the same logits and query states from two implementations of everything."""
-    native, wrapped = build(smol()), build(smol(), wrapped=True)
-    wrapped.vlm.queries.data = native.vlm.queries.data.clone()
-    images = torch.from_numpy(np.stack([real_pictures(root, 48)[:2]]))
-    rows = {
-        k: torch.from_numpy(v)
-        for k, v in pack([[(native.tokenizer.prompt("put the red cube"), [5])]]).items()
-    }
-    out = [
-        policy.vlm(policy.vlm.see(images), rows["tokens"], rows["segments"], rows["positions"], True)
-        for policy in (native, wrapped)
-    ]
+def test_the_wrapper_and_the_native_model_agree(checkpoints, root):
+    """SmolVLM through the wrapper: the same hidden states from two implementations of everything."""
+    folder = checkpoints["smol"]
+    policy = build(folder)
+    native = policy.vlm
+    wrapped = WrappedVLM(policy.cfg, policy.tokenizer, folder, pretrained=True).eval()
+    wrapped.queries.data = native.queries.data.clone()
+    images = (
+        torch.from_numpy(np.stack([real_pictures(root, 48)[:2]])) // 2 + 64
+    )  # low contrast: never clipped
+    rows = batch_of([[(policy.tokenizer.prompt("put the red cube"), [5])]])
+    out = []
+    for vlm in (native, wrapped):
+        visual = vlm.encode_images(images)
+        out.append(vlm(visual, rows["tokens"], rows["segments"], rows["positions"], True))
     for ours, theirs in zip(*out):
-        assert (ours - theirs).abs().max() < 2e-3 * ours.abs().max()  # a grey level here and there
+        assert (ours - theirs).abs().max() < 1e-2 * ours.abs().max()  # half a grey level here and there
 
 
-# -- bad checkpoints ---------------------------------------------------------------------------------------------------
+# -- what users get wrong -----------------------------------------------------------------------------------
 
 
-def test_bad_checkpoints_are_answered_in_one_line(smol, tmp_path):
-    def says(change, said, folder=None):
-        folder = folder or shutil.copytree(smol(), tmp_path / str(len(list(tmp_path.iterdir()))))
-        change(folder)
-        with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            build(folder)
-        assert said in str(caught.value) and "\n" not in str(caught.value), caught.value
-
-    def tensors(change):
-        def apply(folder):
-            path = folder / "model.safetensors"
-            weights = load_file(path)
-            change(weights)
-            save_file(weights, path)
-
-        return apply
-
-    def config(**changes):
-        def apply(folder):
-            path = folder / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-        return apply
-
-    name = "model.text_model.layers.1.self_attn.k_proj.weight"
-    says(tensors(lambda w: w.pop(name)), f"lacks {name}")
-    says(tensors(lambda w: w.update(extra=torch.zeros(1))), "does not know, such as extra")
-    says(
-        tensors(lambda w: w.update({name: w[name][:8].clone()})),
-        "does not fit: model.text_model.layers.1.self_attn.q_proj.weight +",
-    )
-    says(
-        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:3000]),
-        "is damaged",
-    )
-    says(lambda f: (f / "model.safetensors").unlink(), "no *.safetensors")
-    says(lambda f: (f / "config.json").write_text("{"), "no vision-language model")
-    says(lambda f: (f / "config.json").unlink(), "no vision-language model")
-    says(lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read")
-    text = json.loads((smol() / "config.json").read_text())["text_config"]
-    says(config(text_config=text | {"head_dim": 16}), "head_dim 16")
-    says(config(text_config=text | {"attention_bias": True}), "attention_bias True")
-    says(config(model_type="nothing_known"), "transformers cannot load")
+@pytest.mark.parametrize("package, changes", [("tokenizers", {}), ("peft", {"lora": 4})])
+def test_missing_packages_are_named(package, changes, checkpoints, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        build(checkpoints["smol"], **changes)
 
 
-def test_missing_packages_and_wrong_names_are_answered_in_one_line(smol, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "tokenizers", None)
-        with pytest.raises(ValueError, match="pip install tokenizers"):
-            Tokenizer.load(smol())
-    tokenizer, fields = Tokenizer.load(smol()), backbone_fields(smol())
-    for package, changes in (("peft", {"lora": 4}), ("transformers", {"wrapped": True})):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"pip install {package}"):
-            patch.setitem(sys.modules, package, None)
-            SyVLA(Config(**fields | {"backbone": str(smol())} | changes), tokenizer, smol())
-    import huggingface_hub
-
-    for error in (ConnectionError("no route to host"), OSError("no space left on device")):
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(FileNotFoundError, match="cannot download nobody/nothing"),
-        ):
-            patch.setattr(
-                huggingface_hub,
-                "snapshot_download",
-                lambda *_, error=error, **__: (_ for _ in ()).throw(error),
-            )
-            fetch_backbone("nobody/nothing")
-    with pytest.raises(FileNotFoundError, match="neither a folder"):
-        fetch_backbone("no such//name")
+def test_a_wrapped_model_needs_transformers(checkpoints, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    build(checkpoints["smol"])  # runs without
+    with pytest.raises(UserError, match="pip install transformers"):
+        build(checkpoints["qwen"])
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [ConnectionError("no route to host"), OSError("no space left on device")])
+def test_a_failed_download_is_answered(error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match="cannot download nobody/nothing"):
+        backbones.fetch_backbone("nobody/nothing", weights=True)
+
+
+def test_a_language_model_without_pictures_is_refused(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["smol"], tmp_path / "text")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 48}))
+    with pytest.raises(UserError, match="no vision-language model"):
+        build(folder)
+
+
+def test_wrong_use_is_answered_in_one_line(checkpoints, data, tmp_path, fails):
+    nowhere = arguments(data, tmp_path / "x", "no such//name")
+    assert "cannot download" in fails(train.main, nowhere)
+    assert "add --backbone" in fails(train.main, ["--config", "debug", "--lora=4"])
+
+
+# -- training -----------------------------------------------------------------------------------------------
 
 
 def arguments(data, out, folder, *flags):
-    rates = ["--backbone_lr=1e-3", "--bridge_lr=1e-3", "--expert_lr=1e-3"]
-    return [
-        "--config",
-        "debug",
-        f"--data={data}",
-        f"--out={out}",
-        "--device=cpu",
-        "--threads=1",
-        f"--backbone={folder}",
-        "--ground_steps=0",
-        "--mix=0.5",
-        *rates,
-        *flags,
-    ]
+    words = ["--config", "debug", f"--data={data}", f"--out={out}", "--device=cpu", "--threads=1"]
+    words += [f"--backbone={folder}", "--ground_steps=0", "--mix=0.5"]
+    return [*words, "--backbone_lr=1e-3", "--adam_lr=1e-3", *flags]
 
 
-@pytest.mark.parametrize(
-    "family, flags",
-    [
-        ("smol", []),
-        ("smol", ["--lora=2", "--freeze_vision", "--checkpointing"]),
-        ("qwen", ["--lora=2", "--freeze_vision", "--checkpointing"]),
-    ],
-    ids=["smol", "smol LoRA", "qwen LoRA"],
-)
-def test_train_save_load_act_answer_resume(family, flags, smol, qwen, data, tmp_path, monkeypatch, capsys):
-    if "--lora=2" in flags:
+RUNS = {
+    "smol": ("smol", []),
+    "smol LoRA": ("smol", ["--lora=2", "--freeze_vision", "--checkpointing"]),
+    "qwen LoRA": ("qwen", ["--lora=2", "--freeze_vision", "--checkpointing"]),
+}
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=RUNS)
+def finished(request, checkpoints, data, tmp_path_factory):
+    """Family, flags and folder of a run of 20 steps."""
+    family, flags = RUNS[request.param]
+    if flags:
         pytest.importorskip("peft")
-    folder, out = smol() if family == "smol" else qwen, tmp_path / "run"
-    before = {k: v.clone() for k, v in build(folder, lora=2 * ("--lora=2" in flags)).vlm.named_parameters()}
-    train.main(arguments(data, out, folder, "--steps=20", "--save_every=10", "--ema=0.5", *flags))
-    said = capsys.readouterr().out
-    assert "predicted peak memory" in said and "of them trained" in said
-    losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert losses[-1]["text"] < losses[0]["text"] and losses[-1]["step"] == 20
-    monkeypatch.setattr(model_module, "fetch_backbone", None)  # the run folder is enough: no hub, no backbone
-    policy = SyVLA.load(out, Tokenizer.load(out))
-    moved = {k.split(".")[0] for k, p in policy.vlm.named_parameters() if not torch.equal(p, before[k])}
-    still = {k for k, p in policy.vlm.named_parameters() if torch.equal(p, before[k])}
-    if flags:  # only adapters, connector and queries have learnt
-        learnt = {k for k in before if k not in still}
-        assert learnt and all("lora_" in k or "connector" in k or k == "queries" for k in learnt)
+    out = tmp_path_factory.mktemp("run") / family
+    train.main(arguments(data, out, checkpoints[family], "--steps=20", *flags))
+    return family, flags, out
+
+
+def learns_with_lora(name):
+    """Do --lora and --freeze_vision leave this parameter to learn?"""
+    return "lora_" in name or "connector" in name or name.endswith("queries")
+
+
+def test_a_run_learns_what_is_not_frozen(finished, checkpoints):
+    family, flags, out = finished
+    lines = read_log(out / "log.jsonl")
+    assert lines[-1]["text"] < lines[0]["text"]
+    assert lines[-1]["step"] == 20
+    before = dict(build(checkpoints[family], lora=2 if flags else 0).vlm.named_parameters())
+    learnt = set()
+    for name, p in load_policy(out).vlm.named_parameters():
+        if not torch.equal(p, before[name]):
+            learnt.add(name)
+    if flags:
+        assert learnt and all(learns_with_lora(name) for name in learnt)
     else:
-        assert not still and moved == {"vision", "lm", "queries"}
-    images, state = np.zeros((1, 2, 32, 32, 3), np.uint8), np.zeros((1, 6), np.float32)
-    chunk, (thought,) = policy.act(images, state, ["put the red cube on the blue pad"])
-    assert (
-        np.isfinite(chunk).all()
-        and isinstance(thought, str)
-        and isinstance(policy.answer(images, ["which pad is blue"])[0], str)
-    )
+        assert learnt == before.keys()
+
+
+def test_a_run_folder_is_enough_to_act_and_answer(finished, monkeypatch, tmp_path, capsys):
+    _, _, out = finished
+    monkeypatch.setattr(backbones, "fetch_backbone", None)
+    moved = shutil.copytree(out, tmp_path / "moved")
+    policy = load_policy(moved)
+    images = np.zeros((1, 2, 32, 32, 3), np.uint8)
+    chunk, (reasoning,) = policy.act(images, np.zeros((1, 6), np.float32), [TASK])
+    assert np.isfinite(chunk).all()
+    assert isinstance(reasoning, str)
+    assert isinstance(policy.answer(images, ["which pad is blue"])[0], str)
+
+
+def test_a_question_about_a_picture(finished, tmp_path, capsys):
+    import sample
+
+    _, _, out = finished
     Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "x.png")
-    sample.main(
-        [
-            "--config",
-            "debug",
-            f"--run={out}",
-            "--threads=1",
-            "--ask",
-            "what is it?",
-            f"--image={tmp_path / 'x.png'}",
-        ]
-    )
-    assert capsys.readouterr().out.startswith("what is it?\n")
-
-    half = tmp_path / "half"  # the same run in two pieces
-    train.main(arguments(data, half, folder, "--steps=20", "--save_every=10", "--ema=0.5", *flags))
-    state = torch.load(half / "train_state.pt", weights_only=True)
-    assert (
-        all(
-            "lora_" in k or not k.startswith("vlm.") or "connector" in k or k == "vlm.queries"
-            for k in state["model"]
-        )
-        if flags
-        else len(state["model"]) == len(load_file(half / "model.safetensors"))
-    )
-    for run in (out, half):
-        train.main(
-            arguments(data, run, folder, "--steps=22", "--save_every=10", "--ema=0.5", "--resume", *flags)
-        )
-    a, b = load_file(out / "model.safetensors"), load_file(half / "model.safetensors")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    sample.main([f"--run={out}", "--ask", "what is it?", f"--image={tmp_path / 'x.png'}"])
+    assert "what is it?" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "family, flags", [("smol", []), ("qwen", ["--lora=2", "--freeze_vision"])], ids=["smol", "qwen LoRA"]
-)
-def test_practice_keeps_the_backbone_and_resumes_to_the_same_bits(
-    family, flags, smol, qwen, data, tmp_path, monkeypatch, capsys
+def test_a_run_in_two_pieces_ends_in_the_same_bits(finished, checkpoints, data, tmp_path, monkeypatch):
+    family, flags, out = finished
+    monkeypatch.setitem(PRESETS["debug"], "save_every", 10)
+    words = arguments(data, tmp_path / "cut", checkpoints[family], "--steps=20", *flags)
+    train_step = train.train_step
+
+    def dies(run, step, micro):
+        if step == 15:
+            raise KeyboardInterrupt
+        return train_step(run, step, micro)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", dies)
+        train.main(words)
+    state = torch.load(tmp_path / "cut" / "train_state.pt", weights_only=True)
+    assert state["step"] == 10
+    if flags:  # frozen weights are not kept a second time
+        assert all(learns_with_lora(name) for name in state["model"] if name.startswith("vlm."))
+    train.main([*words, "--resume"])
+    whole, cut = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("family, flags", [("smol", []), ("qwen", ["--lora=2", "--freeze_vision"])])
+def test_rl_keeps_the_backbone_and_resumes_to_the_same_bits(
+    family, flags, checkpoints, data, tmp_path, monkeypatch
 ):
-    """rl.py on a pretrained VLM: index of its demonstrations, rollouts in the simulation, updates of adapter and expert, saved and resumed."""
+    """rl.py on a pretrained VLM: retrieval from its demonstrations, rollouts in the simulation, updates of
+    adapter and expert, saved and resumed.
+    """
+    import rl
+
     if flags:
         pytest.importorskip("peft")
     start = tmp_path / "start"
-    train.main(arguments(data, start, smol() if family == "smol" else qwen, "--steps=2", *flags))
-    monkeypatch.setattr(model_module, "fetch_backbone", None)  # the run folder is enough
-    more = ["--anchor=0.1", "--critic_warmup=0", "--eval_episodes=0", "--device=cpu", "--threads=1"]
-    practise = lambda name, *words: rl.main(
-        ["--config", "debug", f"--init_from={start}", f"--out={tmp_path / name}", *more, *words]
-    )
-    practise("whole")
-    said = capsys.readouterr().out
-    assert "the same bit for bit" in said and list(data.glob("similarity_*"))
+    train.main(arguments(data, start, checkpoints[family], "--steps=2", *flags))
+    monkeypatch.setattr(backbones, "fetch_backbone", None)  # the run folder is enough
+
+    def practise(name, *words):
+        more = ["--config", "debug", "--anchor=0.1", "--eval_episodes=0", "--device=cpu", "--threads=1"]
+        rl.main([*more, f"--init_from={start}", f"--data={data}", f"--out={tmp_path / name}", *words])
+
     update = rl.update
 
-    def dies(*args, **kwargs):
-        if args[7] == 1:  # the second iteration
+    def dies(*args):
+        if args[-1] == 1:  # the second iteration
             raise KeyboardInterrupt
-        return update(*args, **kwargs)
+        return update(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    practise("whole")
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
         patch.setattr(rl, "update", dies)
         practise("cut")
     practise("cut", "--resume")
     before, whole, cut = (
-        load_file(folder / "model.safetensors") for folder in (start, tmp_path / "whole", tmp_path / "cut")
+        load_file(tmp_path / name / "model.safetensors") for name in ("start", "whole", "cut")
     )
-    assert all(torch.equal(whole[k], cut[k]) for k in whole) and before.keys() == whole.keys()
-    moved = {k.split(".")[0] for k in before if not torch.equal(before[k], whole[k])}
+    assert before.keys() == whole.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], whole[name])}
     assert moved == {"adapter", "expert"}
-    policy = SyVLA.load(tmp_path / "whole", Tokenizer.load(tmp_path / "whole"))
-    chunk, (thought,) = policy.act(
-        np.zeros((1, 2, 32, 32, 3), np.uint8),
-        np.zeros((1, 6), np.float32),
-        ["put the red cube on the blue pad"],
+    chunk, _ = load_policy(tmp_path / "whole").act(
+        np.zeros((1, 2, 32, 32, 3), np.uint8), np.zeros((1, 6), np.float32), [TASK]
     )
-    assert np.isfinite(chunk).all() and isinstance(thought, str)
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2] and {
-        "kl",
-        "similarity",
-        "expert_loss",
-        "anchor",
-    } <= lines[1].keys()
+    assert np.isfinite(chunk).all()
+    assert [line["iteration"] for line in read_log(tmp_path / "whole" / "log.jsonl")] == [1, 2]
 
 
-def config(folder, data, **changes):
-    cfg = train.TrainConfig(
-        **train.PRESETS["debug"]
-        | dict(
-            backbone=str(folder),
-            data=str(data),
-            ground_steps=0,
-            backbone_lr=1e-4,
-            bridge_lr=2e-4,
-            expert_lr=3e-4,
-        )
-        | changes
-    )
-    train.settle_backbone(cfg)
-    return cfg
+def test_backbone_and_the_rest_have_their_own_rates(checkpoints, data):
+    cfg = config(checkpoints["smol"], data=str(data))
+    assert cfg.image_size == 32 and cfg.width == 48
+    run = train.build(cfg, CPU)
+    (optimizer,) = run.optimizers
+    rates = {}
+    for group in optimizer.param_groups:
+        rates |= dict.fromkeys(group["params"], group["peak"])
+    for name, p in run.policy.named_parameters():
+        is_backbone = name.startswith("vlm.") and name != "vlm.queries"
+        assert rates[p] == (1e-4 if is_backbone else 2e-4), name
 
 
-def test_backbone_bridge_and_expert_have_their_own_rates(smol, data):
-    cfg = config(smol(), data)
-    policy = train.build(cfg, torch.device("cpu"))[0]
-    (optimizer,) = train.make_optimizers(policy, cfg)
-    (rates,) = train.peak_rates(cfg)
-    rate = {id(p): lr for group, lr in zip(optimizer.param_groups, rates) for p in group["params"]}
-    assert len(rate) == len(list(policy.parameters()))
-    for name, p in policy.named_parameters():
-        wanted = (
-            2e-4
-            if name == "vlm.queries" or name.startswith("adapter")
-            else 3e-4
-            if name.startswith("expert")
-            else 1e-4
-        )
-        assert rate[id(p)] == wanted, name
-    assert cfg.image_size == 32 and cfg.vision_size == 32 and cfg.width == 48
+@pytest.mark.parametrize("family", ["smol", "qwen"])
+def test_checkpointing_in_training_and_caches_in_evaluation(family, checkpoints, data):
+    cfg = config(checkpoints[family], data=str(data), freeze_vision=True, checkpointing=True)
+    run = train.build(cfg, CPU)
+    policy = run.policy
+    if family == "smol":
+        tower, block = policy.vlm.vision.blocks[0], policy.vlm.lm.blocks[1]
+    else:
+        tower, block = policy.vlm.model.visual.blocks[0].mlp, policy.vlm.lm.text.layers[1].mlp
+    runs = Counter()
+    # before and not behind: the second run stops as soon as it has what the backward pass needs
+    block.register_forward_pre_hook(lambda *_: runs.update(["language"]))
+    tower.register_forward_pre_hook(lambda *_: runs.update(["vision"]))
+    action_batch = train.batches(run, 0)[0][-1]
+    losses = policy(action_batch)
+    (losses["text"] + losses["action"]).backward()
+    assert runs == {"language": 2, "vision": 1}  # the frozen tower needs no backward pass
+    images = np.zeros((1, 2, 32, 32, 3), np.uint8)
+    with train.averaged_weights(policy, run.ema):
+        inside = policy.answer(images, ["which pad is blue"])
+    assert policy.training
+    assert inside == policy.eval().answer(images, ["which pad is blue"])
+
+
+def test_frozen_matrices_are_cast(checkpoints):
+    policy = build(checkpoints["smol"])
+    policy.vlm.freeze_vision()
+    backbones.cast_frozen_to_bf16(policy)
+    types = {name: p.dtype for name, p in policy.named_parameters()}
+    assert types["vlm.vision.blocks.0.self_attn.in_proj_weight"] == torch.bfloat16
+    assert types["vlm.vision.blocks.0.norm1.weight"] == torch.float32
+    assert types["vlm.vision.connector.weight"] == types["expert.state_in.weight"] == torch.float32
+
+
+# -- predicted memory and work ------------------------------------------------------------------------------
+
+
+def predict(cfg, rows, bf16=False):
+    return backbones.predict(cfg, rows, bf16, train.freeze, train.make_optimizers)
+
+
+def test_the_meter_counts_living_bytes():
+    with backbones.Meter() as meter:
+        x = torch.zeros(1000)
+        view = x[10:]
+        view += 1
+        assert meter.bytes == 4000
+        y = x * 2
+        assert meter.bytes == 8000
+        del y
+        assert meter.bytes == 4000
+        torch.ones(3, 5) @ torch.ones(5, 7)
+    assert meter.peak == 8000
+    assert meter.flops == 2 * 3 * 5 * 7
+    with backbones.Meter() as meter:
+        x = torch.ones(1, 2, 16, 8)  # (batch, heads, tokens, head dim)
+        scaled_dot_product_attention(x, x, x)
+    assert meter.flops == 2 * 2 * 2 * 16 * 16 * 8
+
+
+@pytest.mark.parametrize("family", ["smol", "qwen"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_prediction_is_what_a_real_step_takes(family, bf16, checkpoints, data):
+    """The same counts from real tensors."""
+    cfg = config(checkpoints[family], data=str(data), freeze_vision=family == "qwen")
+    _, held, predicted = predict(cfg, 4, bf16)
+    policy = train.build(cfg, CPU).policy
+    if bf16:
+        backbones.cast_frozen_to_bf16(policy)
+    batch = backbones.longest_batch(cfg, 4)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    own = sum(p.numel() * p.element_size() for p in policy.parameters())
+    states = 3 * 4 * sum(p.numel() for p in trained)  # a gradient and AdamW's two moments
+    assert held == pytest.approx(own + states, rel=0.01)
+    with backbones.Meter() as meter:
+        meter.count([*policy.parameters(), *(p.grad for p in trained)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = policy(batch)
+        (losses["text"] + losses["action"]).backward()
+    activations = meter.peak - (own + states / 3)
+    assert predicted.peak - held == pytest.approx(activations, rel=0.02)
+    assert predicted.flops == meter.flops
 
 
 @pytest.mark.parametrize("flags", [{}, {"freeze_vision": True}, {"checkpointing": True}], ids=str)
-def test_predicted_activations_are_what_autograd_keeps(smol, data, flags):
-    """bf16 autocast on the CPU, a batch of 8; storages that autograd holds on to, weights and inputs left out."""
-    cfg = config(smol(), data, batch_size=8, mix=0.5, **flags)
-    policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
-    (pair,) = train.batches(0, cfg, policy, episodes, questions, 0, 1, "cpu")
-    own = {p.untyped_storage().data_ptr() for p in (*policy.parameters(), *policy.buffers())} | {
-        v.untyped_storage().data_ptr() for b in pair for v in b.values()
-    }
+def test_predicted_activations_are_what_autograd_keeps(checkpoints, data, flags):
+    """bf16 autocast on the CPU; storages that autograd holds on to, weights and inputs left out."""
+    cfg = config(checkpoints["smol"], data=str(data), **flags)
+    _, held, predicted = predict(cfg, 8, bf16=True)
+    policy = train.build(cfg, CPU).policy
+    batch = backbones.longest_batch(cfg, 8)
+    own = [*policy.parameters(), *policy.buffers(), *batch.values()]
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept = {}
 
-    def pack_hook(x):
-        if x.untyped_storage().data_ptr() not in own:
-            kept[x.untyped_storage().data_ptr()] = (x.untyped_storage().nbytes(), x)
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), x)
         return x
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
-        loss = sum(sum(v for k, v in policy(batch).items() if k != "kept") for batch in pair)
-    weights = sum(
-        p.numel() * 2 for p in policy.parameters() if p.ndim > 1
-    )  # bf16 copies that matrices keep are counted apart
-    found = sum(n for n, _ in kept.values()) - weights
-    predicted = train.memory(cfg, policy, 1, bf16=True)
-    print(f"{flags}: predicted {predicted['activations']}, kept {found}")
-    # with checkpointing the prediction also holds the one block that is being computed again, half of this
-    # tiny model
-    assert loss.requires_grad and 0.7 < predicted["activations"] / found < (3 if cfg.checkpointing else 1.5)
-    assert predicted["optimizer"] == 8 * sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        losses = policy(batch)
+    assert losses["action"].requires_grad
+    found = sum(size for size, _ in kept.values())
+    # above what is kept: the operation that runs; with checkpointing also the block that is computed again
+    assert 1 < (predicted.peak - held) / found < (4 if cfg.checkpointing else 1.6)
 
 
-def test_work_is_what_torch_counts(smol, data):
-    from torch.utils.flop_counter import FlopCounterMode
+def test_checkpointing_lora_and_small_batches_need_less(checkpoints, data):
+    pytest.importorskip("peft")
+    peaks = []
+    flags = {}
+    for more in ({}, {"checkpointing": True}, {"lora": 2, "freeze_vision": True}):
+        flags |= more
+        cfg = config(checkpoints["smol"], data=str(data), **flags)
+        peaks.append(predict(cfg, 8)[2].peak)
+    peaks.append(predict(cfg, 2)[2].peak)
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
 
-    cfg = config(smol(), data, batch_size=4, mix=0.0, decouple="off")
-    policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
-    (pair,) = train.batches(0, cfg, policy, episodes, questions, 0, 1, "cpu")
+
+@pytest.mark.parametrize("family", ["smol", "qwen"])
+def test_work_is_what_torch_counts(family, checkpoints, data, monkeypatch):
+    """Its own counter knows neither attention on the CPU nor nested gradients."""
+    monkeypatch.setattr(backbones, "FLOPS", flop_registry)
+    cfg = config(checkpoints[family], data=str(data), decouple="off")
+    _, _, predicted = predict(cfg, 2)
+    policy = train.build(cfg, CPU).policy
     with FlopCounterMode(display=False) as counter:
-        losses = policy(pair[0])
+        losses = policy(backbones.longest_batch(cfg, 2))
         (losses["text"] + losses["action"]).backward()
-    assert 0.6 < 4 * train.work(cfg, policy) / counter.get_total_flops() < 1.6
+    assert predicted.flops == counter.get_total_flops()
 
 
-def test_too_little_memory_stops_with_a_way_out(smol, data, tmp_path, fails, monkeypatch):
-    for bytes, said in ((40 * 2**20, "add --accumulate"), (2**10, "a smaller preset")):
-        monkeypatch.setattr(train, "room", lambda device, bytes=bytes: bytes)
-        line = fails(train.main, arguments(data, tmp_path / "x", smol(), "--batch_size=64"))
-        assert said in line and "free" in line
+@pytest.mark.parametrize(
+    "size, said", [(30 * 2**20, "add --accumulate"), (2**10, "choose a smaller backbone")]
+)
+def test_too_little_memory_stops_with_a_way_out(checkpoints, data, tmp_path, fails, monkeypatch, size, said):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(backbones, "available_memory", lambda device: size)
+    words = arguments(data, tmp_path / "x", checkpoints["smol"], "--batch_size=64")
+    assert said in fails(train.main, words)
     assert not (tmp_path / "x").exists()
-    train.main(arguments(data, tmp_path / "x", smol(), "--plan"))  # a plan only tells
+    train.main([*words, "--plan"])  # a plan only tells
+
+
+# Shapes of the published config.json files.
+PUBLISHED = {
+    "base256": dict(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+    ),
+    "base": dict(
+        hidden_size=960,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        intermediate_size=2560,
+    ),
+}
 
 
 @pytest.mark.parametrize("preset, parameters", [("base256", 256_484_928), ("base", 507_482_304)])
-def test_presets_have_the_published_sizes(preset, parameters, capsys):
-    train.main(["--config", preset, "--plan"])
+def test_presets_have_the_published_sizes(preset, parameters, checkpoints, tmp_path, capsys):
+    text = dict(vocab_size=49280, rms_norm_eps=1e-5, rope_theta=100000.0) | PUBLISHED[preset]
+    vision = dict(hidden_size=768, num_attention_heads=12, image_size=512, patch_size=16)
+    whole = dict(model_type="smolvlm", scale_factor=4, text_config=text, vision_config=vision)
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    shutil.copy(checkpoints["smol"] / "tokenizer.json", tmp_path)
+    train.main(["--config", preset, f"--backbone={tmp_path}", "--plan", "--device=cpu"])
     said = capsys.readouterr().out
-    cfg = train.TrainConfig(**train.PRESETS[preset])
+    assert "predicted peak memory" in said
+    assert "TFLOP a sample" in said
+    cfg = config(tmp_path)
     with torch.device("meta"):
-        assert (
-            sum(
-                p.numel()
-                for name, p in SyVLA(cfg, train.NoTokenizer()).vlm.named_parameters()
-                if name != "queries"
-            )
-            == parameters
-        )
-    assert "predicted peak memory" in said and "TFLOP a sample" in said
+        _, vlm = load_backbone(cfg, tmp_path, tmp_path / "tokenizer.json", pretrained=False)
+    assert sum(p.numel() for name, p in vlm.named_parameters() if name != "queries") == parameters
 
 
-def test_wrong_use_is_answered_in_one_line(smol, data, tmp_path, fails):
-    go = lambda *flags: fails(train.main, arguments(data, tmp_path / "x", smol(), *flags))
-    assert "given together" in go("--expert_lr=0")
-    assert "neither a folder nor" in fails(train.main, arguments(data, tmp_path / "x", "no such//name"))
-    assert "add --backbone" in fails(train.main, ["--config", "debug", "--lora=4"])
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_text("no picture")
-    train.main(arguments(data, tmp_path / "run", smol(), "--steps=1"))
-    ask = lambda *words: fails(sample.main, ["--config", "debug", f"--run={tmp_path / 'run'}", *words])
-    assert "goes with a question" in ask(f"--image={tmp_path / 'a.png'}")
-    assert "no picture that can be read" in ask(
-        "--ask=what", f"--image={tmp_path / 'b.png'}"
-    ) and "no picture that can be read" in ask("--ask=what", "--image=none.png")
+def test_presets_name_options_that_exist():
+    known = {field.name for field in dataclasses.fields(train.TrainConfig)}
+    for preset in backbones.PRESETS.values():
+        assert preset.keys() <= known
 
 
-def test_a_wrapped_model_checkpoints_in_training_and_caches_in_evaluation(qwen, data):
-    pytest.importorskip("peft")
-    cfg = config(qwen, data, lora=2, freeze_vision=True, checkpointing=True)
-    policy, episodes, questions, _ = train.build(cfg, torch.device("cpu"))
-    (pair,) = train.batches(0, cfg, policy, episodes, questions, 0, 1, "cpu")
-    layer, runs = policy.vlm.lm.text.layers[1], []
-    layer.mlp.register_forward_pre_hook(
-        lambda *_: runs.append(1)
-    )  # before: the second run stops as soon as it has what the way back needs
-    losses = policy(pair[-1])
-    (losses["text"] + losses["action"]).backward()
-    assert len(runs) == 2  # once forward, once again on the way back
-    images = np.zeros((1, 2, 32, 32, 3), np.uint8)
-    with train.evaluating(policy):
-        inside = policy.answer(images, ["which pad is blue"])
-    assert policy.training and inside == policy.eval().answer(images, ["which pad is blue"])
+def test_a_checkpoint_describes_its_backbone(checkpoints, tmp_path):
+    for family in ("smol", "qwen"):
+        vlm = build(checkpoints[family]).vlm
+        vlm.save_description(tmp_path / family)
+        written = read_json(tmp_path / family / "config.json")
+        assert written == read_json(checkpoints[family] / "config.json")
+        vlm.folder = tmp_path / family
+        vlm.save_description(tmp_path / family)  # onto itself
+        assert written == read_json(tmp_path / family / "config.json")

@@ -180,7 +180,7 @@ class RealEnv:
         except Exception as error:  # LeRobot raises ConnectionError; the reason is its cause
             raise UserError(
                 f"cannot open {self.port} ({_one_line(error.__cause__ or error)}): does another program "
-                "use it? On Linux you need the group dialout: sudo usermod -aG dialout $USER, then log in again"
+                "use it? On Linux you need the group dialout: sudo usermod -aG dialout $USER; log in again"
             ) from None
         self.exits.callback(self.bus.disconnect, disable_torque=False)
 
@@ -400,7 +400,7 @@ class RealEnv:
         share = (1 - np.cos(np.linspace(0, np.pi, n))) / 2  # (n,) from 0 to 1
         path = start + share[:, None] * way  # (n, 6)
         # outside of the workspace, every way to a good pose leads in
-        return path, not self._inside(start) or all(map(self.inside, path))
+        return path, not self._inside(start) or all(map(self._inside, path))
 
     def _move(self, pose):
         """Move slowly to a pose (6,). ArmError if the way leaves the workspace or the arm does not follow."""

@@ -574,10 +574,10 @@ class JudgedEnv(RealEnv):
             settings = termios.tcgetattr(self.keyboard)
             self.exits.callback(termios.tcsetattr, self.keyboard, termios.TCSADRAIN, settings)
             tty.setcbreak(self.keyboard)  # keys arrive without Enter
+        self.rest()
 
     def begin(self) -> None:
-        """Fold up, and wait until the person has laid out the scene."""
-        self.rest()
+        """Wait until the person has laid out the scene."""
         print(f"\nlay out the scene for: {self.task}")
         print("keep clear of the arm and press Enter; then y: done, n: failed", flush=True)
         while self._key(None) not in ("\r", "\n"):
@@ -586,6 +586,13 @@ class JudgedEnv(RealEnv):
     def judge(self) -> bool | None:
         """The person's verdict, if there is one already."""
         return {"y": True, "n": False}.get(self._key(0))
+
+    def step_chunk(self, actions: np.ndarray) -> tuple:
+        """Like RealEnv's. The arm folds up when the episode has ended, and stays so until the next begins."""
+        result = super().step_chunk(actions)
+        if result[2] or result[3]:  # terminated or truncated
+            self.rest()
+        return result
 
     def _key(self, patience):
         """The next key, or "" if none is pressed within `patience` seconds; None waits for ever."""

@@ -8,10 +8,13 @@ rendered pictures. real_env's clock is the emulator's: the arm moves while real_
 is what runs on a real arm: LeRobot's motor bus, its camera class with its threads, servo SDK and pyserial.
 """
 
+import atexit
+import functools
 import json
 import os
 import pty
 import select
+import signal
 import sys
 import tempfile
 import threading
@@ -222,10 +225,11 @@ class Emulator:
         return [np.array([self.position_of(motor, register) for motor in MOTORS]) for register in (MIN, MAX)]
 
     def read(self, motor: str, register: int, size: int) -> bytes:
-        """Some bytes of a servo's memory; the present position is brought up to date."""
-        position = self.sim.position()[MOTORS.index(motor)]
-        encoder = self.ticks(motor, position) + self.calibration[motor]["homing_offset"]
-        self.put(motor, PRESENT, unsigned(encoder - signed(self.get(motor, HOMING), 11), 15))
+        """Some bytes of a servo's memory. The present position is measured when it is asked for."""
+        if register == PRESENT:
+            position = self.sim.position()[MOTORS.index(motor)]
+            encoder = self.ticks(motor, position) + self.calibration[motor]["homing_offset"]
+            self.put(motor, PRESENT, unsigned(encoder - signed(self.get(motor, HOMING), 11), 15))
         return bytes(self.memory[motor][register : register + size])
 
     def write(self, motor: str, register: int, data: bytes) -> None:
@@ -574,6 +578,37 @@ def compare(run: str, n: int = 100, family: str = "place") -> None:
     pairs = Counter(zip(won["sim_env"], won["real_env"]))
     print(f"only in sim_env {pairs[True, False]}, only in real_env {pairs[False, True]}")
     print(f"limited targets: {dict(arm.reasons)}; bus faults: {len(arm.faults)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Programs of tests/test_real_env.py, each in a process of its own
+
+
+def die_without_closing(folder: str) -> None:
+    """An error in mid episode; after the interpreter's exit hooks it prints the arm's state."""
+    arm = emulated_arm(folder)
+    atexit.register(print_state, arm)
+    env = real_env.RealEnv(arm.port, {"front": 0}, px=48, size=(64, 48))
+    env.reset(options={"task": TASK})
+    env.step(real_env.HOME)
+    raise ZeroDivisionError
+
+
+def print_state(arm: Emulator) -> None:
+    """Which motors hold, and is the arm in its rest pose?"""
+    at_rest = np.abs(arm.sim.position() - real_env.REST).max() < 4
+    print(f"torque {arm.torque()} rest {bool(at_rest)}", flush=True)
+
+
+def practise(folder: str, *argv: str) -> None:
+    """rl.py on an emulated arm; an episode ends when it is judged."""
+    import rl
+
+    signal.alarm(300)
+    arm = emulated_arm(folder)
+    real_env.JudgedEnv = functools.partial(real_env.JudgedEnv, size=(64, 48), limit=10**6)
+    rl.main([*argv, f"--port={arm.port}"])
+    print_state(arm)
 
 
 if __name__ == "__main__":

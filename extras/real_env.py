@@ -84,7 +84,7 @@ GRIPPER_SETTINGS = {"Max_Torque_Limit": 500, "Protection_Current": 250, "Overloa
 LIMIT = 200  # control steps of an episode
 PACKAGE = "'lerobot[feetech]'"
 NO_TASK = 'the real arm needs an instruction: type it in quotes, like "put the red cube on the blue pad"'
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
 
 class ArmError(UserError):
@@ -136,9 +136,8 @@ class RealEnv:
         self.data = mujoco.MjData(self.model)
         self.exits = contextlib.ExitStack()  # what remains to be done after the arm's release
         atexit.register(self.close)
-        _on_signals(
-            signal.default_int_handler
-        )  # they all end the program as Ctrl-C does, so that close() is called
+        # SIGTERM and SIGHUP end the program as Ctrl-C does, so that close() is called
+        _on_signals(signal.default_int_handler)
         try:
             self._open_bus(name)
             self._check_servos()

@@ -35,7 +35,7 @@ from sim_env import (
     FPS,
     HIGH,
     LOW,
-    MJCF,
+    MODEL,
     MOTORS,
     OPEN,
     PAN_AXIS,
@@ -132,8 +132,7 @@ class RealEnv:
         self.faults = []  # every failed call of the driver, in words
         self.opened = {}  # camera name -> LeRobot's camera
         self.shown = {}  # camera name -> its last new frame (height, width, 3), position and time then
-        self.model = mujoco.MjModel.from_xml_string(MJCF)  # for kinematics only
-        self.data = mujoco.MjData(self.model)
+        self.data = mujoco.MjData(MODEL)  # for kinematics only
         self.exits = contextlib.ExitStack()  # what remains to be done after the arm's release
         atexit.register(self.close)
         # SIGTERM and SIGHUP end the program as Ctrl-C does, so that close() is called
@@ -364,7 +363,7 @@ class RealEnv:
         """Are fingertips, jaw and wrist above the table, within reach and outside the base?"""
         data = self.data
         data.qpos[:6] = to_qpos(position)
-        mujoco.mj_kinematics(self.model, data)
+        mujoco.mj_kinematics(MODEL, data)
         parts = [data.site("gripper"), data.site("jaw_tip"), data.body("fixed_jaw")]
         points = np.array([part.xpos for part in parts])  # (3, 3) metres
         above = points[:, 2] >= FLOOR  # (3,)

@@ -214,7 +214,7 @@ def test_forward_kinematics_of_the_workspace(opened):
     near, why = env._limited(sim_env.inverse(20, 0.2, -0.03))
     assert why == ["workspace"] and env._inside(near)
     env.data.qpos[:6] = sim_env.to_qpos(near)
-    sim_env.mujoco.mj_kinematics(env.model, env.data)
+    sim_env.mujoco.mj_kinematics(sim_env.MODEL, env.data)
     lowest = min(env.data.site(name).xpos[2] for name in ("gripper", "jaw_tip"))
     assert FLOOR <= lowest < 0.01  # as low as it may, not back
 

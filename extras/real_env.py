@@ -1,649 +1,655 @@
-"""The same environment on a real SO-100 or SO-101, through LeRobot's motor bus and camera classes, with its calibration.
+"""The environment of sim_env on a real SO-100 or SO-101, driven by LeRobot's motor bus and camera classes.
 
     pip install 'lerobot[feetech]'
-    python sample.py --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 --dry_run "put the red cube on the blue pad"
+    python sample.py --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 "put the red cube on the blue pad"
 
-The arm is commanded at FPS like the simulated one. Whatever the policy says, a target that is sent is finite, within the joint limits
-of the arm and of its calibration, at most MAX_STEP from where the arm is, and leaves the gripper above the table, within reach and
-clear of the base. Every target is read back, every failed call of the driver repeated and reported. When that does not help the arm
-stops where it is. At any exit but kill -9 it folds up slowly, if the bus still works, and is switched off.
+Actions and state have sim_env's units: degrees for five joints, 0 (closed) to 100 (open) for the gripper.
+One target is sent every 1 / FPS seconds.
+
+What protects the arm:
+- Every target that is sent is finite, within the joint limits of the arm and of its calibration, at most
+  MAX_STEP from the measured position, and keeps the gripper above the table, in reach and outside the base.
+- The servos limit their own speed (MAX_SPEED). Every target is read back from them.
+- A failed call of the driver is reported and repeated. When it has failed TRIES times, the servos are told to
+  hold their position, and ArmError is raised.
+- At every exit except kill -9 the arm folds up slowly, if the bus still works, and torque is switched off.
 """
 
 import atexit
 import contextlib
-import json
-import math
 import os
 import select
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from sim_env import CAMERAS, FPS, HIGH, LOW, MJCF, MOTORS, OPEN, PAN_AXIS, inverse, mujoco, square, to_qpos
+from common import UserError, check_actions, read_json, require
+from evaluate import SingleEnv, camera_indices
+from sim_env import (
+    CAMERAS,
+    FPS,
+    HIGH,
+    LOW,
+    MODEL,
+    MOTORS,
+    OPEN,
+    PAN_AXIS,
+    inverse,
+    mujoco,
+    resize_image,
+    to_qpos,
+)
 
-HOME = inverse(0, 0.15, 0.11, -90, OPEN)  # where episodes begin, in simulation too
-REST = np.array([0, -100, 88, 67, -90, 5.0])  # folded onto itself: it stays so without torque
+# Poses: six joint positions in LeRobot units
+HOME = inverse(0, 0.15, 0.11, -90, OPEN)  # episodes begin here, in simulation too
+REST = np.array([0, -100, 88, 67, -90, 5.0])  # folded: the arm keeps this pose without torque
+
+# Limits of a target
 MAX_STEP = np.array(
     [20, 20, 20, 20, 30, 15.0]
-)  # a target's largest distance from the measured position; teachers stay below 18, 24, 10
-MAX_SPEED = 3000  # of a servo, encoder ticks/s (264 degrees/s), kept by the servo itself
-CALM_SPEED, CALM_RATE = 45, 50  # moves to HOME and REST: degrees/s, targets/s
-LAG = 25  # degrees behind its target in such a move, and something is in the way
-JUMP = 60  # degrees between two readings, and the reading is wrong
-FLOOR, REACH, BASE = (
-    -0.012,
-    0.40,
-    np.array([(-0.05, 0.05), (-0.07, 0.03), (-1, 0.085)]),
-)  # metres; teachers aim up to 8 mm below the table
-TRIES = 5  # calls of the driver before giving up
-STALE = 0.5  # seconds without a new camera frame, or with the same one while the arm moves
+)  # from the measured position; scripted experts need 18, 24, 10
+MAX_SPEED = 3000  # encoder ticks/s (264 degrees/s), kept by the servo itself
+FLOOR = -0.012  # metres, lowest height of the fingertips; scripted experts aim up to 8 mm below the table
+REACH = 0.40  # metres, largest distance from the pan axis
+BASE = np.array([(-0.05, -0.07, -1), (0.05, 0.03, 0.085)])  # metres, two corners (x, y, z) of the base's box
+
+# Slow moves to HOME and REST
+MOVE_SPEED = 45  # degrees/s, on average
+MOVE_RATE = 50  # targets/s
+MAX_LAG = 25  # degrees behind its target: then something is in the way
+
+# Faults
+TRIES = 5  # calls of the driver before ArmError
+MAX_JUMP = 60  # degrees between two readings: then the second one is wrong
+STALE = 0.5  # seconds without a new camera frame, or with the same frame although the arm moves
+
+# Servo registers, with the values of LeRobot's SO follower
 SETTINGS = {
     "Return_Delay_Time": 0,
     "Maximum_Acceleration": 254,
     "Acceleration": 254,
-    "Operating_Mode": 0,
+    "Operating_Mode": 0,  # position control
     "P_Coefficient": 16,
     "I_Coefficient": 0,
     "D_Coefficient": 32,
-}  # those of LeRobot's SO follower
+    "Goal_Velocity": MAX_SPEED,
+}
 GRIPPER_SETTINGS = {"Max_Torque_Limit": 500, "Protection_Current": 250, "Overload_Torque": 25}
 
+LIMIT = 200  # control steps of an episode
+PACKAGE = "'lerobot[feetech]'"
+NO_TASK = 'the real arm needs an instruction: type it in quotes, like "put the red cube on the blue pad"'
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
-class ArmError(RuntimeError):
-    """The servo bus or a camera failed for good; the arm was told to stop where it is."""
+
+class ArmError(UserError):
+    """The servo bus or a camera failed for good, or the arm is blocked. It was told to hold its position."""
 
 
 class RealEnv:
-    """A real arm with Gymnasium's signatures and the units of sim_env: degrees, gripper 0..100.
+    """A real arm with Gymnasium's signatures. Nobody judges its episodes: they end at the step limit.
 
-    port: of the servo bus. cameras: {"front": index or path, ...}. name: LeRobot's robot id, whose calibration file is used (not
-    needed if there is only one). px: side of the images, cut square from the middle of the frame. dry_run: write nothing to the
-    arm, print what would be sent. limit: control steps before truncation. judge: function that says whether the task is done
-    (nobody does by default). clock: module or object with monotonic() and sleep(). size: width and height that the cameras deliver,
-    best those of the recordings: other shapes show another part of the world.
-    Raises ValueError, FileNotFoundError or RuntimeError, one line that says what to do.
+    port: serial port of the servo bus. cameras: {"front": index or path, ...}. name: LeRobot's robot id,
+    whose calibration file is used; not needed if there is only one. px: side of the images, cut square from
+    the middle of the frame. dry_run: write nothing to the servos, print what would be sent. limit: control
+    steps of an episode. size: width and height that the cameras deliver, best those of the recordings; other
+    proportions show another part of the scene.
+    Raises UserError: one line that says what to do.
     """
 
+    # what the programs ask an environment class for
+    cameras = CAMERAS
+    motors = MOTORS
+    families = {"real": LIMIT}
+
+    # before anything is opened
+    powered = False  # torque may be on
+    broken = False  # the bus failed for good
+    closed = False
+    measured = None  # the last position that was read, (6,)
+    task = ""
+    home = HOME
+
     def __init__(
-        self, port, cameras, name="", px=96, dry_run=False, limit=200, judge=None, clock=time, size=(640, 480)
+        self,
+        port: str,
+        cameras: dict[str, Any],
+        name: str = "",
+        px: int = 96,
+        dry_run: bool = False,
+        limit: int = LIMIT,
+        size: tuple[int, int] = (640, 480),
     ):
-        self.port, self.px, self.dry_run, self.limit, self.judge, self.clock = (
-            port,
-            px,
-            dry_run,
-            limit,
-            judge,
-            clock,
-        )
-        self.home, self.task, self.steps, self.measured = HOME, None, 0, None
-        self.faults, self.clipped, self.shown, self.frames = (
-            [],
-            [],
-            {},
-            {},
-        )  # shown: camera -> last new frame, position and time then
-        self.bus, self.cameras, self.powered, self.broken, self.closed = None, {}, False, False, False
-        self.model = mujoco.MjModel.from_xml_string(MJCF)
-        self.data = mujoco.MjData(self.model)
+        self.port = port
+        self.px = px
+        self.dry_run = dry_run
+        self.limit = limit
+        self.faults = []  # every failed call of the driver, in words
+        self.opened = {}  # camera name -> LeRobot's camera
+        self.shown = {}  # camera name -> its last new frame (height, width, 3), position and time then
+        self.data = mujoco.MjData(MODEL)  # for kinematics only
+        self.exits = contextlib.ExitStack()  # what remains to be done after the arm's release
         atexit.register(self.close)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-                signal.signal(number, lambda *_: sys.exit(143))  # an exit like others: atexit runs
+        # SIGTERM and SIGHUP end the program as Ctrl-C does, so that close() is called
+        _on_signals(signal.default_int_handler)
         try:
             self._open_bus(name)
-            self._open_cameras(cameras, *size)
+            self._check_servos()
+            self._open_cameras(cameras, size)
             self._prepare_servos()
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    # -- connecting ---------------------------------------------------------------------------------------------
+    # -- connecting ------------------------------------------------------------------------------------------
 
     def _open_bus(self, name):
-        """Open the port and make sure that these are the six servos, with the calibration that the file holds."""
-        try:
-            from lerobot.motors import Motor, MotorCalibration, MotorNormMode
-            from lerobot.motors.feetech import FeetechMotorsBus
-        except ImportError as error:
-            raise RuntimeError(
-                f"the real arm is driven by LeRobot ({error}); type: pip install 'lerobot[feetech]'"
-            ) from None
+        """Read the calibration file and open the port."""
+        motors = require("lerobot.motors", PACKAGE)
+        feetech = require("lerobot.motors.feetech", PACKAGE)
         if not os.path.exists(self.port):
-            raise FileNotFoundError(
-                f"no port {self.port or 'given'}: plug in and power the arm, type lerobot-find-port, and give what it says as --port=..."
+            raise UserError(
+                f"no port {self.port or 'given'}: plug in and power the arm, type lerobot-find-port, "
+                "and give what it says as --port=..."
             )
-        path = find_calibration(name)
-        self.again = f"type: lerobot-calibrate --robot.type=so100_follower --robot.port={self.port} --robot.id={path.stem}"
-        self.low, self.high = limits_of(path, self.again)
-        calibration = {
-            motor: MotorCalibration(**values) for motor, values in json.loads(path.read_text()).items()
-        }
-        modes = [MotorNormMode.DEGREES] * 5 + [MotorNormMode.RANGE_0_100]
-        motors = {motor: Motor(i, "sts3215", mode) for i, (motor, mode) in enumerate(zip(MOTORS, modes), 1)}
-        self.bus = FeetechMotorsBus(self.port, motors, calibration)
+        path = _find_calibration(name)
+        self.again = (
+            "calibrate anew, type: lerobot-calibrate --robot.type=so100_follower "
+            f"--robot.port={self.port} --robot.id={path.stem}"
+        )
+        ranges = read_json(path)
+        try:
+            calibration = {motor: motors.MotorCalibration(**ranges[motor]) for motor in MOTORS}
+        except (KeyError, TypeError):
+            raise UserError(f"{path} is no calibration of an SO-100 or SO-101: {self.again}") from None
+        self._set_limits(calibration, path)
+        servos = {}
+        for number, motor in enumerate(MOTORS, 1):
+            mode = "range_0_100" if motor == "gripper" else "degrees"
+            servos[motor] = motors.Motor(number, "sts3215", motors.MotorNormMode(mode))
+        self.bus = feetech.FeetechMotorsBus(self.port, servos, calibration)
         try:
             self.bus.connect(handshake=False)
-        except Exception as error:  # LeRobot says ConnectionError, the reason is its cause
-            raise RuntimeError(
-                f"cannot open {self.port} ({one_line(error.__cause__ or error)}): is another program using it? On Linux you need "
-                "the group dialout: sudo usermod -aG dialout $USER, then log in again"
+        except Exception as error:  # LeRobot raises ConnectionError; the reason is its cause
+            raise UserError(
+                f"cannot open {self.port} ({_one_line(error.__cause__ or error)}): does another program "
+                "use it? On Linux you need the group dialout: sudo usermod -aG dialout $USER; log in again"
             ) from None
+        self.exits.callback(self.bus.disconnect, disable_torque=False)
+
+    def _set_limits(self, calibration, path):
+        """Lowest and highest target, each (6,): the arm's and the calibrated range, less one degree each."""
+        ticks = [calibration[motor].range_max - calibration[motor].range_min for motor in MOTORS]
+        width = np.array(ticks) * 360 / 4095  # degrees, (6,)
+        nominal = HIGH - LOW  # (6,)
+        nominal[5] = 110.2  # the gripper's 0 to 100, in degrees of its servo
+        bad = (width < 0.6 * nominal) | (width > nominal + 60)  # (6,)
+        if bad.any():
+            j = bad.argmax()
+            raise UserError(
+                f"{path} says that {MOTORS[j]} turns by {width[j]:.0f} degrees, an SO-100's turns by "
+                f"{nominal[j]:.0f}: move it from end to end when you {self.again} and then c"
+            )
+        self.low = np.maximum(LOW, 1 - width / 2)
+        self.high = np.minimum(HIGH, width / 2 - 1)
+        self.low[5] = 0
+        self.high[5] = 100
+
+    def _check_servos(self):
+        """Make sure that all servos answer, hold the file's calibration, and stand where an arm can be."""
+        setup = f"lerobot-setup-motors --robot.type=so100_follower --robot.port={self.port}"
         for number, motor in enumerate(MOTORS, 1):
-            try:
-                self._try(f"asking {motor}", self.bus.ping, motor, raise_on_error=True)
-            except ArmError as error:
-                raise RuntimeError(
-                    f"{error}; is the arm powered, and {motor} (id {number}) plugged in? A new servo gets its id from "
-                    f"lerobot-setup-motors --robot.type=so100_follower --robot.port={self.port}"
-                ) from None
-        if not self._try("reading the servos' calibration", lambda: self.bus.is_calibrated):
-            raise ValueError(
-                f"the servos hold another calibration than {path}: if the file is this arm's, {self.again} and press ENTER; else calibrate anew"
+            remedy = f"power the arm, plug in {motor} (id {number}); a new servo gets its id from {setup}"
+            self._try(f"asking {motor}", self.bus.ping, motor, raise_on_error=True, remedy=remedy)
+        if not self._try("reading the calibration", lambda: self.bus.is_calibrated):
+            raise UserError(
+                "the servos hold another calibration than the file. If the file is this arm's, press ENTER "
+                f"when asked, else c: {self.again}"
             )
         position = self._read()
-        if (bad := (position < LOW - 25) | (position > HIGH + 25)).any():
-            j = int(bad.argmax())
-            raise ValueError(
-                f"{MOTORS[j]} reads {position[j]:.0f}, the arm can reach {LOW[j]:.0f} .. {HIGH[j]:.0f}: calibrate anew, {self.again}"
+        bad = (position < LOW - 25) | (position > HIGH + 25)  # (6,)
+        if bad.any():
+            j = bad.argmax()
+            raise UserError(
+                f"{MOTORS[j]} reads {position[j]:.0f}, it can be {LOW[j]:.0f} to {HIGH[j]:.0f}: {self.again}"
             )
 
-    def _open_cameras(self, cameras, width, height):
-        if not cameras:
-            raise ValueError(
-                f"no camera: type lerobot-find-cameras opencv, then {' '.join(f'--{view}=...' for view in CAMERAS)}"
-            )
-        try:
-            from lerobot.cameras.opencv import OpenCVCamera, OpenCVCameraConfig
-        except ImportError as error:
-            raise RuntimeError(
-                f"the cameras are read by LeRobot ({error}); type: pip install 'lerobot[feetech]'"
-            ) from None
+    def _open_cameras(self, cameras, size):
+        opencv = require("lerobot.cameras.opencv", PACKAGE)
+        width, height = size
         for view, source in cameras.items():
-            source = int(source) if str(source).isdigit() else Path(source)
-            camera = OpenCVCamera(OpenCVCameraConfig(source, fps=30, width=width, height=height))
+            device = int(source) if str(source).isdigit() else Path(source)
+            config = opencv.OpenCVCameraConfig(device, fps=30, width=width, height=height)
+            camera = opencv.OpenCVCamera(config)
             try:
                 camera.connect()
             except Exception as error:
-                raise RuntimeError(
-                    f"camera {view} ({source}) does not open ({one_line(error)}): type lerobot-find-cameras opencv, then --{view}=... "
-                    "with the number it says"
+                raise UserError(
+                    f"camera {view} ({source}) does not open ({_one_line(error)}): "
+                    f"type lerobot-find-cameras opencv, then --{view}=... with the number it says"
                 ) from None
-            self.cameras[view] = camera
+            self.opened[view] = camera
+            self.exits.callback(camera.disconnect)
 
     def _prepare_servos(self):
-        """LeRobot's settings, then torque on where the arm is: a servo's old target, from whenever, would make it leap."""
+        """Write LeRobot's settings, then switch torque on in place.
+
+        The measured position becomes the target first: a servo keeps the target of its last session, and
+        would leap to it.
+        """
         if self.dry_run:
             return
         self._try("switching torque off", self.bus.disable_torque)
         for motor in MOTORS:
-            for register, value in {
-                **SETTINGS,
-                "Goal_Velocity": MAX_SPEED,
-                **(GRIPPER_SETTINGS if motor == "gripper" else {}),
-            }.items():
+            settings = SETTINGS | GRIPPER_SETTINGS if motor == "gripper" else SETTINGS
+            for register, value in settings.items():
                 self._try(f"setting {register} of {motor}", self.bus.write, register, motor, value)
         self._send(self._read())
         self.powered = True
         for motor in MOTORS:
             self._try(f"switching torque on for {motor}", self.bus.enable_torque, motor)
 
-    # -- the bus ------------------------------------------------------------------------------------------------
+    # -- the bus ---------------------------------------------------------------------------------------------
 
     def _report(self, text):
         self.faults.append(text)
         print(f"arm: {text}", file=sys.stderr, flush=True)
 
-    def _try(self, what, call, *args, tries=TRIES, **kwargs):
-        """A call of the driver, repeated while it fails: lost and garbled packets are part of life with these servos."""
+    def _try(self, what, call, *args, tries=TRIES, remedy="check power and cables", **options):
+        """A call of the driver, repeated while it fails: these servos lose and garble packets now and then.
+
+        The driver raises ConnectionError, RuntimeError (a servo reports a fault), SerialException,
+        termios.error and IndexError. what: the call in words. remedy: what a person can do when it has failed
+        `tries` times.
+        """
         for attempt in range(1, tries + 1):
             try:
-                return call(*args, **kwargs)
-            except Exception as error:  # ConnectionError, RuntimeError (a servo's own complaint), SerialException, termios.error, IndexError
-                self._report(f"{what} failed, {attempt} of {tries}: {one_line(error)}")
-                why = error
-                self._recover()
-        self.broken = True
-        raise ArmError(f"{what} failed {tries} times: {one_line(why)}")
+                return call(*args, **options)
+            except Exception as error:
+                why = _one_line(error)
+            self._report(f"{what} failed, {attempt} of {tries}: {why}")
+            self._recover()
+        if not self.broken:  # stop once: the servos that stop() cannot reach come here, too
+            self.broken = True
+            self._stop()
+        raise ArmError(
+            f"the arm was stopped: {what} failed {tries} times ({why}); {remedy}, then start again"
+        )
 
     def _recover(self):
-        """After an error: no packet is under way, no late answer waits to be taken for another's, and the port is open."""
+        """After an error: no packet is under way, late answers are thrown away, and the port is open."""
         port = self.bus.port_handler
-        port.is_using = (
-            False  # stays set after an exception, and every later call would fail with "port is in use"
-        )
-        time.sleep(0.02)  # a late answer arrives
+        # The flag stays set after an exception, and every later call would fail with "port is in use".
+        port.is_using = False
+        time.sleep(0.02)  # a late answer arrives, and is thrown away
         try:
             port.ser.reset_input_buffer()
-        except Exception:  # the cable was pulled; it may come back under the same name
-            self.clock.sleep(0.2)
-            with contextlib.suppress(Exception):  # the next call fails and says so
+        except Exception:  # the cable was pulled; the port may come back under the same name
+            time.sleep(0.2)
+            with contextlib.suppress(Exception):  # if it has not, the next call reports it
                 port.openPort()
 
     def _read(self):
-        """Measured position (6,). A reading that no arm can have moved to is an error of the bus, too; the first one is read twice."""
-
-        def once():
-            values = self.bus.sync_read("Present_Position")
-            return np.array([values[motor] for motor in MOTORS], float)
-
-        def read():
-            known = once() if self.measured is None else self.measured
-            position = once()
-            if (far := np.abs(position - known) > JUMP).any():
-                j = int(far.argmax())
-                raise ConnectionError(f"{MOTORS[j]} reads {position[j]:.0f} right after {known[j]:.0f}")
-            return position
-
-        self.measured = self._try("reading the positions", read)
+        """Read the position (6,), and keep it as self.measured."""
+        self.measured = self._try("reading the positions", self._plausible_position)
         return self.measured
 
-    def _send(self, goal):
-        """Target positions (6,), within the limits, to the servos. The driver's group write is not acknowledged: read it back."""
+    def _plausible_position(self):
+        """A position that the arm cannot have moved to is a fault of the bus. The first one is read twice."""
+        before = self._position() if self.measured is None else self.measured
+        position = self._position()
+        far = np.abs(position - before) > MAX_JUMP  # (6,)
+        if far.any():
+            j = far.argmax()
+            raise ConnectionError(f"{MOTORS[j]} reads {position[j]:.0f} right after {before[j]:.0f}")
+        return position
 
-        def send():
-            self.bus.sync_write("Goal_Position", {motor: float(g) for motor, g in zip(MOTORS, goal)})
-            held = self.bus.sync_read("Goal_Position")
-            if wrong := [
-                motor for motor, g in zip(MOTORS, goal) if abs(held[motor] - g) > 0.15
-            ]:  # an encoder tick or two
-                raise ConnectionError(f"{', '.join(wrong)} did not take the target")
+    def _position(self):
+        values = self.bus.sync_read("Present_Position")
+        return np.array([values[motor] for motor in MOTORS])  # (6,)
 
-        self._try("sending a target", send)
+    def _send(self, target):
+        """Send a target (6,) to the servos. It must be within the limits."""
+        self._try("sending a target", self._write_target, dict(zip(MOTORS, target.tolist())))
+
+    def _write_target(self, target):
+        """One group write. Servos do not acknowledge it, so the targets are read back."""
+        self.bus.sync_write("Goal_Position", target)
+        held = self.bus.sync_read("Goal_Position")
+        wrong = [
+            motor for motor in MOTORS if abs(held[motor] - target[motor]) > 0.15
+        ]  # an encoder tick or two
+        if wrong:
+            raise ConnectionError(f"{', '.join(wrong)} did not take the target")
 
     def _stop(self):
-        """Stay where you are: tell every servo one by one, because some may be out of reach."""
+        """Let the arm hold its position. The servos are told one by one, because some may be out of reach."""
         if not self.powered or self.measured is None:
             return
-        for motor, position in zip(MOTORS, np.clip(self.measured, self.low, self.high)):
-            try:
-                self.bus.write("Goal_Position", motor, float(position), num_retry=2)
-            except Exception as error:
-                self._report(f"{motor} could not be told to stop: {one_line(error)}")
-                self._recover()
+        position = np.clip(self.measured, self.low, self.high)
+        for motor, target in zip(MOTORS, position.tolist()):
+            with contextlib.suppress(ArmError):  # it is reported
+                self._try(f"stopping {motor}", self.bus.write, "Goal_Position", motor, target)
+
+    def _give_up(self, what, remedy):
+        """Stop the arm and raise ArmError."""
+        self._stop()
+        raise ArmError(f"the arm was stopped: {what}; {remedy}, then start again") from None
 
     def _release(self):
-        """Torque off, servo by servo: one that is dead must not keep the others on."""
-        left = []
-        for motor in MOTORS if self.powered else ():
+        """Switch torque off servo by servo. One that does not answer must not keep the others on."""
+        if not self.powered:
+            return
+        self.broken = True  # from here on a failure must not send targets
+        holding = []
+        for motor in MOTORS:
             try:
                 self._try(f"switching off {motor}", self.bus.disable_torque, motor, tries=3 * TRIES)
-                self._try(
-                    f"freeing the speed of {motor}", self.bus.write, "Goal_Velocity", motor, 0
-                )  # for LeRobot's own programs
+                # LeRobot's own programs expect servos without a speed limit
+                self._try(f"freeing the speed of {motor}", self.bus.write, "Goal_Velocity", motor, 0)
             except ArmError:
-                left.append(motor)
-        self.powered = bool(left)
-        if left:
-            self._report(f"{', '.join(left)} may still hold: switch off the arm's power")
+                holding.append(motor)
+        if holding:
+            self._report(f"{', '.join(holding)} may still hold: switch off the arm's power")
 
-    # -- limits -------------------------------------------------------------------------------------------------
+    # -- limits ----------------------------------------------------------------------------------------------
 
-    def inside(self, position):
-        """Are fingertips, jaws and wrist above the table, within reach and clear of the base, by forward kinematics?"""
-        self.data.qpos[:6] = to_qpos(position)
-        mujoco.mj_kinematics(self.model, self.data)
-        points = np.array(
-            [self.data.site("gripper").xpos, self.data.site("jaw_tip").xpos, self.data.body("fixed_jaw").xpos]
-        )  # (3, 3)
-        on_base = ((points > BASE[:, 0]) & (points < BASE[:, 1])).all(1)
-        return bool(
-            (points[:, 2] >= FLOOR).all()
-            and np.hypot(*(points[:, :2] - PAN_AXIS).T).max() <= REACH
-            and not on_base.any()
-        )
+    def _inside(self, position):
+        """Are fingertips, jaw and wrist above the table, within reach and outside the base?"""
+        data = self.data
+        data.qpos[:6] = to_qpos(position)
+        mujoco.mj_kinematics(MODEL, data)
+        parts = [data.site("gripper"), data.site("jaw_tip"), data.body("fixed_jaw")]
+        points = np.array([part.xpos for part in parts])  # (3, 3) metres
+        above = points[:, 2] >= FLOOR  # (3,)
+        distance = np.linalg.norm(points[:, :2] - PAN_AXIS, axis=1)  # (3,)
+        in_base = ((points > BASE[0]) & (points < BASE[1])).all(1)  # (3,)
+        return bool((above & (distance <= REACH) & ~in_base).all())
 
-    def limited(self, goal):
-        """The target (6,) nearest to `goal` that may be sent from the measured position, and why it differs: joint, step, workspace."""
-        why, now = [], self.measured
-        near = np.clip(goal, self.low, self.high)
-        why += ["joint"] * (not np.array_equal(near, goal))
-        goal, near = near, np.clip(near, now - MAX_STEP, now + MAX_STEP)
-        why += ["step"] * (not np.array_equal(near, goal))
-        if not self.inside(near):
-            why.append("workspace")
-            start = np.clip(now, self.low, self.high)
-            near = next(
-                (p for s in np.linspace(0.9, 0.1, 9) if self.inside(p := start + s * (near - start))), start
-            )
-        return near, why
+    def _limited(self, action):
+        """Action (6,) -> the nearest target that may be sent, and why it differs: joint, step, workspace."""
+        why = []
+        joint = np.clip(action, self.low, self.high)
+        if (joint != action).any():
+            why.append("joint")
+        step = np.clip(joint, self.measured - MAX_STEP, self.measured + MAX_STEP)
+        if (step != joint).any():
+            why.append("step")
+        if self._inside(step):
+            return step, why
+        # the longest part of the way that stays in the workspace, in tenths; at last no motion
+        start = np.clip(self.measured, self.low, self.high)
+        for share in np.linspace(0.9, 0, 10):
+            target = start + share * (step - start)
+            if self._inside(target):
+                break
+        return target, [*why, "workspace"]
 
-    def _way(self, target):
-        """Targets along a straight line in joint space, slow at both ends, and whether they all stay inside the workspace."""
-        target, start = np.clip(target, self.low, self.high), self._read()
-        n = max(1, math.ceil(np.abs(target - start).max() / CALM_SPEED * CALM_RATE))
-        way = [start + (target - start) * (1 - math.cos(math.pi * k / n)) / 2 for k in range(1, n + 1)]
-        return way, all(self.inside(p) for p in way) or not self.inside(
-            start
-        )  # from outside, any way to a good pose leads in
+    def _path(self, pose):
+        """A line in joint space, slow at both ends -> targets (n, 6), and are they in the workspace?"""
+        start = self._read()
+        way = np.clip(pose, self.low, self.high) - start  # (6,)
+        n = 2 + int(np.abs(way).max() / MOVE_SPEED * MOVE_RATE)
+        share = (1 - np.cos(np.linspace(0, np.pi, n))) / 2  # (n,) from 0 to 1
+        path = start + share[:, None] * way  # (n, 6)
+        # outside of the workspace, every way to a good pose leads in
+        return path, not self._inside(start) or all(map(self._inside, path))
 
-    def _calmly(self, target):
-        """Slowly to a pose; stops if something is in the way."""
-        way, clear = self._way(target)
+    def _move(self, pose):
+        """Move slowly to a pose (6,). ArmError if the way leaves the workspace or the arm does not follow."""
+        path, clear = self._path(pose)
         if not clear:
-            raise RuntimeError(
-                "the way to the next pose leads through the table or the base: fold the arm up by hand, then start again"
-            )
+            self._give_up("the way to its next pose leads through table or base", "fold it up by hand")
         if self.dry_run:
-            return print(f"dry run: would move to {words(way[-1])} in {len(way) / CALM_RATE:.1f} s")
-        for goal in way:
-            self._send(np.clip(goal, self.low, self.high))
-            self.clock.sleep(1 / CALM_RATE)
-            if (late := np.abs(self._read() - goal) > LAG).any():
-                self._stop()
-                raise RuntimeError(
-                    f"{MOTORS[int(late.argmax())]} does not follow its target: something is in the way, or the servo is overloaded; "
-                    "free the arm, then start again"
+            print(f"dry run: would move to {_words(path[-1])} in {len(path) / MOVE_RATE:.1f} s")
+            return
+        for target in path:
+            self._send(np.clip(target, self.low, self.high))
+            time.sleep(1 / MOVE_RATE)
+            late = np.abs(self._read() - target) > MAX_LAG  # (6,)
+            if late.any():
+                self._give_up(
+                    f"{MOTORS[late.argmax()]} does not follow its target",
+                    "something is in the way, or the servo is overloaded: free the arm",
                 )
 
-    # -- episodes -----------------------------------------------------------------------------------------------
+    # -- episodes --------------------------------------------------------------------------------------------
 
-    def reset(self, *, seed=None, options=None):
-        """Move slowly to the start pose -> obs, info. options: task, the instruction. The scene is laid out by a person; seed is ignored."""
-        options = dict(options or {})
-        self.task = options.pop("task", self.task)
-        if options:
-            raise ValueError(f"unknown reset options {sorted(options)}: type task")
-        if not self.task or not self.task.strip():
-            raise ValueError(
-                'the real arm needs an instruction: type it in quotes, like "put the red cube on the blue pad"'
-            )
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        """Move slowly to the start pose -> obs, info. options: task, the instruction.
+
+        A person lays out the scene: the seed and other options are the simulation's, and ignored.
+        """
+        self.task = (options or {}).get("task", self.task)
+        if not self.task.strip():
+            raise UserError(NO_TASK)
         if self.closed:
-            raise ValueError("the arm was closed: make a new RealEnv")
-        before, self.measured, self.steps, self.clipped, self.success, self.late = (
-            len(self.faults),
-            None,
-            0,
-            [],
-            False,
-            0.0,
-        )
-        try:
-            self._calmly(self.home)
-            self.clock.sleep(0.5)  # it settles, and the cameras see it
-            self._read()
-        except ArmError as error:
-            self._give_up(error)
-        self.tick = self.clock.monotonic()
-        return self._obs(), self._info(0, before)
+            raise UserError("the arm was closed: make a new RealEnv")
+        self.measured = None  # people may have moved the arm
+        self.steps = 0
+        self.success = False
+        self.clipped = []  # reasons for which the last targets were limited
+        self.begin()
+        self._move(self.home)
+        time.sleep(0.5)  # the arm settles, and the cameras see it
+        self._read()
+        self.tick = time.monotonic()  # when the next control step begins
+        return self._obs(), self._info(0)
 
-    def instruct(self, task):
-        """Another instruction, also in mid motion, with a step limit of its own -> obs: people may have moved things while the arm had nothing to do."""
-        self.task, self.steps = task, 0
-        try:
-            self._read()
-        except ArmError as error:
-            self._give_up(error)
+    def begin(self) -> None:
+        """Called before the arm moves to its start pose."""
+
+    def judge(self) -> bool | None:
+        """Called after every control step: True is success, False failure, None: the episode goes on."""
+
+    def instruct(self, task: str) -> dict:
+        """Another instruction, also in mid motion, with a step limit of its own -> a new observation."""
+        self.task = task
+        self.steps = 0
+        self._read()
         return self._obs()
 
-    def rest(self):
-        """Fold up, out of the way: no load on the motors while people lay out scenes and gradients are computed."""
-        try:
-            self._calmly(REST)
-        except ArmError as error:
-            self._give_up(error)
+    def rest(self) -> None:
+        """Fold up: no load on the motors while people lay out scenes and gradients are computed."""
+        self._move(REST)
 
-    def step(self, action):
-        """One control step of 1 / FPS seconds; action (6,) target positions -> obs, reward, terminated, truncated, info."""
+    def step(self, action: np.ndarray) -> tuple:
+        """One control step: action (6,) target positions -> obs, reward, terminated, truncated, info."""
         return self.step_chunk(np.asarray(action)[None])
 
-    def step_chunk(self, actions):
-        """Up to n control steps, actions (n, 6); pictures are taken once, at the end. Raises ArmError when the arm had to be stopped."""
-        if self.task is None or self.closed:
-            raise ValueError("the episode has not begun: call reset() first")
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim != 2 or actions.shape[1] != 6 or not len(actions):
-            raise ValueError(
-                f"an action has 6 numbers, one for each of {', '.join(MOTORS)}; got shape {actions.shape[1:]}"
-            )
-        if not np.isfinite(actions).all():
-            raise ValueError(f"an action must be finite; got {actions[~np.isfinite(actions).all(1)][0]}")
-        before, self.clipped = len(self.faults), []
-        for executed, action in enumerate(actions, 1):
+    def step_chunk(self, actions: np.ndarray) -> tuple:
+        """Up to n control steps, actions (n, 6). Pictures are taken once, at the end."""
+        if not self.task or self.closed:
+            raise UserError("the episode has not begun: call reset() first")
+        before = self.steps
+        self.clipped = []
+        for action in check_actions(actions, MOTORS):
             terminated, truncated = self._advance(action)
             if terminated or truncated:
                 break
-        return self._obs(), float(terminated), terminated, truncated, self._info(executed, before)
+        return self._obs(), float(terminated), terminated, truncated, self._info(self.steps - before)
 
     def _advance(self, action):
-        goal, why = self.limited(action)
+        """One control step without pictures -> terminated, truncated."""
+        target, why = self._limited(action)
         self.clipped += why
-        try:
-            if self.dry_run:
-                print(f"dry run: would send {words(goal)}{'  clipped: ' + ', '.join(why) if why else ''}")
-            else:
-                self._send(goal)
-            now, due = self.clock.monotonic(), self.tick + 1 / FPS
-            self.tick = max(
-                due, now + 0.5 / FPS
-            )  # time that the policy took counts, but a target holds for half a period at least
-            self.late = self.tick - due
-            self.clock.sleep(self.tick - now)
-            self._read()
-        except ArmError as error:
-            self._give_up(error)
+        if self.dry_run:
+            print(f"dry run: would send {_words(target)}  clipped: {', '.join(why) or 'nothing'}")
+        else:
+            self._send(target)
+        # The policy's computing counts as part of the period, but a target holds for half a period at least.
+        now = time.monotonic()
+        self.tick = max(self.tick + 1 / FPS, now + 0.5 / FPS)
+        time.sleep(self.tick - now)
+        self._read()
         self.steps += 1
-        terminated = self.success = bool(self.judge and self.judge())
-        return terminated, self.steps >= self.limit and not terminated
+        verdict = self.judge()
+        self.success = verdict is True
+        over = verdict is False or self.steps >= self.limit
+        return self.success, over and not self.success
 
-    def _give_up(self, error):
-        self._stop()
-        raise ArmError(f"the arm was stopped: {error}; check power and cables, then start again") from None
+    def _look(self, view):
+        """Take a camera's newest frame; ArmError if it does not show the scene of now."""
+        try:
+            frame = self.opened[view].async_read(timeout_ms=1000 * STALE)
+        except Exception as error:
+            self._give_up(f"camera {view} delivers no new pictures ({_one_line(error)})", "check its cable")
+        now = time.monotonic()
+        before, position, since = self.shown.get(view, (None, None, None))
+        if not np.array_equal(frame, before):
+            self.shown[view] = frame, self.measured, now
+        elif now - since > STALE and np.abs(self.measured - position)[:5].max() > 5:  # degrees
+            self._give_up(
+                f"camera {view} shows the same picture since {now - since:.1f} s although the arm moved",
+                "unplug it and plug it in again",
+            )
 
     def _obs(self):
         images = {}
-        for view, camera in self.cameras.items():
-            try:
-                frame = camera.async_read(timeout_ms=STALE * 1000)  # (height, width, 3) RGB
-            except Exception as error:
-                self._stop()
-                raise ArmError(
-                    f"camera {view} delivers no new pictures ({one_line(error)}); the arm was stopped: check the cable, then start again"
-                ) from None
-            now, known = self.clock.monotonic(), self.shown.get(view)
-            if known is None or not np.array_equal(frame, known[0]):
-                self.shown[view] = frame, self.measured, now
-            elif now - known[2] > STALE and np.abs(self.measured - known[1])[:5].max() > 5:
-                self._stop()
-                raise ArmError(
-                    f"camera {view} shows the same picture since {now - known[2]:.1f} s although the arm moved; the arm was stopped: "
-                    "unplug the camera and plug it in again"
-                )
-            self.frames[view] = frame
-            images[view] = square(Image.fromarray(frame), self.px, "crop")
+        for view in self.opened:
+            self._look(view)
+            images[view] = self.render(self.px, view)
         return {"images": images, "state": self.measured.astype(np.float32), "task": self.task}
 
-    def _info(self, executed, before):
+    def _info(self, executed):
         return {
             "success": self.success,
             "reason": "",
             "steps": self.steps,
             "executed": executed,
             "failure": "",
-            "clipped": list(self.clipped),
-            "faults": self.faults[before:],
-            "late": self.late,
+            "clipped": self.clipped,
         }
 
-    def render(self, px=256, camera="front"):
-        """The last picture of a camera, larger: (px, px, 3) uint8."""
-        return square(Image.fromarray(self.frames[camera]), px, "crop")
+    def render(self, px: int = 256, camera: str = "front") -> np.ndarray:
+        """The last picture of a camera in another size: (px, px, 3) uint8, the middle of the frame."""
+        frame, _, _ = self.shown[camera]
+        return resize_image(Image.fromarray(frame), px, "crop")
 
-    def close(self):
-        """Fold up slowly, switch off torque, close cameras and port. Safe to call twice; any exit but kill -9 calls it."""
+    def seconds(self) -> dict[str, float]:
+        """Seconds of simulation: none."""
+        return {}
+
+    def close(self) -> None:
+        """Fold up slowly, switch torque off, close cameras and port. Every exit but kill -9 calls it."""
         if self.closed:
             return
         self.closed = True
-        atexit.unregister(self.close)
         try:
             if self.powered and not self.broken:
-                self._recover()  # a Ctrl-C may have come in mid packet
-                if not self._way(REST)[1]:
-                    self._calmly(HOME)
-                self._calmly(REST)
-        except BaseException as error:  # also a second, impatient Ctrl-C: let go at once
-            self._report(f"not folded up: {one_line(error) or type(error).__name__}")
+                self._recover()  # Ctrl-C may have come in mid packet
+                if not self._path(REST)[1]:
+                    self._move(HOME)
+                self._move(REST)
+        except BaseException as error:  # also a second Ctrl-C: then the arm is released at once
+            self._report(f"not folded up: {_one_line(error)}")
         finally:
-            numbers = (
-                (signal.SIGINT, signal.SIGTERM)
-                if threading.current_thread() is threading.main_thread()
-                else ()
-            )
-            handlers = [
-                signal.signal(number, signal.SIG_IGN) for number in numbers
-            ]  # nothing may come between the arm and its release
-            if self.bus is not None:
-                self._release()  # also when the port is gone: it may have come back
-            for disconnect in (
-                lambda: self.bus.disconnect(disable_torque=False),
-                *(camera.disconnect for camera in self.cameras.values()),
-            ):
-                with contextlib.suppress(Exception):  # what was never opened, or has gone
-                    disconnect()
-            for number, handler in zip(numbers, handlers):
-                signal.signal(number, handler or signal.SIG_DFL)
+            _on_signals(signal.SIG_IGN)  # nothing may come between the arm and its release
+            self._release()  # also when the port is gone: it may have come back
+            with contextlib.suppress(Exception):  # of a port or camera that is gone
+                self.exits.close()
+            _on_signals(signal.default_int_handler)
 
 
-class Keys:
-    """Key presses of the person beside the arm: without Enter on a terminal, else (a pipe) the next character."""
+class JudgedEnv(RealEnv):
+    """A real arm and a person, who begins every episode with Enter, and ends it with y (success) or n.
 
-    def __init__(self):
-        self.fd, self.before = sys.stdin.fileno(), None
+    An episode that nobody judges fails at the step limit. Arguments are RealEnv's.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.keyboard = sys.stdin.fileno()
         if sys.stdin.isatty():
             import termios
             import tty
 
-            self.before = termios.tcgetattr(self.fd)
-            tty.setcbreak(self.fd)
-            atexit.register(self.close)
+            settings = termios.tcgetattr(self.keyboard)
+            self.exits.callback(termios.tcsetattr, self.keyboard, termios.TCSADRAIN, settings)
+            tty.setcbreak(self.keyboard)  # keys arrive without Enter
+        self.rest()
 
-    def pressed(self, patience=0.0):
-        """The next key if there is one within `patience` seconds (None: however long that takes), else an empty string."""
-        if not select.select([self.fd], [], [], patience)[0]:
+    def begin(self) -> None:
+        """Wait until the person has laid out the scene."""
+        print(f"\nlay out the scene for: {self.task}")
+        print("keep clear of the arm and press Enter; then y: done, n: failed", flush=True)
+        while self._key(None) not in ("\r", "\n"):
+            pass
+
+    def judge(self) -> bool | None:
+        """The person's verdict, if there is one already."""
+        return {"y": True, "n": False}.get(self._key(0))
+
+    def step_chunk(self, actions: np.ndarray) -> tuple:
+        """Like RealEnv's. The arm folds up when the episode has ended, and stays so until the next begins."""
+        result = super().step_chunk(actions)
+        if result[2] or result[3]:  # terminated or truncated
+            self.rest()
+        return result
+
+    def _key(self, patience):
+        """The next key, or "" if none is pressed within `patience` seconds; None waits for ever."""
+        if not select.select([self.keyboard], [], [], patience)[0]:
             return ""
-        key = os.read(self.fd, 1).decode(errors="replace")
+        key = os.read(self.keyboard, 1).decode(errors="replace")
         if not key:
             raise ArmError("nobody is at the keyboard to begin and judge the episodes")
         return key
 
-    def wait(self, keys):
-        while self.pressed(None) not in keys:
-            pass
 
-    def close(self):
-        if self.before:
-            import termios
+def connect(cfg: Any, policy: Any, judged: bool, dry_run: bool = False) -> SingleEnv:
+    """The arm that a program's options --port, --id, --front, --wrist name, as run_episodes() takes it.
 
-            termios.tcsetattr(self.fd, termios.TCSADRAIN, self.before)
-            self.before = None
-
-
-class PracticeEnv(RealEnv):
-    """A real arm whose episodes a person begins and judges, as rl.py practises on it: Enter begins, y is success, n failure.
-
-    instruction: what every episode asks for. An episode that nobody judges fails at the time limit.
+    judged: a person begins and judges the episodes (JudgedEnv). dry_run: nothing is sent to the servos.
+    UserError, before anything is opened, for a policy that does not fit the arm and a missing instruction.
     """
-
-    def __init__(self, port, cameras, name="", instruction="", limit=200, **more):
-        self.instruction, self.longest, self.keys = instruction, limit, Keys()
-        super().__init__(port, cameras, name, limit=limit, judge=self.verdict, **more)
-
-    def reset(self, *, seed=None, options=None):
-        """Let the person lay out the scene, then begin -> obs, info. Seed and options are the simulation's, and ignored."""
-        self.rest()
-        print(
-            f"\nlay out the scene for: {self.instruction}\nkeep clear of the arm and press Enter; then y: done, n: failed",
-            flush=True,
-        )
-        self.keys.wait("\r\n")
-        self.limit = self.longest
-        return super().reset(options={"task": self.instruction})
-
-    def verdict(self):
-        key = self.keys.pressed()
-        if key == "n":
-            self.limit = self.steps  # no more time
-        return key == "y"
-
-    def close(self):
-        super().close()
-        self.keys.close()
-
-
-def by_flags(cls, cfg, views, **more):
-    """An arm by a program's flags --port, --id, --front, --wrist and --task. views: the cameras that the policy looks through."""
-    if missing := [f"--{view}=" for view in views if not getattr(cfg, view, "")]:
-        raise ValueError(
-            f"the policy looks through {views}: type {' and '.join(missing)} with the number that lerobot-find-cameras opencv says"
-        )
+    camera_indices(policy, "real")
     if not cfg.task.strip() and not getattr(cfg, "interactive", False):
-        raise ValueError('the real arm needs an instruction, like "put the red cube on the blue pad"')
-    return cls(cfg.port, {view: getattr(cfg, view) for view in views}, cfg.id, **more)
+        raise UserError(NO_TASK)
+    kind = JudgedEnv if judged else RealEnv
+    cameras = {view: getattr(cfg, view) for view in policy.cfg.camera_names}
+    arm = kind(cfg.port, cameras, cfg.id, policy.cfg.image_size, dry_run)
+    return SingleEnv(arm, arm.px, CAMERAS, policy.cfg.state_dim)
 
 
-def one_line(error):
-    """The first line of an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+# -----------------------------------------------------------------------------------------------------------
+# Calibration, words, signals
 
 
-def words(position):
+def _find_calibration(name):
+    """The file that lerobot-calibrate wrote for the robot id `name`; without name, the only one there is."""
+    constants = require("lerobot.utils.constants", PACKAGE)
+    folder = constants.HF_LEROBOT_CALIBRATION / constants.ROBOTS
+    # the folder is so100_follower or so101_follower, in newer versions of LeRobot so_follower
+    found = list(folder.glob(f"so*_follower/{name or '*'}.json"))
+    names = {path.stem for path in found}
+    if len(names) > 1:
+        raise UserError(f"several arms are calibrated: type --id= one of {', '.join(sorted(names))}")
+    if not names:
+        raise UserError(
+            f"no calibration of {name or 'any arm'} in {folder}: type lerobot-calibrate "
+            f"--robot.type=so100_follower --robot.port=... --robot.id={name or 'my_arm'}"
+        )
+    return max(found)  # the newer version's
+
+
+def _one_line(error):
+    """The first line of an error's message, or its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _words(position):
     """A position (6,) to read: shoulder_pan -6.9, ..."""
     return ", ".join(f"{motor} {p:.1f}" for motor, p in zip(MOTORS, position))
 
 
-def find_calibration(name=""):
-    """The file that lerobot-calibrate wrote for the robot id `name`, or the only one there is."""
-    from lerobot.utils import constants
-
-    folders = [
-        constants.HF_LEROBOT_CALIBRATION / constants.ROBOTS / kind
-        for kind in ("so_follower", "so100_follower", "so101_follower")
-    ]
-    found = [path for folder in folders for path in sorted(folder.glob("*.json")) if name in ("", path.stem)]
-    if not found:
-        raise FileNotFoundError(
-            f"no calibration {f'of {name} ' if name else ''}in {folders[0].parent}: "
-            f"type lerobot-calibrate --robot.type=so100_follower --robot.port=... --robot.id={name or 'my_arm'}"
-        )
-    if len({path.stem for path in found}) > 1:
-        raise ValueError(
-            f"several arms are calibrated: type --id= one of {', '.join(sorted({path.stem for path in found}))}"
-        )
-    return found[0]
-
-
-def limits_of(path, again):
-    """Lowest and highest targets, each (6,): the arm's joint limits, and the calibrated range less a degree at each end."""
-    try:
-        ranges = json.loads(path.read_text())
-        width = (
-            np.array([ranges[motor]["range_max"] - ranges[motor]["range_min"] for motor in MOTORS])
-            * 360
-            / 4095
-        )  # degrees
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no calibration of an SO-100 or SO-101 ({one_line(error)}): {again}"
-        ) from None
-    nominal = np.append(
-        (HIGH - LOW)[:5], math.degrees(1.924)
-    )  # the gripper's 0..100 are 110 degrees of its servo
-    if (bad := (width < 0.6 * nominal) | (width > nominal + 60)).any():
-        j = int(bad.argmax())
-        raise ValueError(
-            f"{path} says that {MOTORS[j]} turns by {width[j]:.0f} degrees, an SO-100's turns by {nominal[j]:.0f}: "
-            f"calibrate anew and move it from end to end, {again} and then c"
-        )
-    low, high = np.maximum(LOW, 1 - width / 2), np.minimum(HIGH, width / 2 - 1)
-    low[5], high[5] = 0, 100
-    return low, high
+def _on_signals(handler):
+    """Set what Ctrl-C, SIGTERM and SIGHUP do."""
+    for number in SIGNALS:
+        with contextlib.suppress(ValueError):  # only the main thread may
+            signal.signal(number, handler)

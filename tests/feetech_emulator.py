@@ -1,213 +1,256 @@
-"""A servo bus and two cameras without hardware: LeRobot's unmodified driver talks to MuJoCo's arm through a pseudo terminal.
+"""A servo bus and two cameras without hardware: LeRobot's unmodified driver talks to MuJoCo's arm.
 
-    python tests/feetech_emulator.py out/small 100      # success of a policy in sim_env and through LeRobot's driver, same seeds
+    python tests/feetech_emulator.py out/small 300   # a policy in sim_env and through LeRobot's driver
 
-The seams are the serial port (a pseudo terminal that answers Feetech's protocol like six STS3215 servos; for long runs, pyserial's class)
-and cv2.VideoCapture (replaced by a class that hands over rendered pictures). Everything between, LeRobot's motor bus, its camera class with
-its threads, the servo SDK and pyserial, is what runs on a real arm. Time is simulated: the arm moves while RealEnv sleeps on this emulator's clock.
+Three things are replaced. The serial port is a pseudo terminal that answers Feetech's protocol as six STS3215
+servos do; for long runs it is a class in the place of pyserial's. cv2.VideoCapture is a class that hands over
+rendered pictures. real_env's clock is the emulator's: the arm moves while real_env sleeps. Everything between
+is what runs on a real arm: LeRobot's motor bus, its camera class with its threads, servo SDK and pyserial.
 """
 
+import atexit
+import functools
 import json
 import os
 import pty
 import select
+import signal
 import sys
 import tempfile
 import threading
 import time
 import tty
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sim_env import LIMIT, MOTORS, SEEDS, SO100Env, mujoco, to_qpos, wilson
+from common import fast_cpu
+from evaluate import Episode, SingleEnv, make_env, percent, policy_fn, run_episodes, wilson
+from extras import real_env
+from sim_env import CAMERAS, LIMIT, MOTORS, SEEDS, SO100Env, mujoco, to_qpos
 
-PING, READ, WRITE, SYNC_READ, SYNC_WRITE = 1, 2, 3, 0x82, 0x83
-MODEL, ID, MIN, MAX, HOMING, TORQUE, GOAL, SPEED, PRESENT, VOLTAGE, TEMPERATURE = (
-    3,
-    5,
-    9,
-    11,
-    31,
-    40,
-    42,
-    46,
-    56,
-    62,
-    63,
-)  # registers
+# Instructions of the protocol
+PING = 1
+READ = 2
+WRITE = 3
+SYNC_READ = 0x82
+SYNC_WRITE = 0x83
+
+# Registers
+FIRMWARE = 0  # two bytes
+MODEL = 3
+ID = 5
+MIN = 9
+MAX = 11
+HOMING = 31
+TORQUE = 40
+GOAL = 42
+SPEED = 46
+TORQUE_LIMIT = 48
+LOCK = 55
+PRESENT = 56
+VOLTAGE = 62
+TEMPERATURE = 63
+
 TICK = 0.004  # seconds of a physics step
+TIMEOUT = 0.05  # seconds that the driver waits for an answer that does not come
+TASK = "put the red cube on the blue pad"
+
+
+def servo_calibration(number: int, offset: int, low: int, high: int) -> dict[str, int]:
+    """One motor's entry of the file that lerobot-calibrate writes; encoder ticks."""
+    return {"id": number, "drive_mode": 0, "homing_offset": offset, "range_min": low, "range_max": high}
+
+
 CALIBRATION = {
-    motor: {
-        "id": i,
-        "drive_mode": 0,
-        "homing_offset": offset,
-        "range_min": low,
-        "range_max": high,
-    }  # as lerobot-calibrate writes it
-    for i, (motor, offset, low, high) in enumerate(
-        zip(
-            MOTORS,
-            (310, -1020, 95, -14, 1511, -700),
-            (795, 905, 930, 967, 0, 2010),
-            (3301, 3190, 3094, 3127, 4095, 3262),
-        ),
-        1,
-    )
+    "shoulder_pan": servo_calibration(1, 310, 795, 3301),
+    "shoulder_lift": servo_calibration(2, -1020, 905, 3190),
+    "elbow_flex": servo_calibration(3, 95, 930, 3094),
+    "wrist_flex": servo_calibration(4, -14, 967, 3127),
+    "wrist_roll": servo_calibration(5, 1511, 0, 4095),
+    "gripper": servo_calibration(6, -700, 2010, 3262),
 }
 
 
-def signed(value, bit):
-    """Sign and magnitude, as these servos write negative numbers."""
-    return -(value & (1 << bit) - 1) if value >> bit & 1 else value
+def signed(value: int, bit: int) -> int:
+    """A register's content -> number. These servos write negative numbers as sign bit and magnitude."""
+    magnitude = value & (1 << bit) - 1
+    return -magnitude if value >> bit & 1 else magnitude
 
 
-def unsigned(value, bit):
+def unsigned(value: int, bit: int) -> int:
+    """A number -> register's content."""
     return abs(int(value)) | (value < 0) << bit
+
+
+def checksum(body: bytes) -> int:
+    """The last byte of a packet; body: everything between the two header bytes and it."""
+    return ~sum(body) & 255
+
+
+def no_fault(instruction: int) -> None:
+    """What befalls a packet: nothing."""
 
 
 class Emulator:
     """Six servos around the arm of a SO100Env that was reset, and its clock and cameras.
 
-    fault: function of an instruction (PING ...) that says what befalls it: None, "lost" (no servo hears it), "silent" (obeyed, but
-    the last answer is lost), "corrupt" (a bit of the answer, or of a group write, flips) or "absurd" (a wrong position, valid packet).
-    dead: names of servos that neither obey nor answer. camera_fault: {camera: "frozen" or "silent"}.
+    fault: function of an instruction (PING ...) that says what befalls its packet. None: nothing, "lost": no
+    servo hears it, "silent": it is obeyed, but the last answer is lost, "corrupt": a bit of the answer, or of
+    a group write, flips, "absurd": a valid packet with a wrong position. dead: names of servos that neither
+    obey nor answer. camera_fault: {camera: "frozen" or "silent"}.
+    goals: every target that reached a servo, as (motor, measured position, target). trace: the arm's position
+    (6,) after every TICK.
     """
 
-    def __init__(self, sim, calibration=CALIBRATION, seed=0):
-        self.sim, self.calibration, self.rng = sim, calibration, np.random.default_rng(seed)
-        self.fault, self.injected, self.dead, self.camera_fault, self.counts = (
-            lambda instruction: None,
-            [],
-            set(),
-            {},
-            {},
-        )
-        self.goals, self.trace = (
-            [],
-            [],
-        )  # every target that reached a servo, as (motor, last measured position, target), and where the arm was at every TICK
-        self.lock, self.now, self.owed = threading.RLock(), 0.0, 0.0
-        self.withheld, self.waited = False, 0.0  # is the driver waiting in vain? seconds that it has
-        self.gain, self.bias = sim.model.actuator_gainprm.copy(), sim.model.actuator_biasprm.copy()
-        self.memory = {}
+    def __init__(self, sim: SO100Env, calibration: dict = CALIBRATION, seed: int = 0):
+        self.sim = sim
+        self.calibration = calibration
+        self.rng = np.random.default_rng(seed)
+        self.fault: Callable[[int], str | None] = no_fault
+        self.injected = []  # the faults so far
+        self.dead = set()
+        self.camera_fault = {}
+        self.counts = Counter()  # packets by instruction
+        self.goals = []
+        self.trace = []
+        self.lock = threading.RLock()
+        self.now = 0.0  # seconds
+        self.owed = 0.0  # seconds by which the physics is behind the clock, less than a TICK
+        self.withheld = False  # the driver waits for an answer in vain
+        self.waited = 0.0  # seconds that it has waited so
+        self.gain = sim.model.actuator_gainprm.copy()
+        self.bias = sim.model.actuator_biasprm.copy()
+        self.memory = {motor: bytearray(128) for motor in calibration}
         for motor, c in calibration.items():
-            self.memory[motor] = memory = bytearray(128)
-            memory[0], memory[1], memory[ID], memory[55], memory[VOLTAGE], memory[TEMPERATURE] = (
-                3,
-                10,
-                c["id"],
-                1,
-                120,
-                30,
-            )
-            for register, value in (
-                (MODEL, 777),
-                (MIN, c["range_min"]),
-                (MAX, c["range_max"]),
-                (HOMING, unsigned(c["homing_offset"], 11)),
-                (48, 1000),
-            ):
-                self.put(motor, register, value)
+            self.put(motor, FIRMWARE, 3 + 256 * 10)
+            self.put(motor, MODEL, 777)
+            self.put(motor, ID, c["id"], 1)
+            self.put(motor, MIN, c["range_min"])
+            self.put(motor, MAX, c["range_max"])
+            self.put(motor, HOMING, unsigned(c["homing_offset"], 11))
+            self.put(motor, TORQUE_LIMIT, 1000)
+            self.put(motor, LOCK, 1, 1)
+            self.put(motor, VOLTAGE, 120, 1)
+            self.put(motor, TEMPERATURE, 30, 1)
         self.port = os.path.join(tempfile.mkdtemp(), "ttyACM0")
-        self.frames, self.version, self.captures, self.drawn = {}, 0, [], -1.0
+        self.frames = {}  # camera -> its newest picture, BGR
+        self.version = 0  # of the pictures
+        self.captures = []
+        self.drawn = -1.0  # when the pictures were drawn
         self.changed = threading.Condition()
         self.plug()
         self.settle()
 
-    # -- time ---------------------------------------------------------------------------------------------------
+    # -- time ------------------------------------------------------------------------------------------------
 
-    def monotonic(self):
+    def monotonic(self) -> float:
         return self.now
 
-    def driver_time(self):
-        """The clock of the driver's time-outs: it leaps when an answer is missing, else it creeps: a busy machine is no bad cable."""
+    def driver_time(self) -> float:
+        """The clock of the driver's time-outs. It leaps when an answer is missing, else it creeps.
+
+        On a busy machine a late answer is then not taken for a bad cable.
+        """
         return time.process_time() / 10 + self.waited
 
-    def sleep(self, seconds):
+    def sleep(self, seconds: float) -> None:
         """The physics goes on for so long; then the cameras see it."""
+        time.sleep(0.002)  # late answers of the pseudo terminal arrive
         self.advance(seconds)
         if self.now - self.drawn > 1 / 31:
             self.draw()
 
-    def advance(self, seconds):
+    def advance(self, seconds: float) -> None:
+        """The physics goes on for so long."""
         with self.lock:
             self.owed += seconds
             n = round(self.owed / TICK)
             self.owed -= n * TICK
             self.now += n * TICK
             for _ in range(n):
-                # a servo's own speed limit: its inner target moves that fast, from wherever it was
-                speed = np.array([self.get(motor, SPEED) for motor in MOTORS]) * 2 * np.pi / 4096 * TICK
-                goal, now = (
-                    to_qpos(np.clip([self.position_of(motor, GOAL) for motor in MOTORS], *self.range)),
-                    self.sim.data.ctrl,
-                )
-                now[:] = np.where(speed > 0, now + np.clip(goal - now, -speed, speed), goal)
-                mujoco.mj_step(self.sim.model, self.sim.data)
-                self.trace.append(self.sim.position())
+                self.tick()
             mujoco.mj_forward(self.sim.model, self.sim.data)
 
-    def settle(self):
+    def tick(self) -> None:
+        """One step of physics. A servo's inner target moves to its target at the speed that is allowed."""
+        ticks = np.array([self.get(motor, SPEED) for motor in MOTORS])  # encoder ticks/s
+        step = ticks * 2 * np.pi / 4096 * TICK  # radians
+        target = [self.position_of(motor, GOAL) for motor in MOTORS]
+        target = to_qpos(np.clip(target, *self.range()))
+        inner = self.sim.data.ctrl
+        limited = inner + np.clip(target - inner, -step, step)
+        inner[:] = np.where(step > 0, limited, target)
+        mujoco.mj_step(self.sim.model, self.sim.data)
+        self.trace.append(self.sim.position())
+
+    def settle(self) -> None:
         """After the simulation was reset: torque as it is, targets where the arm stands."""
         with self.lock:
             for motor, position in zip(MOTORS, self.sim.position()):
                 self.put(motor, GOAL, unsigned(self.ticks(motor, position), 15))
         self.draw()
 
-    # -- servos -------------------------------------------------------------------------------------------------
+    # -- servos ----------------------------------------------------------------------------------------------
 
-    def put(self, motor, register, value, size=2):
+    def put(self, motor: str, register: int, value: int, size: int = 2) -> None:
         self.memory[motor][register : register + size] = int(value).to_bytes(size, "little")
 
-    def get(self, motor, register, size=2):
+    def get(self, motor: str, register: int, size: int = 2) -> int:
         return int.from_bytes(self.memory[motor][register : register + size], "little")
 
-    def ticks(self, motor, position):
-        """LeRobot units -> encoder ticks, homing applied, by the calibration that the arm was given when it was built."""
+    def ticks(self, motor: str, position: float) -> int:
+        """LeRobot units -> encoder ticks with homing applied, by the calibration the arm was built with."""
         c = self.calibration[motor]
         if motor == "gripper":
             return round(c["range_min"] + position / 100 * (c["range_max"] - c["range_min"]))
         return round((c["range_min"] + c["range_max"]) / 2 + position * 4095 / 360)
 
-    def position_of(self, motor, register):
-        c, ticks = self.calibration[motor], signed(self.get(motor, register), 15)
-        ticks += (
-            signed(self.get(motor, HOMING), 11) - c["homing_offset"]
-        )  # other offsets than those it was calibrated with move its zero
+    def position_of(self, motor: str, register: int) -> float:
+        """A register's ticks -> LeRobot units. A homing offset unlike the calibration's moves the zero."""
+        c = self.calibration[motor]
+        ticks = signed(self.get(motor, register), 15)
+        ticks += signed(self.get(motor, HOMING), 11) - c["homing_offset"]
         if motor == "gripper":
             return 100 * (ticks - c["range_min"]) / (c["range_max"] - c["range_min"])
         return (ticks - (c["range_min"] + c["range_max"]) / 2) * 360 / 4095
 
-    @property
-    def range(self):
-        """What the servos' own limit registers allow, in LeRobot units: two arrays (6,)."""
+    def range(self) -> list[np.ndarray]:
+        """What the servos' own limit registers allow, in LeRobot units: lowest and highest, each (6,)."""
         return [np.array([self.position_of(motor, register) for motor in MOTORS]) for register in (MIN, MAX)]
 
-    def read(self, motor, register, size):
-        j = MOTORS.index(motor)
-        encoder = self.ticks(motor, self.sim.position()[j]) + self.calibration[motor]["homing_offset"]
-        self.put(motor, PRESENT, unsigned(encoder - signed(self.get(motor, HOMING), 11), 15))
+    def read(self, motor: str, register: int, size: int) -> bytes:
+        """Some bytes of a servo's memory. The present position is measured when it is asked for."""
+        if register == PRESENT:
+            position = self.sim.position()[MOTORS.index(motor)]
+            encoder = self.ticks(motor, position) + self.calibration[motor]["homing_offset"]
+            self.put(motor, PRESENT, unsigned(encoder - signed(self.get(motor, HOMING), 11), 15))
         return bytes(self.memory[motor][register : register + size])
 
-    def write(self, motor, register, data):
-        j, on = MOTORS.index(motor), self.memory[motor][TORQUE]
+    def write(self, motor: str, register: int, data: bytes) -> None:
+        """Some bytes into a servo's memory; a new torque switches the actuator."""
+        j = MOTORS.index(motor)
+        before = self.memory[motor][TORQUE]
         self.memory[motor][register : register + len(data)] = bytes(data)
         if register == GOAL:
             self.goals.append((motor, self.position_of(motor, PRESENT), self.position_of(motor, GOAL)))
-        if register == TORQUE and bool(on) != bool(data[0]):
+        if register == TORQUE and bool(before) != bool(data[0]):
             self.sim.model.actuator_gainprm[j] = self.gain[j] * bool(data[0])
             self.sim.model.actuator_biasprm[j] = self.bias[j] * bool(data[0])
             self.sim.data.ctrl[j] = self.sim.data.qpos[j]
 
-    def torque(self):
+    def torque(self) -> list[str]:
+        """Motors whose torque is on."""
         return [motor for motor in MOTORS if self.memory[motor][TORQUE]]
 
-    # -- the bus ------------------------------------------------------------------------------------------------
+    # -- the bus ---------------------------------------------------------------------------------------------
 
-    def plug(self):
+    def plug(self) -> None:
         """Plug in the cable: a new pseudo terminal under the old name, and a thread that answers."""
         self.master, slave = pty.openpty()
         for end in (self.master, slave):
@@ -219,13 +262,14 @@ class Emulator:
         self.thread = threading.Thread(target=self.serve, args=(self.master, slave, self.pulled), daemon=True)
         self.thread.start()
 
-    def unplug(self):
+    def unplug(self) -> None:
         """Pull the cable: the port is gone, the servos stay powered and go to their last target."""
         self.pulled.set()
         if threading.current_thread() is not self.thread:
             self.thread.join()
 
-    def serve(self, master, slave, pulled):
+    def serve(self, master: int, slave: int, pulled: threading.Event) -> None:
+        """Body of the thread that answers at the pseudo terminal."""
         buffer = bytearray()
         while not pulled.is_set():
             if select.select([master], [], [], 0.02)[0]:
@@ -233,270 +277,339 @@ class Emulator:
                 os.write(master, self.hear(buffer))
                 if self.withheld:
                     time.sleep(0.001)  # the driver looks at its clock when it has sent
-                    self.waited, self.withheld = self.waited + 0.06, False
+                    self.wait_in_vain()
         os.unlink(self.port)
         os.close(master)
         os.close(slave)
 
-    def hear(self, buffer):
-        """Take whole packets out of a bytearray -> the servos' answers."""
+    def wait_in_vain(self) -> None:
+        """The driver's clock leaps beyond its time-out."""
+        self.waited += TIMEOUT + 0.01
+        self.withheld = False
+
+    def hear(self, buffer: bytearray) -> bytes:
+        """Take whole packets out of the bytes that the driver has sent -> the servos' answers."""
         answers = b""
         while len(buffer) >= 6:
             if buffer[:2] != b"\xff\xff":
                 del buffer[0]
                 continue
-            if len(buffer) < buffer[3] + 4:
+            length = buffer[3] + 4
+            if len(buffer) < length:
                 break
-            packet = bytes(buffer[: buffer[3] + 4])
-            del buffer[: len(packet)]
-            if ~sum(packet[2:-1]) & 255 == packet[-1]:
+            packet = bytes(buffer[:length])
+            del buffer[:length]
+            if checksum(packet[2:-1]) == packet[-1]:
                 with self.lock:
                     answers += self.answer(packet[2], packet[4], packet[5:-1])
         return answers
 
-    def serial_class(emulator):
-        """A class to put in the place of serial.Serial: the same servos without the pseudo terminal, its thread and their waiting for each other."""
-
-        class Serial:
-            def __init__(self, port, **_):
-                self.sent, self.received = bytearray(), bytearray()
-
-            def write(self, packet):
-                self.sent += bytes(packet)
-                self.received += emulator.hear(self.sent)
-                return len(packet)
-
-            def read(self, length):
-                if not self.received and emulator.withheld:
-                    emulator.waited += 0.06
-                taken = bytes(self.received[:length])
-                del self.received[:length]
-                return taken
-
-            def reset_input_buffer(self):
-                self.received.clear()
-
-            def flush(self):
-                pass
-
-            close = flush
-
-        return Serial
-
-    def answer(self, target, instruction, parameters):
-        """What the servos say to one packet, faults included, as bytes."""
-        self.counts[instruction] = self.counts.get(instruction, 0) + 1
+    def answer(self, target: int, instruction: int, parameters: bytes) -> bytes:
+        """What the servos say to one packet, faults included."""
+        self.counts[instruction] += 1
         kind = self.fault(instruction)
-        if kind and (instruction != SYNC_WRITE or self.news(*parameters)):
+        if kind and (instruction != SYNC_WRITE or self.changes_a_register(*parameters)):
             self.injected.append(kind)
         names = {c["id"]: motor for motor, c in self.calibration.items() if motor not in self.dead}
-        asked = parameters[2:] if instruction == SYNC_READ else [] if instruction == SYNC_WRITE else [target]
-        self.withheld = (
-            bool(asked) and kind in ("lost", "silent", "corrupt") or any(i not in names for i in asked)
-        )
-        if (
-            kind == "lost" or kind == "corrupt" and instruction == SYNC_WRITE
-        ):  # a servo drops a packet whose checksum is wrong
-            self.advance(
-                0.05 if instruction != SYNC_WRITE else 0
-            )  # the driver waits for the answer, the arm moves on
+        asked = [target]
+        if instruction == SYNC_READ:
+            asked = parameters[2:]
+        elif instruction == SYNC_WRITE:
+            asked = []  # nobody answers a group write
+        faulty = kind in ("lost", "silent", "corrupt")
+        self.withheld = (faulty and bool(asked)) or any(i not in names for i in asked)
+        # a servo drops a packet whose checksum is wrong
+        if kind == "lost" or (kind == "corrupt" and instruction == SYNC_WRITE):
+            if asked:
+                self.advance(TIMEOUT)  # the arm moves on while the driver waits
             return b""
-        answers = []
+        answers = self.obey(names, target, instruction, parameters)
+        return b"".join(self.packets(answers, kind))
+
+    def obey(self, names: dict[int, str], target: int, instruction: int, parameters: bytes) -> list[tuple]:
+        """Read or write registers of the servos {id: motor} -> [(id, data), ...], their answers."""
         if instruction == SYNC_WRITE:
             register, size = parameters[:2]
             for k in range(2, len(parameters), size + 1):
                 if parameters[k] in names:
                     self.write(names[parameters[k]], register, parameters[k + 1 : k + 1 + size])
-        elif instruction == SYNC_READ:
-            answers = [(i, self.read(names[i], *parameters[:2])) for i in parameters[2:] if i in names]
-        elif target in names and instruction in (PING, READ):
-            answers = [(target, self.read(names[target], *parameters) if instruction == READ else b"")]
-        elif target in names and instruction == WRITE:
+            return []
+        if instruction == SYNC_READ:
+            return [(i, self.read(names[i], *parameters[:2])) for i in parameters[2:] if i in names]
+        if target not in names:
+            return []
+        data = b""
+        if instruction == READ:
+            data = self.read(names[target], *parameters)
+        elif instruction == WRITE:
             self.write(names[target], parameters[0], parameters[1:])
-            answers = [(target, b"")]
+        return [(target, data)]
+
+    def packets(self, answers: list[tuple], kind: str | None) -> list[bytearray]:
+        """Answers [(id, data), ...] as packets, spoilt by a fault of that kind."""
         if kind == "absurd":
             i, data = answers[-2]  # not the gripper, whose readings LeRobot clips
             answers[-2] = i, bytes([data[0], data[1] ^ 8])  # half a turn off
         packets = []
         for i, data in answers:
             body = bytes([i, len(data) + 2, 0]) + data
-            packets.append(bytearray(b"\xff\xff" + body + bytes([~sum(body) & 255])))
+            packets.append(bytearray(b"\xff\xff" + body + bytes([checksum(body)])))
         if kind == "silent":
             packets.pop()
-            self.advance(0.05)
+            self.advance(TIMEOUT)
         elif kind == "corrupt":
             packet = packets[self.rng.integers(len(packets))]
             packet[self.rng.integers(2, len(packet))] ^= 1 << self.rng.integers(8)
-        return b"".join(packets)
+        return packets
 
-    def news(self, register, size, *data):
-        """Does a group write say anything that the servos do not hold already? If not, its loss changes nothing."""
+    def changes_a_register(self, register: int, size: int, *data: int) -> bool:
+        """Does a group write say anything that the servos do not hold? If not, its loss changes nothing."""
         names = {c["id"]: motor for motor, c in self.calibration.items()}
-        rows = [data[k : k + size + 1] for k in range(0, len(data), size + 1)]
-        return any(
-            abs(int.from_bytes(row[1:], "little") - self.get(names[row[0]], register, size)) > 1
-            for row in rows
-        )
+        for k in range(0, len(data), size + 1):
+            held = self.get(names[data[k]], register, size)
+            if abs(int.from_bytes(data[k + 1 : k + 1 + size], "little") - held) > 1:
+                return True
+        return False
 
-    # -- cameras ------------------------------------------------------------------------------------------------
+    # -- cameras ---------------------------------------------------------------------------------------------
 
-    def draw(self):
-        """Render both cameras, and wait until LeRobot's threads have fetched the pictures: simulated time does not run on meanwhile."""
+    def draw(self) -> None:
+        """Render both cameras, and wait until LeRobot's threads have fetched the pictures.
+
+        Simulated time does not run on meanwhile.
+        """
         images = self.sim._obs()["images"]
         self.drawn = self.now
+        side = self.sim.px // 6  # sim_env draws squares, cameras deliver 4:3; the margins are cropped again
         with self.changed:
-            side = self.sim.px // 6
-            # sim_env draws squares, cameras deliver 4:3; the cropped margins are never seen
-            self.frames = {
-                camera: np.pad(image, ((0, 0), (side, side), (0, 0)), "edge")[..., ::-1].copy()
-                for camera, image in images.items()
-            }
+            for camera, image in images.items():
+                wide = np.pad(image, ((0, 0), (side, side), (0, 0)), "edge")  # (px, px * 4 / 3, 3)
+                self.frames[camera] = wide[..., ::-1].copy()
             self.version += 1
             self.changed.notify_all()
-            self.changed.wait_for(
-                lambda: all(
-                    c.stored >= self.version for c in self.captures if c.camera not in self.camera_fault
-                ),
-                timeout=1,
-            )
+            self.changed.wait_for(self.all_fetched, timeout=1)
 
-    def capture_class(emulator, sources=None):
-        """A class to put in the place of cv2.VideoCapture: `sources` {index: camera}, other indices do not open."""
-        sources = {0: "front", 2: "wrist"} if sources is None else sources
-        import cv2
+    def all_fetched(self) -> bool:
+        """Has every camera's thread stored the newest picture?"""
+        return all(c.stored >= self.version for c in self.captures if c.camera not in self.camera_fault)
 
-        class Capture:
-            def __init__(self, index, backend=0):
-                self.camera, self.seen, self.stored, self.settings = sources.get(index), 0, 0, {}
-                if self.camera:
-                    emulator.captures.append(self)
-
-            def isOpened(self):
-                return self.camera is not None
-
-            def set(self, key, value):
-                self.settings[key] = value
-                return True
-
-            def get(self, key):
-                height, width, _ = emulator.frames[self.camera].shape
-                return {
-                    cv2.CAP_PROP_FRAME_WIDTH: width,
-                    cv2.CAP_PROP_FRAME_HEIGHT: height,
-                    cv2.CAP_PROP_FPS: 30.0,
-                }.get(key, 0)
-
-            def read(self):
-                fault = emulator.camera_fault.get(self.camera)
-                with emulator.changed:
-                    self.stored = self.seen  # whoever asks again has stored what it got
-                    emulator.changed.notify_all()
-                    emulator.changed.wait_for(lambda: emulator.version > self.seen or fault, timeout=1 / 30)
-                    if not fault:
-                        self.seen, self.frame = emulator.version, emulator.frames[self.camera]
-                if fault == "silent":
-                    threading.Event().wait(0.7)  # the device waits for a picture that does not come
-                elif fault:
-                    threading.Event().wait(1 / 30)
-                return fault != "silent", self.frame.copy()
-
-            def release(self):
-                if self in emulator.captures:
-                    emulator.captures.remove(self)
-                self.camera = None
-
-        return Capture
-
-    def close(self):
+    def close(self) -> None:
         self.unplug()
         self.sim.close()
 
 
-def install(emulator, folder, monkeypatch=None, terminal=True):
-    """Put the cameras in cv2's place and write the calibration where LeRobot keeps it: RealEnv then finds an arm at emulator.port.
+def capture_class(emulator: Emulator) -> type:
+    """A class to put in the place of cv2.VideoCapture. Camera 0 is front, 2 is wrist, no other opens."""
+    import cv2
 
-    terminal=False replaces pyserial as well, for long runs: no pseudo terminal, no threads that wait for each other.
+    class Capture:
+        def __init__(self, index: int, backend: int = 0):
+            self.camera = {0: "front", 2: "wrist"}.get(index)
+            self.seen = 0  # version of the last picture that was handed over
+            self.stored = 0  # version of the last one that LeRobot's thread has stored
+            if self.camera:
+                emulator.captures.append(self)
+
+        def is_opened(self) -> bool:
+            return self.camera is not None
+
+        def set(self, key: int, value: float) -> bool:
+            return True
+
+        def get(self, key: int) -> float:
+            height, width, _ = emulator.frames[self.camera].shape
+            sizes = {
+                cv2.CAP_PROP_FRAME_WIDTH: width,
+                cv2.CAP_PROP_FRAME_HEIGHT: height,
+                cv2.CAP_PROP_FPS: 30.0,
+            }
+            return sizes.get(key, 0)
+
+        def read(self) -> tuple[bool, np.ndarray]:
+            fault = emulator.camera_fault.get(self.camera)
+            with emulator.changed:
+                self.stored = self.seen  # whoever asks again has stored what it got
+                emulator.changed.notify_all()
+                emulator.changed.wait_for(lambda: emulator.version > self.seen or fault, timeout=1 / 30)
+                if not fault:
+                    self.seen = emulator.version
+                    self.frame = emulator.frames[self.camera]
+            if fault == "silent":
+                threading.Event().wait(0.7)  # the device waits for a picture that does not come
+            elif fault:
+                threading.Event().wait(1 / 30)
+            return fault != "silent", self.frame.copy()
+
+        def release(self) -> None:
+            if self in emulator.captures:
+                emulator.captures.remove(self)
+            self.camera = None
+
+    Capture.isOpened = Capture.is_opened  # cv2's name
+    return Capture
+
+
+def serial_class(emulator: Emulator) -> type:
+    """A class to put in the place of serial.Serial: the servos without the pseudo terminal and its thread."""
+
+    class Serial:
+        def __init__(self, port: str, **_: Any):
+            self.sent = bytearray()
+            self.received = bytearray()
+
+        def write(self, packet: bytes) -> int:
+            self.sent += bytes(packet)
+            self.received += emulator.hear(self.sent)
+            return len(packet)
+
+        def read(self, length: int) -> bytes:
+            if not self.received and emulator.withheld:
+                emulator.waited += TIMEOUT + 0.01
+            taken = bytes(self.received[:length])
+            del self.received[:length]
+            return taken
+
+        def reset_input_buffer(self) -> None:
+            self.received.clear()
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    return Serial
+
+
+def install(emulator: Emulator, folder: str | Path, monkeypatch: Any = None, terminal: bool = True) -> Path:
+    """Put clock and cameras in place and write the calibration where LeRobot keeps it -> the file.
+
+    RealEnv then finds an arm at emulator.port. terminal=False replaces pyserial as well, for long runs: there
+    are no pseudo terminal and no threads that wait for each other.
     """
     import cv2
     import scservo_sdk.port_handler
     from lerobot.utils import constants
 
     put = monkeypatch.setattr if monkeypatch else setattr
-    put(cv2, "VideoCapture", emulator.capture_class())
+    put(real_env, "time", emulator)
+    put(cv2, "VideoCapture", capture_class(emulator))
     put(scservo_sdk.port_handler, "time", SimpleNamespace(time=emulator.driver_time))
     put(constants, "HF_LEROBOT_CALIBRATION", Path(folder))
     if not terminal:
-        put(scservo_sdk.port_handler.serial, "Serial", emulator.serial_class())
+        put(scservo_sdk.port_handler.serial, "Serial", serial_class(emulator))
     path = Path(folder, constants.ROBOTS, "so_follower", "emulated.json")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(emulator.calibration))
     return path
 
 
-def play(env, policy, obs):
-    """One episode as sample.py plays it -> last info, and the reasons for which actions were clipped."""
-    from sample import look
-
-    clipped = []
-    while True:
-        chunk, _ = policy.act(*look(obs, policy))
-        for action in chunk[0, : policy.cfg.execute]:
-            obs, _, terminated, truncated, info = env.step(action)
-            clipped += info.get("clipped", [])
-            if terminated or truncated:
-                return info, clipped
+def emulated_arm(folder: str | Path, monkeypatch: Any = None, terminal: bool = True) -> Emulator:
+    """An emulated arm in a scene, installed."""
+    sim = SO100Env(px=48)
+    sim.reset(seed=SEEDS["report"][0])
+    emulator = Emulator(sim)
+    emulator.file = install(emulator, folder, monkeypatch, terminal)
+    return emulator
 
 
-def main(run, n=100, family="place"):
-    """The same seeds in sim_env, and through RealEnv, LeRobot's driver and the emulator."""
-    from real_env import RealEnv
-    from tqdm import tqdm
+# ------------------------------------------------------------------------------------------------------------
+# A policy in sim_env and through LeRobot's driver
 
-    from model import fast_cpu
-    from sample import load_policy
+
+class EmulatedEnv(real_env.RealEnv):
+    """RealEnv on an emulated arm: the simulation lays out the scenes and judges.
+
+    reasons: why targets were limited, counted.
+    """
+
+    def __init__(self, emulator: Emulator, family: str):
+        self.emulator = emulator
+        self.world = emulator.sim
+        self.reasons = Counter()
+        px = self.world.px
+        size = (px + 2 * (px // 6), px)
+        super().__init__(emulator.port, {"front": 0, "wrist": 2}, px=px, limit=LIMIT[family], size=size)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        self.world.reset(seed=seed, options=options)
+        self.emulator.settle()
+        self.home = self.world.position()  # the scene's own first pose, so that both begin alike
+        return super().reset(options={"task": self.world.task})
+
+    def judge(self) -> bool | None:
+        return self.world._judge() or None
+
+    def _limited(self, action: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        target, why = super()._limited(action)
+        self.reasons.update(why)
+        return target, why
+
+
+def compare(run: str, n: int = 100, family: str = "place") -> None:
+    """The same scenes in sim_env and through RealEnv and LeRobot's driver; prints both success rates."""
+    from model import load_policy
 
     fast_cpu(1)
     policy = load_policy(run)
-    sim, world = (SO100Env(family, px=policy.cfg.image_size) for _ in range(2))
-    world.reset(seed=SEEDS["report"][0])
+    px = policy.cfg.image_size
+    world = make_env("sim", px)
+    world.reset(seed=SEEDS["report"][0], options={"family": family})
     emulator = Emulator(world)
     install(emulator, tempfile.mkdtemp(), terminal=False)
-    results, reasons = [], []
-    px = policy.cfg.image_size
-    with RealEnv(
-        emulator.port,
-        {"front": 0, "wrist": 2},
-        px=px,
-        limit=LIMIT[family],
-        judge=world._judge,
-        clock=emulator,
-        size=(px // 6 * 2 + px, px),
-    ) as env:
-        for seed in tqdm(SEEDS["report"][: int(n)], disable=not sys.stderr.isatty()):
-            obs, _ = sim.reset(seed=seed)
-            simulated, _ = play(sim, policy, obs)
-            world.reset(seed=seed)
-            emulator.settle()
-            env.home = world.position()  # the scene's own first pose, so that both begin alike
-            obs, _ = env.reset(options={"task": world.task})
-            real, clipped = play(env, policy, obs)
-            results.append((simulated["success"], real["success"]))
-            reasons += clipped
-            print(
-                f"{seed}  sim_env {'yes' if results[-1][0] else 'no ':3s} {simulated['steps']:3d} steps   real_env {'yes' if results[-1][1] else 'no ':3s} "
-                f"{real['steps']:3d} steps  clipped: {', '.join(f'{clipped.count(r)} {r}' for r in sorted(set(clipped))) or '-'}",
-                flush=True,
-            )
+    arm = EmulatedEnv(emulator, family)
+    simulated = SingleEnv(make_env("sim", px), px, CAMERAS, policy.cfg.state_dim)
+    real = SingleEnv(arm, px, CAMERAS, policy.cfg.state_dim)
+    won = {"sim_env": [], "real_env": []}
+    with simulated, real:
+        for seed in SEEDS["report"][:n]:
+            line = f"{seed}"
+            for name, vec in (("sim_env", simulated), ("real_env", real)):
+                episode = Episode(seed, {"family": family})
+                run_episodes(vec, [episode], policy_fn(policy))  # of the same noise in both
+                won[name].append(episode.success)
+                line += f"   {name} {'yes' if episode.success else 'no':3s} {episode.steps:3d} steps"
+            print(line, flush=True)
     emulator.close()
-    for name, wins in zip(("sim_env", "real_env"), zip(*results)):
-        low, high = wilson(sum(wins), len(wins))
-        print(f"{name:9s} {100 * np.mean(wins):.1f} % of {len(wins)} ({100 * low:.1f} - {100 * high:.1f})")
-    only = [sum(a and not b for a, b in results), sum(b and not a for a, b in results)]
-    print(
-        f"only in sim_env {only[0]}, only in real_env {only[1]}; clipped steps: {', '.join(f'{reasons.count(r)} {r}' for r in sorted(set(reasons))) or 'none'}; "
-        f"bus faults: {len(env.faults)}"
-    )
+    for name, successes in won.items():
+        low, high = wilson(sum(successes), n)
+        share = sum(successes) / n
+        print(f"{name:9s} {percent(share)} % of {n} ({percent(low)} - {percent(high)})")
+    pairs = Counter(zip(won["sim_env"], won["real_env"]))
+    print(f"only in sim_env {pairs[True, False]}, only in real_env {pairs[False, True]}")
+    print(f"limited targets: {dict(arm.reasons)}; bus faults: {len(arm.faults)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Programs of tests/test_real_env.py, each in a process of its own
+
+
+def die_without_closing(folder: str) -> None:
+    """An error in mid episode; after the interpreter's exit hooks it prints the arm's state."""
+    arm = emulated_arm(folder)
+    atexit.register(print_state, arm)
+    env = real_env.RealEnv(arm.port, {"front": 0}, px=48, size=(64, 48))
+    env.reset(options={"task": TASK})
+    env.step(real_env.HOME)
+    raise ZeroDivisionError
+
+
+def print_state(arm: Emulator) -> None:
+    """Which motors hold, and is the arm in its rest pose?"""
+    at_rest = np.abs(arm.sim.position() - real_env.REST).max() < 4
+    print(f"torque {arm.torque()} rest {bool(at_rest)}", flush=True)
+
+
+def practise(folder: str, *argv: str) -> None:
+    """rl.py on an emulated arm; an episode ends when it is judged."""
+    import rl
+
+    signal.alarm(300)
+    arm = emulated_arm(folder)
+    real_env.JudgedEnv = functools.partial(real_env.JudgedEnv, size=(64, 48), limit=10**6)
+    rl.main([*argv, f"--port={arm.port}"])
+    print_state(arm)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    compare(sys.argv[1], *map(int, sys.argv[2:3]), *sys.argv[3:])

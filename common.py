@@ -272,20 +272,6 @@ def require(module: str, package: str = "") -> ModuleType:
         ) from None
 
 
-def check_actions(actions: Any, motors: Sequence[str]) -> Any:
-    """Actions as a float64 array (n, A); UserError unless each has one finite number for every motor."""
-    import numpy as np
-
-    actions = np.asarray(actions, np.float64)
-    if actions.ndim != 2 or actions.shape[1] != len(motors) or not len(actions):
-        raise UserError(
-            f"an action has {len(motors)} numbers ({', '.join(motors)}); got shape {actions.shape[1:]}"
-        )
-    if not np.isfinite(actions).all():
-        raise UserError(f"an action must be finite; got {actions[~np.isfinite(actions).all(1)][0]}")
-    return actions
-
-
 def load_triton_apart() -> None:
     """Load triton's library so that it uses its own LLVM, whatever was loaded before.
 

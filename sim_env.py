@@ -562,6 +562,16 @@ def quaternion(yaw: float) -> tuple:
     return math.cos(yaw / 2), 0, 0, math.sin(yaw / 2)
 
 
+def check_actions(actions: Array) -> Array:
+    """Actions as float64 (n, 6); UserError unless each has one finite number for every motor."""
+    actions = np.asarray(actions, np.float64)
+    if actions.shape[1:] != (6,) or len(actions) == 0:
+        raise UserError(f"an action has 6 numbers, {', '.join(MOTORS)}; got shape {actions.shape[1:]}")
+    if not np.isfinite(actions).all():
+        raise UserError(f"an action must be finite; got {actions[~np.isfinite(actions).all(1)][0]}")
+    return actions
+
+
 class SO100Env:
     """One simulated arm with Gymnasium's signatures.
 
@@ -910,15 +920,9 @@ class SO100Env:
         """
         if self.goal is None:
             raise UserError("the episode has not begun: call reset() first")
-        actions = np.asarray(actions, np.float64)
-        right_shape = actions.shape[1:] == (6,) and len(actions) > 0
-        if not right_shape or not np.isfinite(actions).all():
-            raise UserError(
-                f"an action is 6 finite numbers, one for each of {MOTORS}; got {actions.tolist()}"
-            )
         self.watch.last = time.perf_counter()
         executed = 0
-        for action in actions:
+        for action in check_actions(actions):
             terminated, truncated = self.advance(action)
             executed += 1
             if terminated or truncated:

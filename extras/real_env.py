@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common import UserError, check_actions, read_json, require
+from common import UserError, read_json, require
 from evaluate import SingleEnv, camera_indices
 from sim_env import (
     CAMERAS,
@@ -39,6 +39,7 @@ from sim_env import (
     MOTORS,
     OPEN,
     PAN_AXIS,
+    check_actions,
     inverse,
     mujoco,
     resize_image,
@@ -468,7 +469,7 @@ class RealEnv:
             raise UserError("the episode has not begun: call reset() first")
         before = self.steps
         self.clipped = []
-        for action in check_actions(actions, MOTORS):
+        for action in check_actions(actions):
             terminated, truncated = self._advance(action)
             if terminated or truncated:
                 break

@@ -175,7 +175,8 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
 def run_program(program: Callable[[Any], None], config: Any) -> None:
     """program(config).
 
-    A user's mistake or a full disk ends in one line on standard error and exit status 2, a defect in its traceback.
+    A user's mistake or a full disk ends in one line on standard error and exit status 2, a defect in its
+    traceback.
     """
     try:
         program(config)

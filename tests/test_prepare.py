@@ -1,4 +1,4 @@
-"""prepare.py: the scripted expert succeeds, questions tell the truth, nothing held out leaks into training."""
+"""prepare.py: the scripted expert succeeds, questions tell the truth, nothing held out leaks."""
 
 import json
 import subprocess
@@ -108,7 +108,7 @@ def test_demonstration_contract(env):
 
 
 def test_demonstration_says_where_the_arm_did_not_obey(env):
-    """Outside the recorded spans the arm follows its action up to the small drift; inside them it does not."""
+    """Outside the recorded spans the arm follows its action up to a small drift; inside them it does not."""
     obeyed = []
     strayed = []
     for seed in range(VAL, VAL + 12):
@@ -325,7 +325,7 @@ def test_brought_pictures_that_are_held_out_are_not_trained_on(tmp_path, capsys)
     assert not (tmp_path / "meta.json").exists()
 
 
-def test_a_shard_without_a_success_is_left_out(tmp_path, fails):
+def test_a_shard_without_a_success_is_left_out(tmp_path):
     cfg = config(tmp_path)
     shard = Shard("demo", "place", 0, 1)
     shard.path(cfg.out).parent.mkdir()
@@ -334,12 +334,13 @@ def test_a_shard_without_a_success_is_left_out(tmp_path, fails):
         prepare.merge(cfg, [shard], {"cameras": ["front", "wrist"]})
 
 
-def test_a_full_disk_is_one_line(tmp_path, fails):
+def test_a_full_disk_is_one_line(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     (tmp_path / "wrist.npy").symlink_to("/dev/full")
-    argv = ["--config", "debug", "--scenes=0", f"--out={tmp_path}"]
-    assert "disk is full" in fails(prepare.main, argv)
+    result = make(tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: the disk is full")
+    assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "meta.json").exists() and list((tmp_path / "parts").glob("*.npz"))
 
 

@@ -19,7 +19,7 @@ import os
 import shutil
 import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -116,7 +116,7 @@ class ScriptedExpert:
 
     def leave(self, tool: ndarray, roll: float, gripper: float) -> Pose:
         """Open the gripper here, then rise."""
-        z = CUBE + HOVER if gripper > OPEN - 7 else tool[2]
+        z = CUBE + HOVER if gripper > OPEN - 7 else tool[2]  # wait until the cube is free
         return tool[:2], z, roll, OPEN
 
     def fetch(self, tool: ndarray, position: ndarray, cube: ndarray, yaw: float) -> Pose:
@@ -127,7 +127,7 @@ class ScriptedExpert:
         roll = position[4] + wrap(yaw - phi - position[4], 90)
         if abs(roll + 90) > 60:
             roll = -90 + wrap(yaw - phi, 90)
-        gap = np.linalg.norm(cube[:2] - tool[:2])
+        gap = np.linalg.norm(cube[:2] - tool[:2])  # metres, horizontally
         height = tool[2] - CUBE
         if (
             gap < 0.02 and height < 0.009 and position[5] > CLOSED + 1.5
@@ -135,6 +135,7 @@ class ScriptedExpert:
             return cube[:2], CUBE, roll, CLOSED
         if height < 0.03 and gap > 0.028:  # low beside something: open and rise before going anywhere
             return self.leave(tool, position[4], position[5])
+        # The tool descends as it comes near, turns and opens.
         unready = gap + 0.0007 * abs(roll - position[4]) + 0.002 * max(OPEN - 4 - position[5], 0)
         return cube[:2], CUBE + np.clip(4 * (unready - 0.02), 0, HOVER), roll, OPEN
 
@@ -143,7 +144,7 @@ class ScriptedExpert:
         gap = np.linalg.norm(pad - cube[:2])
         if gap < 0.02 and min(cube[2] - CUBE, tool[2] - 0.008) < 0.007:  # the cube or the fingertips are down
             return tool[:2], tool[2], -90, OPEN
-        z = CUBE + np.clip(4 * (gap - 0.015), 0, HOVER)
+        z = CUBE + np.clip(4 * (gap - 0.015), 0, HOVER)  # of the cube's centre: it descends near the pad
         free = 1  # share of the way to the pad that the tool may take now
         if gap > 0.03:
             free = np.clip((cube[2] - 0.028) / 0.02, 0, 1)  # do not drag the cube through its neighbours
@@ -155,9 +156,9 @@ class ScriptedExpert:
         z = np.clip(z, 0.008, 0.12)
         target = inverse(phi, np.clip(r, 0.09 + 0.4 * z, 0.34), z, roll, position[5])  # (6,)
         target[5] = gripper
-        step = GAIN * (target - position) / STRIDE
+        step = GAIN * (target - position) / STRIDE  # (6,) in strides
         step[:5] /= max(1, np.abs(step[:5]).max())  # all joints arrive together
-        step[5] = np.clip(step[5], -1, 1)
+        step[5] = np.clip(step[5], -1, 1)  # the gripper moves at its own speed
         return np.clip(position + step * STRIDE, LOW, HIGH).astype(np.float32)
 
 
@@ -185,15 +186,15 @@ def demonstrate(
     rng = np.random.default_rng([seed, 7])
     third = LIMIT[family] // 3
     accident = rng.choice(["open", "push", ""], p=[0.04, 0.04, 0.92]) if noise else ""
-    begin = int(rng.integers(4, third))
-    push = rng.normal(0, 12, 6)
+    begin = int(rng.integers(4, third))  # step of the accident
+    push = rng.normal(0, 12, 6)  # LeRobot units
     expert = ScriptedExpert(env)
     mistaken_expert = ScriptedExpert(env, rng.normal(0, 0.016, 2))
     mistaken = range(0)  # steps at which the arm obeys the mistaken expert
     if noise and rng.random() < 0.5:
         first = int(rng.integers(0, third))
         mistaken = range(first, first + int(rng.integers(6, 16)))
-    struck = range(begin, begin + 3) if accident else range(0)  # steps of the accident
+    struck = range(begin, begin + 3 * bool(accident))  # steps of the accident, if there is one
     drift = np.zeros(6)
 
     arrays = {name: [] for name in (*CAMERAS, "state", "action")}
@@ -203,14 +204,16 @@ def demonstrate(
     steps_since_success = 0
     for step in range(start_steps or LIMIT[family]):
         action = expert.action()
-        arrays["state"].append(env.position().astype(np.float32))
-        arrays["action"].append(action)
+        # What the policy will see and be asked for: the clean action, never the executed one.
+        arrays["state"].append(env.position().astype(np.float32))  # (6,)
+        arrays["action"].append(action)  # (6,)
         for camera in CAMERAS if images else ():
-            arrays[camera].append(env.render(env.px, camera))
+            arrays[camera].append(env.render(env.px, camera))  # (px, px, 3)
         if not reasons or text != reasons[-1][1]:
             reasons.append([step, text])
 
-        drift = 0.8 * drift + rng.normal(0, 0.9, 6) * noise  # stays near 1.5 degrees
+        # What the arm does instead.
+        drift = 0.8 * drift + rng.normal(0, 0.9, 6) * noise  # (6,), stays near 1.5 degrees
         executed = (mistaken_expert.action() if step in mistaken else action) + drift
         if step in struck and accident == "push":
             executed = executed + push
@@ -225,7 +228,7 @@ def demonstrate(
             outcome = "dropped"
         if success or steps_since_success:
             steps_since_success += 1
-        if steps_since_success == 4:
+        if steps_since_success == 4:  # a few steps at the goal teach the policy to stay there
             break
     entry = {
         "length": step + 1,
@@ -246,19 +249,20 @@ def check_expert(families: Sequence[str], n: int) -> None:
     for family in families:
         env = SO100Env(px=256)
         for noise, name in ((True, "with noise and mistakes"), (False, "undisturbed")):
-            failures, steps = Counter(), 0
+            failures = Counter()
+            steps = 0
             for seed in tqdm(range(n), family, leave=False, disable=None):
                 _, entry, failure = demonstrate(env, seed, family, noise, images=False)
                 failures[failure] += 1
                 steps += entry["length"]
-            won = failures.pop("", 0)
+            won = failures.pop("", 0)  # no reason to fail
             low, high = wilson(won, n)
             share = f"{100 * won / n:.1f} % of {n} ({100 * low:.1f} - {100 * high:.1f})"
             why = dict(failures) or "none"
             print(f"{family}, {name}: {share}, {steps / n:.0f} steps; failed: {why}", flush=True)
         arrays, _, _ = demonstrate(env, 1, family, noise=False)
-        frames = np.concatenate([arrays[camera] for camera in CAMERAS], axis=2)  # (n, px, 2 px, 3)
-        path = save_film([Image.fromarray(frame) for frame in frames], "out/expert", family)
+        frames = np.concatenate((arrays["front"], arrays["wrist"]), axis=2)  # (n, px, 2 px, 3)
+        path = save_film(list(map(Image.fromarray, frames)), "out/expert", family)
         print(f"film: {path}.gif")
         env.close()
 
@@ -302,13 +306,13 @@ def scene_questions(scene: dict, rng: np.random.Generator) -> Iterator[tuple[str
         expression = random_sum(rng)
         yield "sum", f"what is {expression}", str(number_of(expression))
     colour = COLOURS[rng.integers(len(COLOURS))]
-    name = rng.choice(VAGUE_NAMES[colour])
+    name = rng.choice(VAGUE_NAMES[colour])  # held-out ones too: instructions never name those in training
     yield "looks like", f"what colour is {name}", f"{name} is {colour}"
     for family in ("place", "place", "calculate", "sequence", "sequence", "sequence"):
         task, answer = random_task(scene, family, rng)
         if rng.random() < 0.2:
             task = replace_function_words(task, rng)
-        yield "instruction", f"<task> {task}", answer
+        yield "instruction", f"<task> {task}", answer  # the answer is the reasoning
 
 
 def by_distance(cube: dict) -> float:
@@ -318,7 +322,7 @@ def by_distance(cube: dict) -> float:
 def random_sum(rng: np.random.Generator) -> str:
     """Any sum or difference of digits with a result of 0 or more, except the held-out ones."""
     while True:
-        a, b = rng.integers(10, size=2)
+        a, b = rng.integers(10, size=2)  # digits
         expression = f"{a} + {b}" if rng.random() < 0.5 else f"{max(a, b)} - {min(a, b)}"
         if expression not in HELD_OUT_SUMS:
             return expression
@@ -453,7 +457,8 @@ def plan_simulation(cfg: PrepareConfig) -> list[Shard]:
         # Scenes of sequence have at least two cubes, which the questions need.
         families = cfg.families.split(",") if kind in EPISODES else ["sequence"]
         # The held-out pictures are the same whatever the seed.
-        first = SCENES[kind].start + (0 if kind == "questions_val" else cfg.seed)
+        seed = 0 if kind == "questions_val" else cfg.seed
+        first = SCENES[kind].start + seed
         for family in families:
             for i in range(0, count, size):
                 shards.append(Shard(kind, family, first + i, min(size, count - i)))
@@ -468,7 +473,8 @@ def make_plan(cfg: PrepareConfig) -> tuple[list[Shard], dict[str, Any], int]:
 
     from extras import lerobot_io
 
-    shards, pictures = [], 0
+    shards = []
+    pictures = 0
     if cfg.lerobot:
         shards, common, pictures = lerobot_io.plan_episodes(cfg)
     elif Path(cfg.out, "meta.json").is_file():
@@ -483,8 +489,8 @@ def make_plan(cfg: PrepareConfig) -> tuple[list[Shard], dict[str, Any], int]:
     return [Shard(*shard) for shard in shards], common, pictures
 
 
-def make_shard(cfg: PrepareConfig, shard: Shard) -> int:
-    """Simulate or read one shard and write its file -> number of scenes or rows."""
+def make_shard(cfg: PrepareConfig, shard: Shard) -> None:
+    """Simulate or read one shard and write its file. Runs in a process of the pool."""
     if shard.source is None:
         arrays, info, left_out = simulate(cfg, shard)
     else:
@@ -497,7 +503,6 @@ def make_shard(cfg: PrepareConfig, shard: Shard) -> int:
             arrays, info, left_out = lerobot_io.read_questions(cfg, shard.source, shard.first, shard.n)
     with atomic_path(shard.path(cfg.out)) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, info=json.dumps(info), left_out=json.dumps(left_out))
-    return shard.n
 
 
 def simulate(cfg: PrepareConfig, shard: Shard) -> tuple[dict[str, ndarray], list, Counter]:
@@ -505,7 +510,9 @@ def simulate(cfg: PrepareConfig, shard: Shard) -> tuple[dict[str, ndarray], list
 
     -> arrays by name, episodes' entries in meta.json or questions, numbers of failed demonstrations.
     """
-    parts, info, left_out = [], [], Counter()
+    pieces = defaultdict(list)  # name of an array -> one piece for each scene
+    info = []
+    left_out = Counter()
     start_steps = cfg.start_steps if shard.kind == "start" else 0
     with closing(SO100Env(px=cfg.image_size)) as env:
         for seed in range(shard.first, shard.first + shard.n):
@@ -518,10 +525,10 @@ def simulate(cfg: PrepareConfig, shard: Shard) -> tuple[dict[str, ndarray], list
                 obs, _ = env.reset(seed=seed, options={"family": shard.name, "split": "id", "start": True})
                 arrays = {camera: image[None] for camera, image in obs["images"].items()}  # (1, px, px, 3)
                 entry = list(scene_questions(env.scene(), np.random.default_rng([7, seed])))
-            parts.append(arrays)
             info.append(entry)
-    names = parts[0] if parts else ()
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}, info, left_out
+            for name, array in arrays.items():
+                pieces[name].append(array)
+    return {name: np.concatenate(found) for name, found in pieces.items()}, info, left_out
 
 
 def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
@@ -534,14 +541,15 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
     ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, this process ends the others
     with (
         multiprocessing.Pool(cfg.workers or None, signal.signal, ignore_interrupts) as pool,
-        tqdm(total=sum(shard.n for shard in missing), disable=None) as bar,
+        tqdm(total=len(missing), unit="shard", disable=None) as bar,
     ):
         processes = multiprocessing.active_children()
         finished = pool.imap_unordered(functools.partial(make_shard, cfg), missing)
         left = len(missing)
         while left:
             try:
-                bar.update(finished.next(timeout=1))
+                finished.next(timeout=1)  # raises what went wrong in the other process
+                bar.update()
                 left -= 1
             except multiprocessing.TimeoutError:
                 # The pool would wait for ever for the shard of a process that was killed.
@@ -558,7 +566,8 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
 
 def read_parts(paths: Sequence[Path]) -> tuple[list[list], Counter]:
     """Of the files of some shards: entries of episodes or questions, a list per file; what was left out."""
-    infos, left_out = [], Counter()
+    infos = []
+    left_out = Counter()
     for path in paths:
         with np.load(path) as part:
             infos.append(json.loads(str(part["info"])))
@@ -576,7 +585,7 @@ def write_array(path: Path, parts: Sequence[Path], rows: Sequence[Any], length: 
         for part, chosen in zip(tqdm(parts, f"writing {path}", leave=False, disable=None), rows):
             with np.load(part) as arrays:
                 array = np.ascontiguousarray(arrays[path.stem][chosen])
-            if part == parts[0]:
+            if part == parts[0]:  # the header tells the whole length, the shards only their own
                 header = np.lib.format.header_data_from_array_1_0(array)
                 header["shape"] = (length, *array.shape[1:])
                 np.lib.format.write_array_header_1_0(file, header)
@@ -584,17 +593,27 @@ def write_array(path: Path, parts: Sequence[Path], rows: Sequence[Any], length: 
     return np.load(path, mmap_mode="r")
 
 
-def merge_questions(cfg: PrepareConfig, name: str, parts: Sequence[Path], common: dict, held_out: set) -> set:
-    """Shards -> <out>/<name>, renamed when it is whole -> hashes of the pictures.
+def merge_questions(
+    cfg: PrepareConfig, name: str, shards: Sequence[Shard], common: dict, held_out: set
+) -> set:
+    """The shards of that kind, if any -> <out>/<name>, renamed when it is whole -> hashes of the pictures.
 
     Pictures with a hash in held_out are left out: sets of others may hold a picture twice.
     """
+    parts = [shard.path(cfg.out) for shard in shards if shard.kind == name]
+    if not parts:
+        return set()
     folder = Path(cfg.out, f"{name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
     folder.mkdir()
-    cameras = [camera for camera in common["cameras"] if camera not in common.get("grey", ())]
+    cameras = common["cameras"]
+    if cfg.questions_from:  # a picture of others stands for the first camera, the other views are grey
+        common = common | {"grey": cameras[1:]}
+        cameras = cameras[:1]
     infos, left_out = read_parts(parts)
-    texts, rows, hashes = [], [], set()
+    texts = []
+    rows = []  # for each shard, the pictures that stay
+    hashes = set()
     for part, info in zip(parts, infos):
         with np.load(part) as arrays:
             found = [hashlib.sha1(picture).digest() for picture in arrays[cameras[0]]]
@@ -610,16 +629,17 @@ def merge_questions(cfg: PrepareConfig, name: str, parts: Sequence[Path], common
         write_array(folder / f"{camera}.npy", parts, rows, len(texts))
     (folder / "questions.json").write_text(json.dumps(texts))
     (folder / "meta.json").write_text(json.dumps(common, indent=1))
-    shutil.rmtree(Path(cfg.out, name), ignore_errors=True)
+    shutil.rmtree(Path(cfg.out, name), ignore_errors=True)  # of a run killed after this point
     os.replace(folder, Path(cfg.out, name))
     asked = sum(map(len, texts))
     print(f"{cfg.out}/{name}: {len(texts)} pictures, {asked} questions; left out: {dict(left_out) or 'none'}")
     return hashes
 
 
-def merge_episodes(cfg: PrepareConfig, parts: Sequence[Path], common: dict) -> None:
-    """Shards -> the finished folder. meta.json comes last: its presence means that the data set is whole."""
+def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:
+    """The shards of episodes -> arrays in <out>, and last meta.json: it means that the data set is whole."""
     out = Path(cfg.out)
+    parts = [shard.path(cfg.out) for shard in shards if shard.kind in EPISODES]
     infos, failures = read_parts(parts)
     filled = [part for part, info in zip(parts, infos) if info]  # of some all demonstrations may have failed
     episodes = sum(infos, [])
@@ -633,36 +653,28 @@ def merge_episodes(cfg: PrepareConfig, parts: Sequence[Path], common: dict) -> N
     for name in (*common["cameras"], "state", "action"):
         arrays[name] = write_array(out / f"{name}.npy", filled, [...] * len(filled), frames)
     meta = common | {
-        "statistics": {name: statistics(arrays[name]) for name in ("state", "action")},
+        "statistics": {"state": statistics(arrays["state"]), "action": statistics(arrays["action"])},
         "failures": failures,
         "episodes": episodes,
     }
     write_json(out / "meta.json", meta)
     kinds = Counter(f"{episode['family']} {episode['kind']}" for episode in episodes)
-    tasks = {episode["task"] for episode in episodes}
-    print(f"{out}: {frames} frames, {len(tasks)} tasks, episodes: {dict(kinds)}")
-    print(f"failed demonstrations: {dict(failures) or 'none'}")
+    print(f"{out}: {frames} frames of {dict(kinds)}; failed demonstrations: {dict(failures) or 'none'}")
     if cfg.lerobot:
         from extras import lerobot_io
 
-        print(lerobot_io.unit_note(cfg, meta), end="")
+        note = lerobot_io.unit_note(cfg, meta)
+        if note:
+            print(note)
 
 
 def merge(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:
     """The files of all shards -> the finished folder."""
-    paths = {}  # kind -> files
-    for shard in shards:
-        kind = "episodes" if shard.kind in EPISODES else shard.kind
-        paths.setdefault(kind, []).append(shard.path(cfg.out))
     common = common | {"image_size": cfg.image_size, "made_by": {"program": "prepare.py"} | asdict(cfg)}
-    # A picture with questions of others stands for the first camera, the other views are grey.
-    grey = {"grey": common["cameras"][1:]} if cfg.questions_from else {}
-    held_out = set()
-    for name in ("questions_val", "questions"):
-        if name in paths:
-            held_out |= merge_questions(cfg, name, paths[name], common | grey, held_out)
-    if "episodes" in paths:
-        merge_episodes(cfg, paths["episodes"], common)
+    held_out = merge_questions(cfg, "questions_val", shards, common, set())
+    merge_questions(cfg, "questions", shards, common, held_out)
+    if cfg.lerobot or not cfg.questions_from:
+        merge_episodes(cfg, shards, common)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -676,7 +688,7 @@ def is_whole(cfg: PrepareConfig) -> bool:
         name = content = "questions"
     result = Path(cfg.out, name)
     saved = Path(cfg.out, "parts", "settings.json")
-    settings = asdict(cfg) | {"workers": 0}
+    settings = asdict(cfg) | {"workers": 0}  # the number of processes may change
     if not saved.is_file():
         if result.exists():
             raise UserError(f"{cfg.out} already holds {content}; delete {result} or choose another --out")
@@ -692,7 +704,7 @@ def check_disk(cfg: PrepareConfig, pictures: int) -> None:
     """UserError if the disk cannot hold the pictures twice, in shards and merged."""
     parts = Path(cfg.out, "parts")
     there = sum(path.stat().st_size for path in parts.iterdir())
-    needed = 2 * pictures * cfg.image_size**2 * 3 - there
+    needed = 2 * pictures * cfg.image_size**2 * 3 - there  # bytes
     free = shutil.disk_usage(parts).free
     if needed > free:
         raise UserError(

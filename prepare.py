@@ -681,22 +681,21 @@ def merge(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:
 # All of it
 
 
-def is_whole(cfg: PrepareConfig) -> bool:
-    """Has this command made its data set already? UserError if <out> holds another one, whole or begun."""
-    name, content = "meta.json", "a data set"  # what comes last
-    if cfg.questions_from and not cfg.lerobot:
-        name = content = "questions"
-    result = Path(cfg.out, name)
-    saved = Path(cfg.out, "parts", "settings.json")
-    settings = asdict(cfg) | {"workers": 0}  # the number of processes may change
-    if not saved.is_file():
-        if result.exists():
-            raise UserError(f"{cfg.out} already holds {content}; delete {result} or choose another --out")
-        write_json(saved, settings)
-    if read_json(saved) != settings:
+def is_whole(cfg: PrepareConfig, saved: Path, settings: dict[str, Any]) -> bool:
+    """Has this command made its data set already? UserError if <out> holds another one, whole or begun.
+
+    saved: the file that keeps the settings of the shards while a data set is made.
+    """
+    name = content = "questions"
+    if cfg.lerobot or not cfg.questions_from:
+        name, content = "meta.json", "a data set"
+    result = Path(cfg.out, name)  # what appears last
+    if saved.is_file() and read_json(saved) != settings:
         raise UserError(
             f"{cfg.out} holds parts made with other settings; delete {saved.parent} or choose another --out"
         )
+    if result.exists() and not saved.is_file():
+        raise UserError(f"{cfg.out} already holds {content}; delete {result} or choose another --out")
     return result.exists()
 
 
@@ -721,17 +720,21 @@ def prepare(cfg: PrepareConfig) -> None:
         from extras import lerobot_io
 
         return print(lerobot_io.export(cfg))
-    if is_whole(cfg):
+    saved = Path(cfg.out, "parts", "settings.json")
+    settings = asdict(cfg) | {"workers": 0}  # the number of processes may change
+    if is_whole(cfg, saved, settings):
         print(f"{cfg.out} is whole already; its parts are cleared away")
     else:
         shards, common, pictures = make_plan(cfg)
+        write_json(saved, settings)  # not earlier: a mistake found in planning leaves nothing behind
         check_disk(cfg, pictures)
         make_shards(cfg, shards)
         merge(cfg, shards, common)
-    parts = Path(cfg.out, "parts")
-    for path in parts.glob("*.npz"):
+    for path in saved.parent.glob("*.npz"):
         path.unlink()
-    shutil.rmtree(parts)  # the settings last: without them, shards could be taken for another data set's
+    shutil.rmtree(
+        saved.parent
+    )  # the settings last: without them, shards could be taken for another data set's
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -356,6 +356,7 @@ def test_a_finished_folder_and_foreign_parts_are_refused(data, tmp_path, fails):
     assert "already holds a data set" in fails(prepare.main, ["--config", "debug", f"--out={data}"])
     asked = ["--config", "debug", f"--out={data}", "--questions_from=nowhere"]
     assert "already holds questions" in fails(prepare.main, asked)
+    assert not (data / "parts").exists()
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "settings.json").write_text("{}")
     assert "other settings" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])

@@ -103,16 +103,16 @@ class ScriptedExpert:
         # The tool is the point in the middle between the fingertips.
         tool = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(position[5]), -FINGER, 0)  # (3,)
         pad_of = {cube["colour"]: cube["pad"] for cube in env.scene()["cubes"]}
-        legs = [leg for leg in env.goal["legs"] if pad_of[leg[0]] != leg[3]]  # those not done yet
+        legs = [leg for leg in env.goal["legs"] if pad_of[leg.cube] != leg.number]  # those not done yet
         if not legs:
             return self.towards(position, *self.leave(tool, -90, position[5]))
-        colour, _, _, number = legs[0]
-        cube = env.cube_xyz(colour)  # (3,)
-        if env.held(colour):
-            pad = env.pad_xy(number) + 2 * self.mistake  # (2,); pads are larger than cubes
+        leg = legs[0]
+        cube = env.cube_xyz(leg.cube)  # (3,)
+        if env.held(leg.cube):
+            pad = env.pad_xy(leg.number) + 2 * self.mistake  # (2,); pads are larger than cubes
             return self.towards(position, *self.carry(tool, cube, pad))
         cube[:2] += self.mistake
-        return self.towards(position, *self.fetch(tool, position, cube, env.cube_yaw(colour)))
+        return self.towards(position, *self.fetch(tool, position, cube, env.cube_yaw(leg.cube)))
 
     def leave(self, tool: ndarray, roll: float, gripper: float) -> Pose:
         """Open the gripper here, then rise."""

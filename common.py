@@ -6,6 +6,7 @@ torch is imported inside the functions that need it, so that the workers of a si
 import contextlib
 import ctypes
 import difflib
+import errno
 import importlib.util
 import json
 import math
@@ -174,12 +175,18 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
 def run_program(program: Callable[[Any], None], config: Any) -> None:
     """program(config).
 
-    A user's mistake ends in one line on standard error and exit status 2, a defect in its traceback.
+    A user's mistake or a full disk ends in one line on standard error and exit status 2, a defect in its
+    traceback.
     """
     try:
         program(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("error: the disk is full; free some space and run the same command again", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

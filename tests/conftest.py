@@ -75,9 +75,8 @@ def make_policy():
 def data(tmp_path_factory):
     """A data set made by prepare.py in the real simulation (a few seconds)."""
     folder = tmp_path_factory.mktemp("data") / "debug"
-    import shutil
-
-    shutil.copytree("/tmp/base/data/debug", folder)  # TEMPORARY
+    command = [sys.executable, ROOT / "prepare.py", "--config", "debug", f"--out={folder}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 

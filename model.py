@@ -53,6 +53,8 @@ DenoisingStep = Callable[
 # -----------------------------------------------------------------------------------------------------------
 # Configuration
 
+LEAST_LIMIT = 1.5  # scaled states and actions are clipped no closer than this
+FARTHEST_LIMIT = 4.0  # half ranges that a scale reaches; values farther out widen its range
 DECOUPLE = ("gradient", "random", "attention", "off")
 RMS_EPS = torch.finfo(
     torch.float32
@@ -713,6 +715,28 @@ class ActionExpert(nn.Module):
 # The policy
 
 
+def scale_of(statistics: dict[str, list[float]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of a data set's states or actions -> low, high and limit of every number.
+
+    low and high are the 1st and 99th percentile. They are moved apart where recorded values lie farther than
+    FARTHEST_LIMIT half ranges from their middle, as those of a gripper that opens in under 1 % of the frames.
+    What varies by less than a ten thousandth of its size is constant: low equals high.
+    """
+    smallest, largest, q01, q99 = (
+        torch.as_tensor(statistics[key], dtype=torch.float64) for key in ("min", "max", "q01", "q99")
+    )
+    middle = (q01 + q99) / 2
+    reach = torch.maximum(largest - middle, middle - smallest)
+    half = torch.maximum((q99 - q01) / 2, reach / FARTHEST_LIMIT)
+    size = torch.maximum(largest.abs(), smallest.abs())
+    half = torch.where(largest - smallest <= 1e-4 * size, 0.0, half)
+    limit = torch.where(half > 0, reach / half.clamp(min=1e-300), 0.0).clamp(min=LEAST_LIMIT)
+    unmoved = half == (q99 - q01) / 2  # the percentiles themselves, without the rounding of middle -+ half
+    low = torch.where(unmoved, q01, middle - half)
+    high = torch.where(unmoved, q99, middle + half)
+    return low.float(), high.float(), limit.float()
+
+
 class SyVLA(nn.Module):
     """VLM + feature queries + adapter + action expert, with the data's normalisation statistics as buffers.
 
@@ -735,9 +759,11 @@ class SyVLA(nn.Module):
             nn.Linear(cfg.expert_width, cfg.expert_width, bias=False),
         )
         self.expert = ActionExpert(cfg)
+        # The scale: low and high map to -1 and 1, recorded values reach as far as +-limit.
         for name, size in (("state", cfg.state_dim), ("action", cfg.action_dim)):
             for side in ("low", "high"):  # NaN until set_statistics: never silently unnormalised
                 self.register_buffer(f"{name}_{side}", torch.full((size,), math.nan))
+            self.register_buffer(f"{name}_limit", torch.full((size,), LEAST_LIMIT))
         self._init_weights(own_vlm=vlm is None)
 
     def _init_weights(self, own_vlm: bool) -> None:
@@ -774,12 +800,32 @@ class SyVLA(nn.Module):
             nn.init.zeros_(self.vlm.lm.head.weight)
 
     def set_statistics(self, statistics: dict[str, dict]) -> None:
-        """{"state": {"q01": (S,), "q99": (S,)}, "action": ...} in LeRobot units, as data.statistics computes
-        them.
-        """
+        """Take the scale of a data set: {"state": ..., "action": ...} as data.statistics() computes them."""
         for name in ("state", "action"):
-            getattr(self, f"{name}_low").copy_(torch.as_tensor(statistics[name]["q01"]))
-            getattr(self, f"{name}_high").copy_(torch.as_tensor(statistics[name]["q99"]))
+            low, high, limit = scale_of(statistics[name])
+            getattr(self, f"{name}_low").copy_(low)
+            getattr(self, f"{name}_high").copy_(high)
+            getattr(self, f"{name}_limit").copy_(limit)
+
+    def widen_limits(self, statistics: dict[str, dict]) -> list[str]:
+        """Keep the scale, but let everything that another data set recorded lie inside its limits.
+
+        -> names of the state's and action's numbers for which the scale had to be replaced by the data set's:
+        it was constant so far, or the recorded values lie more than FARTHEST_LIMIT half ranges away.
+        """
+        replaced = []
+        for name, words in (("state", self.cfg.state_names), ("action", self.cfg.motor_names)):
+            own = [getattr(self, f"{name}_{side}") for side in ("low", "high", "limit")]
+            theirs = scale_of(statistics[name])
+            ends = torch.tensor([statistics[name]["min"], statistics[name]["max"]], device=own[0].device)
+            reach = self.scale(ends, name).abs().amax(0)  # (S,) or (A,)
+            # a constant joint that moves now has no scale at all
+            foreign = (reach > FARTHEST_LIMIT) | ((own[0] == own[1]) & (ends[0] < ends[1]))
+            own[2].copy_(torch.maximum(own[2], reach))
+            for kept, new in zip(own, theirs):
+                kept[foreign] = new.to(kept)[foreign]
+            replaced += [f"{name} {words[i]}" for i in foreign.nonzero()[:, 0].tolist()]
+        return replaced
 
     def check_statistics(self) -> None:
         """UserError for a policy that knows no scale of state and action."""
@@ -788,14 +834,22 @@ class SyVLA(nn.Module):
                 "the policy has no normalisation statistics; choose a checkpoint that train.py wrote"
             )
 
-    def normalise(self, x: Tensor, name: str) -> Tensor:
-        """LeRobot units -> 1st..99th percentile mapped to [-1, 1], clipped to +-1.5; a constant joint maps to
-        0.
-        """
+    def scale(self, x: Tensor, name: str) -> Tensor:
+        """LeRobot units -> low and high mapped to -1 and 1; a constant joint maps to 0."""
         low = getattr(self, f"{name}_low")
         span = getattr(self, f"{name}_high") - low
-        scaled = 2 * (x - low) / span.clamp(min=1e-3) - 1
-        return torch.where(span <= 1e-3, torch.zeros_like(x), scaled).clamp(-1.5, 1.5)
+        constant = span == 0
+        scaled = 2 * (x - low) / torch.where(constant, 1.0, span) - 1
+        return torch.where(constant, 0.0, scaled)
+
+    def clip(self, x: Tensor, name: str) -> Tensor:
+        """Scaled values, kept within what was recorded."""
+        limit = getattr(self, f"{name}_limit")
+        return torch.minimum(torch.maximum(x, -limit), limit)
+
+    def normalise(self, x: Tensor, name: str) -> Tensor:
+        """State or action in LeRobot units -> scaled and clipped."""
+        return self.clip(self.scale(x, name), name)
 
     def denormalise(self, x: Tensor) -> Tensor:
         """Normalised action -> LeRobot units."""
@@ -1027,7 +1081,7 @@ class SyVLA(nn.Module):
         chain = self.denoise(
             query_states, self.normalise(state, "state"), noise, step or self.euler_step, age
         )
-        chunk = self.denormalise(chain[:, -1].clamp(-1.5, 1.5))  # (B, H, A)
+        chunk = self.denormalise(self.clip(chain[:, -1], "action"))  # (B, H, A)
         mark("expert")
         return chunk.float().cpu().numpy()
 
@@ -1077,6 +1131,9 @@ class SyVLA(nn.Module):
             weights = load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error})") from None
+        for name in ("state_limit", "action_limit"):  # checkpoints before limits could differ
+            if name not in weights:
+                weights[name] = torch.full_like(getattr(self, name), LEAST_LIMIT).cpu()
         loaded = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
         own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(part)}
         if loaded.keys() != own.keys():

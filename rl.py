@@ -698,7 +698,7 @@ def explore(learner: Learner, obs: dict) -> tuple[np.ndarray, list[Batch]]:
     step = noisy_last_step(policy, noise[:, -1, 0], learner.cfg)
     start = c.temperature * noise[:, 0]  # (n, H, A)
     chain = policy.denoise(seen["query_states"], seen["state"], start, step)  # (n, K+1, H, A)
-    actions = policy.denormalise(chain[:, -1].clamp(-1.5, 1.5))  # (n, H, A)
+    actions = policy.denormalise(policy.clip(chain[:, -1], "action"))  # (n, H, A)
     seen["chain"] = chain
     extras = []
     for row in range(len(chain)):

@@ -65,7 +65,8 @@ def make_policy():
         policy.vlm.queries.data.mul_(20)
         if statistics:
             low = torch.tensor([-90.0, -80, -70, -60, -50, 0])[: policy.cfg.action_dim]
-            policy.set_statistics({name: {"q01": low, "q99": low + 100} for name in ("state", "action")})
+            ends = {"q01": low, "min": low, "q99": low + 100, "max": low + 100}
+            policy.set_statistics(dict.fromkeys(("state", "action"), ends))
         return policy
 
     return make

@@ -216,7 +216,8 @@ def build(folder, **changes):
     cfg = config(folder, image_size=48, **changes)
     policy = SyVLA(cfg, *load_backbone(cfg, folder, folder / "tokenizer.json", pretrained=True))
     low = torch.full((6,), -90.0)
-    policy.set_statistics({name: {"q01": low, "q99": low + 180} for name in ("state", "action")})
+    ends = {"q01": low, "min": low, "q99": low + 180, "max": low + 180}
+    policy.set_statistics({name: ends for name in ("state", "action")})
     return policy.eval()
 
 

@@ -13,7 +13,7 @@ from conftest import debug_config
 from safetensors.torch import load_file, save_file
 
 from common import parse_config, write_json
-from data import pack
+from data import pack, statistics
 from model import (
     PRESETS,
     VLM,
@@ -679,18 +679,54 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
 # -- statistics and weights on disk -------------------------------------------------------------------------
 
 
+def statistics_of(x):
+    """data.statistics() of (N, 6) states, which are the actions, too."""
+    return {"state": statistics(x), "action": statistics(x)}
+
+
 def test_normalisation(make_policy):
     policy = make_policy()
-    low, high = [-90.0, 0, 5, 5, -1, 0], [90.0, 100, 5, 5.0001, 1, 100]  # joint 2 never moved, joint 3 hardly
-    policy.set_statistics({name: {"q01": low, "q99": high} for name in ("state", "action")})
-    x = torch.tensor([[-90.0, 100, 5, 5, 0, 25], [900, -900, 77, 77, 9, 50]])
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-90, 90, (10_000, 6))
+    x[:, 1] = 5.0  # never moved
+    x[:, 2] = 5 + rng.uniform(0, 1e-4, 10_000)  # hardly moved: the encoder's noise
+    x[:, 3] = rng.choice([-4e-4, 4e-4], 10_000)  # metres a step at 50 Hz
+    x[:, 4] = 2.0
+    x[:50, 4] = 60.0  # a gripper that opens in half a per cent of the frames
+    policy.set_statistics(statistics_of(x))
+    given = torch.tensor(x, dtype=torch.float32)
+    scaled = policy.normalise(given, "action")
+    low, high = np.quantile(x[:, 0], [0.01, 0.99])
     assert torch.allclose(
-        policy.normalise(x, "action"),
-        torch.tensor([[-1.0, 1, 0, 0, 0, -0.5], [1.5, -1.5, 0, 0, 1.5, 0]]),
-        atol=1e-6,
+        scaled[:, 0], torch.tensor(2 * (x[:, 0] - low) / (high - low) - 1).float(), atol=1e-5
     )
-    inside = torch.tensor([[-100.0, 110, 5, 5, 1.2, 3]])  # up to 1.5 it can be undone
-    assert torch.allclose(policy.denormalise(policy.normalise(inside, "action")), inside, atol=1e-3)
+    assert not scaled[:, 1:3].any()
+    assert torch.allclose(scaled[:, 3].abs(), torch.ones(10_000), atol=1e-5)
+    assert scaled[:50, 4].min() > scaled[50:, 4].max() + 0.5 and scaled[:, 4].abs().max() <= 4.0
+    # nothing recorded is cut off, what lies beyond it is
+    moved = [0, 3, 4, 5]
+    assert torch.allclose(policy.denormalise(scaled)[:, moved], given[:, moved], rtol=1e-4, atol=1e-3)
+    assert policy.normalise(10 * given, "action")[:, 0].abs().max() == policy.action_limit[0]
+
+
+def test_another_arms_recordings_are_reached_in_the_old_scale(make_policy):
+    policy = make_policy()
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-50, 50, (1000, 6))
+    x[:, 5] = 3.0
+    policy.set_statistics(statistics_of(x))
+    before = policy.action_low.clone(), policy.action_high.clone()
+    theirs = rng.uniform(-50, 50, (1000, 6))
+    theirs[:, 1] += 60  # level jaws
+    theirs[:, 2] *= 10
+    assert policy.widen_limits(statistics_of(theirs)) == [
+        f"{what} {motor}" for what in ("state", "action") for motor in ("elbow_flex", "gripper")
+    ]
+    kept = [0, 1, 3, 4]
+    assert torch.equal(policy.action_low[kept], before[0][kept])
+    assert torch.equal(policy.action_high[kept], before[1][kept])
+    given = torch.tensor(theirs, dtype=torch.float32)
+    assert torch.allclose(policy.denormalise(policy.normalise(given, "action")), given, atol=1e-2)
 
 
 def test_without_statistics_nothing_runs_silently(make_policy):

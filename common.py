@@ -46,6 +46,8 @@ def check_options(config: Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         allowed = f.metadata["allowed"]
+        if type(value) is not _kind(f) and not (type(value) is int and _kind(f) is float):
+            raise UserError(f"--{f.name} takes {_kind(f).__name__}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name} must be a finite number, not {value}")
         if isinstance(allowed, str):

@@ -22,6 +22,7 @@ job draws the same global batch and takes its own rows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -212,9 +213,10 @@ class Episodes:
         self.cfg = cfg
         self.meta = read_meta(folder)
         self.images = open_images(folder, self.meta, cfg)
-        self.state = np.load(Path(folder, "state.npy"), mmap_mode="r")  # (frames, S)
-        self.action = np.load(Path(folder, "action.npy"), mmap_mode="r")  # (frames, A)
-        check_robot(folder, self.meta, self.state, self.action, cfg)
+        self.state = open_array(folder, "state")  # (frames, S)
+        self.action = open_array(folder, "action")  # (frames, A)
+        check_set(folder, self.meta, {"state": self.state, "action": self.action})
+        check_robot(folder, self.meta, cfg)
         self.episodes = usable_episodes(folder, self.meta, families)
         self.cache = None  # of a frozen VLM's query states, see cache_query_states()
 
@@ -247,6 +249,17 @@ class Episodes:
             if first <= step:
                 reasoning = text
         return episode["task"], reasoning
+
+    def check_tasks(self, tokenizer: Tokenizer) -> None:
+        """UserError names the episode whose instruction the model cannot take."""
+        known = {}
+        for number, episode in enumerate(self.episodes):
+            known.setdefault(episode["task"], number)
+        for task, number in known.items():
+            try:
+                tokenizer.prompt(task, self.cfg.reasoning)
+            except UserError as error:
+                raise UserError(f"episode {number} of the data set: {error}") from None
 
     def texts(self) -> list[str]:
         """Every task and reasoning, for the tokenizer."""
@@ -367,6 +380,7 @@ class Questions:
         self.meta = read_meta(folder)
         self.images = open_images(folder, self.meta, cfg)
         self.questions = read_json(Path(folder, "questions.json"))
+        check_questions(Path(folder, "questions.json"), self.questions, len(self.images[0]))
         self.scenes = np.arange(len(self.questions))
 
     def drop_long(self, tokenizer: Tokenizer) -> None:
@@ -457,6 +471,16 @@ def fill_row(tokenizer: Tokenizer, items: list[list[str]], room: int) -> list[Se
 # Data sets on disk
 
 
+def check_questions(path: Path, scenes: list, pictures: int) -> None:
+    """The door for question sets: a list for every picture, of [kind, question, answer]."""
+    if len(scenes) != pictures:
+        raise UserError(f"{path} has questions for {len(scenes)} pictures, there are {pictures}")
+    for number, scene in enumerate(scenes):
+        for item in scene:
+            if len(item) != 3 or not all(isinstance(text, str) and text.strip() for text in item):
+                raise UserError(f"{path}: picture {number} has {item!r}, not [kind, question, answer]")
+
+
 def read_meta(folder: str | Path) -> dict:
     """meta.json of a data set or question set; UserError says what to type where there is none."""
     path = Path(folder, "meta.json")
@@ -483,10 +507,15 @@ def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]
     stored = {}
     for camera in wanted:
         if camera not in grey:
-            stored[camera] = np.load(Path(folder, f"{camera}.npy"), mmap_mode="r")
+            stored[camera] = open_array(folder, camera)
     if not stored:
         raise UserError(f"{folder} has no pictures of {wanted}; set --cameras or --mix=0")
-    shape = next(iter(stored.values())).shape
+    shapes = {camera: array.shape for camera, array in stored.items()}
+    for camera, array in stored.items():
+        check_images(f"{folder}/{camera}.npy", array)
+    if len(set(shapes.values())) > 1:
+        raise UserError(f"{folder}: the cameras' arrays differ in shape: {shapes}")
+    shape = next(iter(shapes.values()))
     if shape[1] != cfg.image_size:
         raise UserError(
             f"{folder} has images of {shape[1]} px, the model takes {cfg.image_size}: "
@@ -496,23 +525,98 @@ def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]
     return [stored.get(camera, blank) for camera in wanted]
 
 
-def check_robot(folder: str | Path, meta: dict, state: np.ndarray, action: np.ndarray, cfg: Config) -> None:
-    """UserError where the names or sizes of state and action are not the model's."""
-    missing = {"motors", "statistics", "episodes"} - meta.keys()
+def open_array(folder: str | Path, name: str) -> np.ndarray:
+    """One array of a set, memory-mapped; UserError where it is missing or damaged."""
+    path = Path(folder, f"{name}.npy")
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}); make the data set again") from None
+
+
+def check_images(path: str, x: np.ndarray) -> None:
+    """UserError unless an array holds square colour pictures of whole grey values."""
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != x.shape[2] or x.shape[3] != 3:
+        raise UserError(f"{path} must be (frames, px, px, 3) uint8; it is {x.shape} {x.dtype}")
+
+
+def check_set(where: str | Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
+    """The door for data: everything that a data set must hold, checked before the first step of any work.
+
+    where: the folder, for messages. arrays: state (frames, S), action (frames, A), and cameras (frames, px,
+    px, 3) if they are to be checked, too. UserError names the file and the entry of the first thing that
+    cannot be right.
+    """
+    missing = {"motors", "statistics", "episodes", "fps"} - meta.keys()
     if missing:
         raise UserError(
-            f"{folder}/meta.json lacks {', '.join(sorted(missing))}; docs/data.md lists what it must hold"
+            f"{where}/meta.json lacks {', '.join(sorted(missing))}; docs/data.md lists what it must hold"
         )
-    named = {"motors": meta["motors"], "state": meta.get("state") or meta["motors"]}
-    own = {"motors": cfg.motor_names, "state": cfg.state_names}
-    for what in named:
-        if named[what] != own[what]:
-            raise UserError(f"{folder} has {what} {named[what]}, the model {own[what]}")
-    if (state.shape[1], action.shape[1]) != (cfg.state_dim, cfg.action_dim):
+    if not isinstance(meta["fps"], (int, float)) or not meta["fps"] > 0:
+        raise UserError(f"{where}/meta.json: fps must be a number above 0, not {meta['fps']!r}")
+    names = {"action": meta["motors"], "state": meta.get("state") or meta["motors"]}
+    for name, words in names.items():
+        x = arrays[name]
+        if x.ndim != 2 or x.shape[1] != len(words) or x.dtype.kind != "f":
+            raise UserError(
+                f"{where}/{name}.npy must be (frames, {len(words)}) numbers for {words}; it is {x.shape} {x.dtype}"
+            )
+        if len(set(words)) < len(words):
+            raise UserError(f"{where}/meta.json names a number of {name} twice: {words}")
+        finite = np.isfinite(x).all(1)  # (frames,)
+        if not finite.all():
+            raise UserError(
+                f"{where}/{name}.npy: frame {int(np.argmin(finite))} is not finite: {x[np.argmin(finite)]}"
+            )
+        ends = meta["statistics"][name]
+        if not all(low <= high for low, high in zip(ends["q01"], ends["q99"], strict=True)):
+            raise UserError(f"{where}/meta.json: q01 of {name} lies above q99; make the data set again")
+    for name, x in arrays.items():
+        if name not in names:
+            check_images(f"{where}/{name}.npy", x)
+    lengths = {name: len(x) for name, x in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"{where}: arrays of different numbers of frames: {lengths}")
+    end = 0
+    for number, episode in enumerate(sorted(meta["episodes"], key=lambda episode: episode.get("start", -1))):
+        check_episode(f"{where}/meta.json: episode {number}", episode, end, len(arrays["state"]))
+        end = episode["start"] + episode["length"]
+
+
+def check_episode(where: str, episode: dict, first: int, frames: int) -> None:
+    """One entry of meta.json; it may not begin before frame `first`, where the one before it ends."""
+    missing = {"start", "length", "task", "reason", "success"} - episode.keys()
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
+    start, length = episode["start"], episode["length"]
+    if not first <= start < start + length <= frames:
         raise UserError(
-            f"{folder} has states of {state.shape[1]} and actions of {action.shape[1]} numbers, "
-            f"its meta.json names {cfg.state_dim} and {cfg.action_dim}"
+            f"{where} is frames {start} to {start + length}, the set has {frames} and {first} are taken"
         )
+    if not isinstance(episode["task"], str) or not episode["task"].strip():
+        raise UserError(f"{where} has no instruction: its task is {episode['task']!r}")
+    steps = [step for step, _ in episode["reason"]]
+    spans = [*episode.get("disturbed", ())]
+    if steps != sorted(set(steps)) or any(not 0 <= step < length for step in steps):
+        raise UserError(f"{where}: steps of its reason must rise from 0 to {length - 1}; they are {steps}")
+    if any(not 0 <= begin < end <= length for begin, end in spans):
+        raise UserError(f"{where}: disturbed must be spans within {length} steps; it is {spans}")
+
+
+def data_id(meta: dict) -> str:
+    """Twelve hex digits that name the content of a data set by its statistics and episodes."""
+    content = json.dumps([meta["statistics"], meta["episodes"]], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def check_robot(folder: str | Path, meta: dict, cfg: Config) -> None:
+    """UserError where what a data set was recorded with is not what the model was made for."""
+    theirs = {"motors": meta["motors"], "state": meta.get("state") or meta["motors"], "fps": meta["fps"]}
+    own = {"motors": cfg.motor_names, "state": cfg.state_names, "fps": cfg.fps}
+    for what in own:
+        if theirs[what] != own[what]:
+            hint = f"; convert it with prepare.py --fps={cfg.fps}" if what == "fps" else ""
+            raise UserError(f"{folder} has {what} {theirs[what]}, the model {own[what]}{hint}")
 
 
 def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) -> list[dict]:
@@ -559,26 +663,31 @@ def save_episodes(
     folder = Path(folder)
     if (folder / "meta.json").is_file():
         raise UserError(f"{folder} already holds a data set; delete it or choose another folder")
+    if not episodes:
+        raise UserError("there is no episode to save")
+    entries = []
+    start = 0
+    for number, episode in enumerate(episodes):
+        lengths = {name: len(episode[name]) for name in ("state", "action")}
+        lengths |= {camera: len(episode["images"][camera]) for camera in cameras}
+        if len(set(lengths.values())) > 1:
+            raise UserError(f"episode {number} has different numbers of frames: {lengths}")
+        defaults = {"reason": [], "success": True, "seed": number, "family": "demo", "kind": "demo"}
+        said = {name: value for name, value in episode.items() if name not in ("images", "state", "action")}
+        entries.append({"start": start, "length": lengths["state"]} | defaults | said)
+        start += lengths["state"]
     arrays = {}
-    for name, names in (("state", state or motors), ("action", motors)):
-        arrays[name] = np.concatenate([episode[name] for episode in episodes]).astype(np.float32)
-        if arrays[name].shape[1:] != (len(names),):
-            raise UserError(f"{name} has shape {arrays[name].shape}, its names are {list(names)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("state", "action"):
+        arrays[name] = np.concatenate([np.asarray(episode[name], np.float32) for episode in episodes])
     meta = {"cameras": list(cameras), "motors": list(motors), "fps": fps}
     if state:
         meta["state"] = list(state)
     meta["statistics"] = {name: statistics(array) for name, array in arrays.items()}
+    meta["episodes"] = entries
     for camera in cameras:
         arrays[camera] = np.concatenate([episode["images"][camera] for episode in episodes])
+    check_set(folder, meta, arrays)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    entries = []
-    start = 0
-    for number, episode in enumerate(episodes):
-        length = len(episode["state"])
-        defaults = {"reason": [], "success": True, "seed": number, "family": "demo", "kind": "demo"}
-        said = {name: value for name, value in episode.items() if name not in ("images", "state", "action")}
-        entries.append({"start": start, "length": length} | defaults | said)
-        start += length
-    write_json(folder / "meta.json", meta | {"episodes": entries})  # last: a folder without it is no data set
+    write_json(folder / "meta.json", meta)  # last: a folder without it is no data set

@@ -40,8 +40,8 @@ def environment_class(name: str) -> type:
     """The class that `--env` names: "sim" or "package.module:Class"; UserError says what it lacks.
 
     It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally
-    splits, and state (names of the state's numbers; without it they are the motors' positions). It is made by
-    Class(px=...) and has Gymnasium's reset(*, seed, options), step(action) and close(); optionally
+    splits, state (names of the state's numbers; without it they are the motors' positions) and fps (control
+    steps a second). It is made by Class(px=...) and has Gymnasium's reset(*, seed, options), step(action) and close(); optionally
     step_chunk(actions), which draws pictures once a chunk, and instruct(task) -> observation, another
     instruction in mid motion. options hold family, split and, if a person typed one, task. Observations are
     {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}.
@@ -415,6 +415,12 @@ def camera_indices(policy: Any, env: str) -> list[int]:
     if policy.cfg.state_names != list(state_names(cls)):
         raise UserError(
             f"the policy's state is {policy.cfg.state_names}, the environment's {list(state_names(cls))}"
+        )
+    rate = getattr(cls, "fps", policy.cfg.fps)
+    if policy.cfg.fps != rate:
+        raise UserError(
+            f"the policy learnt from {policy.cfg.fps} frames a second, the environment makes {rate} steps: "
+            f"convert its recordings with prepare.py --fps={rate}"
         )
     return [cls.cameras.index(camera) for camera in wanted]
 

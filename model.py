@@ -71,7 +71,6 @@ class Config:
     width: int = opt(128, "language model width D", "[1, inf)")
     depth: int = opt(3, "language model blocks", "[1, inf)")
     heads: int = opt(4, "language model query heads", "[1, inf)")
-    kv_heads: int = opt(2, "language model key/value heads (grouped queries)", "[1, inf)")
     backbone: str = opt(
         "", "pretrained VLM, a hub name or a folder; it fixes the VLM's shapes. Empty: from nothing"
     )
@@ -105,10 +104,13 @@ class Config:
         "shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper"
     )  # what an action moves
     state: str = opt("")  # names of the state's numbers; empty: the motors' positions
+    fps: int = opt(10)  # control steps a second, as recorded
+    fit: str = opt("")  # how camera pictures became square: crop, stretch, or empty: they were
     image_size: int = opt(96)  # pixels per side of a camera image
     vision_width: int = opt(48)
     mlp_width: int = opt(256)  # language model SwiGLU width
     vocab_size: int = opt(512)  # rows of the token embedding
+    kv_heads: int = opt(2)  # language model key/value heads (grouped queries)
     qk_norm: bool = opt(True)  # RMS-normalise queries and keys per head
     norm_eps: float = opt(RMS_EPS)  # language model RMSNorm
     tied: bool = opt(False)  # the output layer is the token embedding

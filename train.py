@@ -57,7 +57,7 @@ from common import (
     wait_for_all,
     write_json,
 )
-from data import Episodes, Questions, Tokenizer, read_meta
+from data import Episodes, Questions, Tokenizer, data_id, read_meta
 from model import Config, SyVLA, all_presets, save_policy
 
 
@@ -94,6 +94,7 @@ class TrainConfig(Config):
     eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", "[0, inf)")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
     threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, inf)")
+    save_every: int = opt(250, "steps between checkpoints", "[1, inf)")
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
     plan: bool = opt(False, "print parameters, predicted memory and work, and stop")
     bench: bool = opt(False, "time 20 steps of each phase by part, print the split and stop")
@@ -105,7 +106,7 @@ class TrainConfig(Config):
     max_grad_norm: float = opt(1.0)
     ema: float = opt(0.995)  # decay of the weight average that is saved, evaluated and run
     log_every: int = opt(25)  # steps
-    save_every: int = opt(250)  # steps
+    data_id: str = opt("")  # of the data set that the run was begun with
 
     def __post_init__(self):
         super().__post_init__()
@@ -416,6 +417,7 @@ BEHAVIOUR = {
 EXPERT = {
     "motors",
     "state",
+    "fps",
     "expert_width",
     "expert_depth",
     "expert_heads",
@@ -442,9 +444,11 @@ def describe_robot(cfg: TrainConfig) -> None:
     """Take cameras, motors, state and picture size of the data set, where no checkpoint has fixed them."""
     meta = read_meta(cfg.data)
     cfg.cameras = cfg.cameras or ",".join(meta["cameras"])
+    cfg.fit = meta.get("fit", "")
     if not cfg.init_from or cfg.new_expert:
         cfg.motors = ",".join(meta["motors"])
         cfg.state = ",".join(meta.get("state", ()))
+        cfg.fps = meta["fps"]
     if not cfg.init_from:
         camera = Path(cfg.data, f"{cfg.camera_names[0]}.npy")
         if camera.is_file():
@@ -455,6 +459,10 @@ def describe_robot(cfg: TrainConfig) -> None:
 def open_data(cfg: TrainConfig) -> tuple[Episodes, Questions | None, Questions | None]:
     """-> demonstrations, questions to train on, held-out questions."""
     episodes = Episodes(cfg.data, cfg, cfg.family_names)
+    identity = data_id(episodes.meta)
+    if cfg.resume and cfg.data_id != identity:
+        raise UserError(f"{cfg.data} is another data set than {cfg.out} was begun with; choose a new --out")
+    cfg.data_id = identity
     asks = cfg.mix > 0 or cfg.ground_steps > 0
     if asks and not Path(cfg.data, "questions").is_dir():
         raise UserError(
@@ -480,6 +488,7 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     else:
         texts = episodes.texts() + (questions.texts() if questions else [])
         tokenizer = Tokenizer.train(texts, cfg.vocab_size)
+    episodes.check_tasks(tokenizer)
     for asked in (questions, held_out):
         if asked:
             asked.drop_long(tokenizer)

@@ -3,13 +3,13 @@
     python sample.py --config small --eval=300 --families=place --mode=wait,naive,async,async+rtc --delay=0,4
     python sample.py --config small --interactive
 
-The VLM is slow, the expert is fast, and a real arm moves on while both compute. To measure what that costs, Runner
-counts time in control steps of 1 / FPS seconds: --delay=3 says that what the VLM makes of a picture is usable 3
-control steps after the picture was taken. So the same numbers come out on every machine.
+The VLM is slow, the expert is fast, and a real arm moves on while both compute. To measure what that costs,
+Runner counts time in control steps of 1 / FPS seconds: --delay=3 says that what the VLM makes of a picture is
+usable 3 control steps after the picture was taken. So the same numbers come out on every machine.
 
-The timeline of one arm in mode async, with delay 3 and n_action_steps 4. P0 is the picture of control step 0, R0 the
-reasoning and the feature query states made from it, E(R0, 3) the expert's chunk a0, a1, ... from R0 and the joint
-state of step 3:
+The timeline of one arm in mode async, with delay 3 and n_action_steps 4. P0 is the picture of control step 0,
+R0 the reasoning and the feature query states made from it, E(R0, 3) the expert's chunk a0, a1, ... from R0 and
+the joint state of step 3:
 
     control step    0     1     2     3     4     5     6     7     8     9     10    11
     picture         P0                      P4                      P8
@@ -17,28 +17,27 @@ state of step 3:
     expert                            E(R0, 3)                E(R4, 7)                E(R8, 11)
     the arm does    -     -     -     a0    a1    a2    a3    b0    b1    b2    b3    c0
 
-    1. A picture is taken n_action_steps after the one before, or later, when the VLM has finished with that (_look).
-    2. `delay` control steps after its picture a look is usable: Arm.pending becomes Arm.newest (_receive).
-    3. The expert makes a plan from every new look. In async it makes another one after n_action_steps, from the same
-       query states, which are older then, and from the joint state of now (_plan).
-    4. The plan's actions replace those that wait in the arm's queue (_join). In every control step the arm does the
-       first action of its queue. When the queue is empty, the arm waits (-): it repeats its last target, and before the
-       first plan it holds the joint positions in which the episode found it.
-
-All times in this file are control steps since the episode began.
+    1. A picture is taken n_action_steps after the one before, or as soon after that as the VLM is free (_look).
+    2. `delay` steps after its picture a look is usable: Arm.pending becomes Arm.newest (_receive).
+    3. The expert makes a plan from every new look. In async it makes another one after n_action_steps, from
+       the same query states, which are older then, and from the joint state of now (_plan).
+    4. The plan's actions replace those in the arm's queue (_join). In every control step the arm does the
+       first action of its queue. When the queue is empty, the arm waits (-): it repeats its last target, and
+       before the first plan it holds the joint positions in which the episode found it.
 
 What the modes do while the VLM is at work:
     wait        The arm stands still. It does n_action_steps of a plan, then takes the next picture.
-    naive       One plan per look, from the joint state of its picture. That is `delay` steps old when the plan is there,
-                so a moving arm enters the plan at its action number `delay`.
-    async       As drawn above. Training with --stale=N teaches the expert to use query states up to N steps old.
-    async+rtc   As async, but the expert takes one control step, too. The arm does one more action of the old plan
-                meanwhile, and the new plan is pulled towards the old one: real-time chunking.
+    naive       One plan per look, from the joint state of its picture. That is `delay` steps old when the plan
+                is there, so a moving arm enters the plan at its action number `delay`.
+    async       As drawn above. --stale=N trains the expert to use query states up to N steps old.
+    async+rtc   As async, but the expert takes one control step, too. Meanwhile the arm does one more action of
+                the old plan, towards which the new one is pulled: real-time chunking.
 
-Without a delay, wait, naive and async are the synchronous policy bit for bit.
+All times are control steps since the episode began. Without a delay, wait, naive and async are the
+synchronous policy bit for bit.
 
-Papers: real-time chunking, Black et al. 2025, arXiv 2506.07339; slow and fast systems, DuoCore-FS, arXiv 2512.20188;
-old query states with the joint state of now, TIC-VLA, arXiv 2602.02459.
+Papers: real-time chunking, Black et al. 2025, arXiv 2506.07339; slow and fast systems, DuoCore-FS,
+arXiv 2512.20188; old query states with the joint state of now, TIC-VLA, arXiv 2602.02459.
 """
 
 import math
@@ -65,8 +64,6 @@ from evaluate import (
     SingleEnv,
     VecEnv,
     camera_indices,
-    check_families,
-    latency,
     report,
     run_episodes,
     summarise,
@@ -90,7 +87,7 @@ class Look:
 
 @dataclass
 class Arm:
-    """One episode as the runner knows it. The origin of an action: (control step of its picture, of its plan)."""
+    """One episode as the runner knows it. An action's origin: (control step of its picture, of its plan)."""
 
     command: np.ndarray  # (A,) the last target; at first where the motors are
     task: str = ""
@@ -98,21 +95,13 @@ class Arm:
     newest: Look | None = None  # the newest that is usable
     next_look: float = 0  # control step from which the next picture may be taken
     next_plan: float = math.inf  # control step from which the expert may plan
-    queue: list = field(default_factory=list)  # the control steps ahead: (action (A,), its origin)
-    log: list = field(default_factory=list)  # the past ones: (command (A,), its origin, None: the arm waited)
+    queue: list = field(default_factory=list)  # (action (A,), its origin) of the control steps ahead
+    commands: list = field(default_factory=list)  # (A,) of every control step so far
+    origins: list = field(default_factory=list)  # of these commands; None where the arm waited
 
     @property
     def now(self) -> int:
-        return len(self.log)
-
-
-class Immediately:
-    """An executor without threads."""
-
-    def submit(self, work: Any, *arguments: Any) -> Future:
-        future = Future()
-        future.set_result(work(*arguments))
-        return future
+        return len(self.commands)
 
 
 class Runner:
@@ -136,7 +125,7 @@ class Runner:
         self.views = views
         self.every = policy.cfg.n_action_steps
         self.look_every = math.inf if mode == "wait" else self.every  # wait: once the plan is done (_join)
-        self.vlm = ThreadPoolExecutor(1) if delay is None else Immediately()
+        self.vlm = ThreadPoolExecutor(1)  # it computes while the arm moves
         self.arms = {}  # by the number of the episode
         self.calls = 0  # of the expert: the seed of its noise
 
@@ -146,7 +135,7 @@ class Runner:
         for episode, task, state in zip(obs["episode"], obs["task"], obs["state"]):
             arm = self.arms.get(episode.number) or Arm(state[self.positions])
             if task != arm.task:  # looks and plans made for another instruction do not count any more
-                arm = Arm(arm.command, task, log=arm.log)
+                arm = Arm(arm.command, task, commands=arm.commands, origins=arm.origins)
             self.arms[episode.number] = arm
             arms.append(arm)
         self._receive(arms)  # first, because a VLM that has just finished can take the next picture
@@ -157,7 +146,8 @@ class Runner:
             origin = None
             if arm.queue:
                 arm.command, origin = arm.queue.pop(0)
-            arm.log.append((arm.command, origin))
+            arm.commands.append(arm.command)
+            arm.origins.append(origin)
         looks = [arm.newest for arm in arms]
         texts = [look.batch.result()[0][look.row] if look else "" for look in looks]
         return np.stack([arm.command for arm in arms])[:, None], texts
@@ -218,9 +208,8 @@ class Runner:
             arm.next_look = arm.now + self.every
             return actions[: self.every]
         if self.mode == "naive":
-            past = arm.log[arm.newest.picture :]
-            has_moved = any(origin for _, origin in past)
-            return actions[len(past) :] if has_moved else actions  # an arm at rest begins at the beginning
+            past = arm.origins[arm.newest.picture :]
+            return actions[len(past) :] if any(past) else actions  # at rest it begins at the beginning
         arm.next_plan = arm.now + self.every
         if self.mode == "async":
             return actions
@@ -262,21 +251,21 @@ def pulled_step(policy: Any, queues: list[list]) -> DenoisingStep:
 
 
 def measures(runner: Runner) -> dict[str, float]:
-    """What the logs of a runner's arms tell; a measure of something that never happened is left out.
+    """What a runner's arms did; a measure of something that never happened is left out.
 
-    waiting: share of control steps without an action. waiting_later: the same after the first action. jerk_border,
-    jerk_inside: mean |a_t - a_(t-1)| over joints in LeRobot units, where one plan takes over from another, and
-    within a plan. age: mean number of control steps from a picture to an action that came of it.
+    waiting: share of control steps without an action. waiting_later: the same from the first action on.
+    jerk_border, jerk_inside: mean |a_t - a_(t-1)| over joints in LeRobot units, where one plan takes over from
+    another, and within a plan. age: mean number of control steps from a picture to an action that came of it.
     """
     found = defaultdict(list)
     for arm in runner.arms.values():
         last = None  # origin of the last action
-        for now, (command, origin) in enumerate(arm.log):
+        for now, origin in enumerate(arm.origins):
             found["waiting"].append(origin is None)
-            if last:
+            if last or origin:
                 found["waiting_later"].append(origin is None)
             if origin and last:
-                jerk = np.abs(command - arm.log[now - 1][0]).mean()
+                jerk = np.abs(arm.commands[now] - arm.commands[now - 1]).mean()
                 found["jerk_inside" if origin == last else "jerk_border"].append(jerk)
             if origin:
                 found["age"].append(now - origin[0])
@@ -285,65 +274,55 @@ def measures(runner: Runner) -> dict[str, float]:
 
 
 def reaction(moved: Runner, unmoved: Runner, episodes: list[Episode]) -> dict[str, float]:
-    """Control steps from a cube's move to the command that answers it: by more than 2 LeRobot units in some joint.
+    """How soon a command answers a cube's move: it differs by more than 2 LeRobot units in some joint.
 
-    moved, unmoved: runners that played the same episodes with and without the move. -> {"reacted": share of the
-    episodes with a move, "reaction": the median of those}.
+    moved, unmoved: runners that played the same episodes with and without the move. -> {"reacted": share of
+    the episodes with a move, "reaction": the median of those, in control steps}.
     """
     times = []
-    with_move = [episode for episode in episodes if episode.moved_at is not None]
-    for episode in with_move:
-        logs = [runner.arms[episode.number].log[episode.moved_at :] for runner in (moved, unmoved)]
-        for steps, ((command, _), (undisturbed, _)) in enumerate(zip(*logs)):
-            if np.abs(command - undisturbed).max() > 2:
-                times.append(steps)
-                break
-    median = float(np.median(times)) if times else None
-    return {"reacted": len(times) / max(1, len(with_move)), "reaction": median}
-
-
-def play(
-    policy: Any, cfg: Any, mode: str, delay: int, task: dict, **options: int
-) -> tuple[Runner, list[Episode]]:
-    """--eval episodes of a task (family and split). options: of the environment."""
-    runner = Runner(policy, mode, delay, camera_indices(policy, cfg.env))
-    jobs = [Episode(seed, task) for seed in SEEDS[cfg.seeds][: cfg.eval]]
-    with VecEnv(min(24, cfg.eval), 2, cfg.env, policy.cfg.image_size, **options) as vec:
-        return runner, run_episodes(vec, jobs, runner, f"{mode} {delay}")
+    moves = [episode for episode in episodes if episode.moved_at is not None]
+    for episode in moves:
+        pairs = zip(moved.arms[episode.number].commands, unmoved.arms[episode.number].commands)
+        differs = [np.abs(one - other).max() > 2 for one, other in pairs][episode.moved_at :]
+        if any(differs):
+            times.append(differs.index(True))
+    median = float(np.median(times)) if times else math.nan
+    return {"reacted": len(times) / max(1, len(moves)), "reaction": median}
 
 
 def compare(policy: Any, cfg: Any, vec: SingleEnv) -> None:
-    """Success for each mode, delay, family and split on the same seeds: a table, and async.json in the run's folder.
+    """Success by mode, delay, family and split on the same seeds: a table, and async.json in the run's folder.
 
-    The cells of several commands gather in that file; the same cell again replaces itself. vec: one environment, to
-    measure what the policy does by wall clock.
+    The cells of several commands gather in that file; the same cell again replaces itself. vec: for live().
     """
-    families = cfg.families.split(",")
-    check_families(families, cfg.env)
+    live(policy, cfg, vec)
     name = "async" + "_moved" * bool(cfg.moved) + "_val" * (cfg.seeds == "val")
     path = Path(cfg.run, f"{name}.json")
     table = read_json(path) if path.is_file() else {}
-    live(policy, cfg, vec)
-    tasks = product(families, (cfg.splits or "id").split(","))
-    settings = product((cfg.delay or "0").split(","), (cfg.mode or "async").split(","))
-    for (family, split), (delay, mode) in product(tasks, settings):
-        task = {"family": family, "split": split}
-        options = {"moved": cfg.moved} if cfg.moved else {}  # environments of one's own do not know it
-        runner, episodes = play(policy, cfg, mode, int(delay), task, **options)
-        found = measures(runner)
+    choices = (cfg.families, cfg.splits or "id", cfg.delay or "0", cfg.mode or "async")
+    for family, split, delay, mode in product(*(words.split(",") for words in choices)):
+        runners = []
+        for moved in sorted({0, cfg.moved}):  # with a move the same episodes without it come first
+            runner = Runner(policy, mode, int(delay), camera_indices(policy, cfg.env))
+            runners.append(runner)
+            seeds = SEEDS[cfg.seeds][: cfg.eval]
+            episodes = [Episode(seed, {"family": family, "split": split}) for seed in seeds]
+            options = {"moved": moved} if moved else {}  # environments of one's own do not know it
+            with VecEnv(min(24, cfg.eval), 2, cfg.env, policy.cfg.image_size, **options) as arms:
+                run_episodes(arms, episodes, runner, f"{mode} {delay} {family}")
+        cell = summarise(episodes) | measures(runner)
         if cfg.moved:
-            unmoved, _ = play(policy, cfg, mode, int(delay), task)
-            found |= reaction(runner, unmoved, episodes)
-        print(f"{mode} {delay} {family} {split}:", rounded(found), flush=True)
-        row = table.setdefault(f"{mode} {delay}", {})
-        row[f"{family} {split}"] = summarise(episodes) | found
+            cell |= reaction(runner, runners[0], episodes)
+        table.setdefault(f"{mode} {delay}", {})[f"{family} {split}"] = cell
         write_json(path, table)  # after every cell: a table takes a while
+        show(f"{mode} {delay} {family} {split}", cell)
     report(table, path)
 
 
-def rounded(numbers: dict[str, float]) -> str:
-    """For printing: waiting 0.083, age 4.5."""
-    return ", ".join(f"{name} {number:.3g}" for name, number in numbers.items() if number is not None)
+def show(title: str, cell: dict[str, Any]) -> None:
+    """Print the measures in a cell of the table."""
+    names = ("success", "waiting", "waiting_later", "jerk_border", "jerk_inside", "age", "reaction")
+    print(title, *(f"{name} {cell[name]:.3f}" for name in names if name in cell), sep="  ", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -351,7 +330,7 @@ def rounded(numbers: dict[str, float]) -> str:
 
 
 def make_runner(policy: Any, cfg: Any) -> Runner:
-    """The runner of a film, a conversation or the real arm: --mode, and --delay or else the last two by wall clock."""
+    """The runner of a film, a conversation or the real arm, the last two by wall clock if there is no --delay."""
     mode = cfg.mode
     if not mode:  # an expert that learnt from fresh query states only does badly with old ones
         mode = "async" if policy.cfg.stale else "naive"
@@ -367,40 +346,32 @@ class PacedEnv:
     def __init__(self, env: Any):
         self.env = env
         self.due = 0.0
-        self.late = []  # per control step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.env, name)
 
-    def pace(self) -> None:
-        """Sleep until the next control step is due."""
-        left = self.due - time.perf_counter()
-        self.late.append(left < 0)
-        time.sleep(max(0.0, left))
-        self.due = time.perf_counter() + 1 / FPS
-
     def step_chunk(self, actions: np.ndarray) -> tuple:
-        self.pace()
+        """Sleep until the next control step is due, then as SO100Env's."""
+        time.sleep(max(0.0, self.due - time.perf_counter()))
+        self.due = time.perf_counter() + 1 / FPS
         return self.env.step_chunk(actions)
 
 
 def live(policy: Any, cfg: Any, vec: SingleEnv) -> None:
-    """Print what the policy does by wall clock: milliseconds of its stages, and measures() of three async episodes."""
-    family = cfg.families.split(",")[0]
-    print("ms:", rounded(latency(policy, family, cfg.env)))
+    """Print the measures of three async episodes by wall clock. vec: an environment to play them in."""
     runner = Runner(policy, "async", None, camera_indices(policy, cfg.env))
     vec.env = PacedEnv(vec.env)
-    with vec, runner.vlm:
+    family = cfg.families.split(",")[0]
+    with vec:
         run_episodes(vec, [Episode(seed, {"family": family}) for seed in SEEDS["val"][:3]], runner, "live")
-    late = {"late": float(np.mean(vec.env.late))}
-    print(f"live at {FPS} control steps a second:", rounded(measures(runner) | late), flush=True)
+    show(f"live, {FPS} control steps a second", measures(runner))
 
 
 class TalkingEnv(PacedEnv):
-    """An environment whose instructions a person types, also in mid motion; in a window where there is a display.
+    """An environment whose instructions a person types, also in mid motion; in a window if there is a display.
 
-    reset() waits for an instruction and goes on in the scene as it is. The word new lays out another scene. When the
-    input ends (a pipe), the next reset() raises EOFError; the word quit does so at once.
+    reset() waits for an instruction and goes on in the scene as it is. The word new lays out another scene.
+    When the input ends (a pipe), the next reset() raises EOFError; the word quit does so at once.
     """
 
     def __init__(self, env: Any, tokenizer: Any, seed: int):
@@ -418,29 +389,27 @@ class TalkingEnv(PacedEnv):
 
     def reset(self, *, seed: int, options: dict) -> tuple[dict, dict]:
         """Wait for an instruction -> obs, info. options: family and split of the scenes."""
-        self.options = options
-        if not self.is_real and not (self.has_scene and self.can_instruct):
-            self.lay_out()
-        for line in iter(self.lines.get, None):
+        self.has_scene = self.has_scene and self.can_instruct  # what cannot be told anew begins anew
+        obs = None
+        while obs is None:
+            if not (self.has_scene or self.is_real):
+                self.obs, _ = self.env.reset(seed=next(self.seeds), options=options)
+                self.has_scene = True
+            line = self.lines.get()
+            if line is None:
+                raise EOFError
             obs = self.hear(line)
-            if obs:
-                return obs, {"steps": 0}
-        raise EOFError
-
-    def lay_out(self) -> None:
-        """Another scene. A person lays it out for the real arm, which folds up out of the way."""
-        self.has_scene = not self.is_real
-        if self.is_real:
-            self.env.rest()
-        else:
-            self.obs, _ = self.env.reset(seed=next(self.seeds), options=self.options)
+        return obs, {"steps": 0}
 
     def hear(self, line: str) -> dict | None:
         """What a person typed -> the observation that belongs to a new instruction, None where there is none."""
         if line == "quit":
             raise EOFError
         if line == "new":
-            return self.lay_out()
+            self.has_scene = False
+            if self.is_real:  # out of the way of the person who lays out the scene
+                self.env.rest()
+            return None
         try:
             self.tokenizer.prompt(line)  # complain about the words before anything moves
             if not self.has_scene:
@@ -459,18 +428,17 @@ class TalkingEnv(PacedEnv):
 
     def step_chunk(self, actions: np.ndarray) -> tuple:
         """As SO100Env's; a line that was typed meanwhile is obeyed at once."""
-        self.pace()
         with self.viewer.lock() if self.viewer else nullcontext():
-            obs, reward, terminated, truncated, info = self.env.step_chunk(actions)
+            obs, reward, terminated, truncated, info = super().step_chunk(actions)
         if self.viewer:
             self.viewer.sync()
-        over = terminated or truncated
-        line = "" if over or self.lines.empty() else self.lines.get()
-        if line is None:  # the end of the input counts when the instruction is carried out
-            self.lines.put(None)
-        elif line:
-            obs = self.hear(line) or obs
-            truncated = line == "new"
+        if not (terminated or truncated or self.lines.empty()):
+            line = self.lines.get()
+            if line is None:  # the end of the input counts when the instruction is carried out
+                self.lines.put(None)
+            else:
+                obs = self.hear(line) or obs
+                truncated = not self.has_scene
         return obs | {"task": self.task}, reward, terminated, truncated, info
 
 
@@ -479,9 +447,8 @@ def listen(lines: queue.SimpleQueue) -> None:
     try:
         # not sys.stdin itself: a thread that waits inside it would block the exit
         with open(sys.stdin.fileno(), errors="replace", closefd=False) as words:
-            for line in words:
-                if line.strip():
-                    lines.put(line.strip())
+            for line in filter(str.strip, words):
+                lines.put(line.strip())
     finally:
         lines.put(None)
 
@@ -489,7 +456,7 @@ def listen(lines: queue.SimpleQueue) -> None:
 def open_viewer(env: Any) -> Any:
     """MuJoCo's window on a simulated arm where there is a display, else None."""
     has_display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if not hasattr(env, "model") or not has_display:
+    if not (has_display and hasattr(env, "model")):
         return None
     try:
         return require("mujoco.viewer").launch_passive(env.model, env.data)

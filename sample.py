@@ -116,22 +116,24 @@ def choose_policy_fn(policy: SyVLA, cfg: SampleConfig) -> PolicyFn:
     return make_runner(policy, cfg)
 
 
-def importance(policy: SyVLA, images: np.ndarray, obs: dict, actions: np.ndarray, texts: list) -> np.ndarray:
-    """How much each feature query state matters to the flow loss of the actions (1, h, A) just chosen.
+def importance(policy: SyVLA, obs: dict, actions: np.ndarray, text: str) -> np.ndarray:
+    """How much each feature query state matters to the flow loss of the actions (h, A) just chosen.
 
-    images (1, V, px, px, 3) uint8; texts: the reasoning. -> gradient norms (Q,), the largest is 1.
+    obs: of one arm, through the policy's cameras; text: its reasoning. -> gradient norms (Q,), the largest 1.
     """
-    images, state = policy.check_inputs(images, obs["state"], obs["task"])
-    _, query_states = policy.reason(images, obs["task"], texts)  # (1, Q, D)
-    h = actions.shape[1]
+    images, state = policy.check_inputs(obs["images"], obs["state"], obs["task"])
+    _, query_states = policy.reason(images, obs["task"], [text])  # (1, Q, D)
+    h = len(actions)
     H = policy.cfg.chunk_size
-    chunk = np.pad(actions, ((0, 0), (0, H - h), (0, 0)))  # (1, H, A)
+    chunk = np.zeros((1, H, policy.cfg.action_dim), np.float32)
+    chunk[0, :h] = actions
+    chunk = policy.normalise(torch.as_tensor(chunk), "action")
     valid = torch.arange(H)[None] < h  # (1, H)
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(1, 8, *chunk.shape[1:], generator=generator)  # (1, M, H, A)
     t = torch.linspace(0.1, 0.9, 8)[None]  # (1, M)
-    chunk = policy.normalise(torch.as_tensor(chunk), "action")
-    norms = policy.gradient_norms(query_states, policy.normalise(state, "state"), chunk, valid, eps, t)[0]
+    state = policy.normalise(state, "state")  # (1, S)
+    norms = policy.gradient_norms(query_states.clone(), state, chunk, valid, eps, t)[0]  # (Q,)
     return (norms / norms.max().clamp(min=1e-9)).numpy()
 
 
@@ -153,9 +155,9 @@ class Film:
         if not self.actions:
             actions, (text,) = self.decide(obs)
             self.actions = list(actions[0])
-            if len(self.actions) > 1:  # a runner's actions come one by one
-                images = obs["images"][:, self.views]
-                self.weights = importance(self.policy, images, obs, actions, [text])
+            if len(self.actions) > 1:  # a runner's come one by one, perhaps from an older picture
+                seen = obs | {"images": obs["images"][:, self.views]}
+                self.weights = importance(self.policy, seen, actions[0], text)
             if text and text != self.text:
                 print(f"step {steps:3d}  <reason> {text} </reason>", flush=True)
             self.text = text
@@ -166,7 +168,8 @@ class Film:
         """Add a frame of the arm as it is now."""
         cameras = self.policy.cfg.camera_names
         task = self.vec.task[0]
-        self.frames.append(evaluate.draw_frame(self.vec.env, cameras, task, self.text, self.weights, note))
+        frame = evaluate.draw_frame(self.vec.env, cameras, task, self.text, self.weights, note)
+        self.frames.append(frame)
 
     def end(self, episode: Episode) -> None:
         """Show the last frame for a second."""
@@ -192,7 +195,8 @@ def film(policy: SyVLA, cfg: SampleConfig) -> None:
         evaluate.run_episodes(vec, episodes, movie, "", on_end=movie.end)
     if movie.frames:
         title = "conversation" if cfg.interactive else episodes[0].task
-        print(f"wrote {evaluate.save_film(movie.frames, Path(cfg.run, 'sample'), title)}.gif and .png")
+        path = evaluate.save_film(movie.frames, Path(cfg.run, "sample"), title)
+        print(f"wrote {path}.gif and .png")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,11 +211,18 @@ def evaluate_policy(policy: SyVLA, cfg: SampleConfig) -> None:
     teacher = cfg.reasoning == "teacher"
     if teacher and not (policy.cfg.reasoning and cfg.env == "sim"):
         raise UserError("only the simulation has a teacher, for policies that reason: leave --reasoning out")
-    words = ["eval"] + ["teacher"] * teacher + ["val"] * (cfg.seeds == "val") + cfg.splits.split(",")
-    splits = cfg.splits.split(",") if cfg.splits else SPLITS
+    name = "eval"
+    if teacher:
+        name += "_teacher"
+    if cfg.seeds != "report":
+        name += f"_{cfg.seeds}"
+    splits = SPLITS
+    if cfg.splits:
+        splits = cfg.splits.split(",")
+        name += "_" + "_".join(splits)
     families = cfg.families.split(",")
     results = evaluate.evaluate(policy, families, cfg.eval, cfg.seeds, splits, cfg.env, teacher)
-    evaluate.report(results, Path(cfg.run, "_".join(filter(None, words)) + ".json"))
+    evaluate.report(results, Path(cfg.run, f"{name}.json"))
 
 
 def evaluate_real(policy: SyVLA, cfg: SampleConfig) -> None:
@@ -225,22 +236,28 @@ def evaluate_real(policy: SyVLA, cfg: SampleConfig) -> None:
     evaluate.report({"real": {"id": cell}}, Path(cfg.run, "eval_real.json"))
 
 
+def compare_modes(policy: SyVLA, cfg: SampleConfig) -> None:
+    """Success against the time that reasoning takes, see extras/realtime.py."""
+    from extras.realtime import compare
+
+    compare(policy, cfg, single_env(policy, cfg))
+
+
 def replay(policy: SyVLA, cfg: SampleConfig) -> None:
     """Open-loop error per joint on recorded frames: the first thing to look at when a policy does nothing."""
     episodes = Episodes(read_checkpoint_config(cfg.run)["data"], policy.cfg)
     rng = np.random.default_rng(0)
     frames = rng.choice(len(episodes), min(400, len(episodes)), replace=False)
-    errors = []  # (B, H, A) each, NaN behind an episode's end
+    errors = []
     for picks in np.array_split(frames, len(frames) // 40 + 1):
         chunk, batch = predict(policy, episodes, picks)
-        error = np.abs(chunk - batch["actions"].numpy())
-        error[~batch["valid"].numpy()] = np.nan
+        error = np.abs(chunk - batch["actions"].numpy())  # (B, H, A)
+        error[~batch["valid"].numpy()] = np.nan  # behind the episode's end
         errors.append(error)
-    table = np.nanmean(np.concatenate(errors), axis=0).T  # (A, H)
-    print(f"mean absolute error of the chunk on {len(frames)} recorded frames, by control step of the chunk:")
-    print(" " * 14, *(f"{'t+' + str(h):>8}" for h in range(table.shape[1])))
-    for motor, row in zip(policy.cfg.motor_names, table):
-        print(f"{motor:14}", *(f"{error:8.2f}" for error in row))
+    table = np.nanmean(np.concatenate(errors), axis=0)  # (H, A)
+    print(f"mean absolute error of the chunk on {len(frames)} recorded frames, by its control steps:")
+    for motor, row in zip(policy.cfg.motor_names, table.T):
+        print(f"{motor:14}", *(f"{error:7.2f}" for error in row))
 
     episode = episodes.episodes[int(rng.integers(len(episodes.episodes)))]
     first = episodes.frames.index(episode["start"])
@@ -322,12 +339,14 @@ def read_pictures(policy: SyVLA, paths: list[str]) -> np.ndarray:
 
 def newest_run() -> str:
     """The newest policy under out/."""
-    found = [
-        path for path in Path("out").glob("*/config.json") if path.with_name("model.safetensors").is_file()
-    ]
-    if not found:
+    newest = None
+    for path in Path("out").glob("*/config.json"):
+        if not path.with_name("model.safetensors").is_file():
+            continue
+        if newest is None or path.stat().st_mtime > newest.stat().st_mtime:
+            newest = path
+    if newest is None:
         raise UserError("there is no policy under out/: type --run=FOLDER, or python train.py --config tiny")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
     print(f"policy: {newest.parent}")
     return str(newest.parent)
 
@@ -337,9 +356,7 @@ def choose_program(cfg: SampleConfig) -> Callable[[SyVLA, SampleConfig], None]:
     if cfg.eval and cfg.env == "real":
         return evaluate_real
     if cfg.eval and (cfg.mode or cfg.delay or cfg.moved):
-        from extras.realtime import compare
-
-        return compare
+        return compare_modes
     if cfg.eval:
         return evaluate_policy
     if cfg.replay:

@@ -8,8 +8,8 @@ Runner counts time in control steps of 1 / FPS seconds: --delay=3 says that what
 usable 3 control steps after the picture was taken. So the same numbers come out on every machine.
 
 The timeline of one arm in mode async, with delay 3 and n_action_steps 4. P0 is the picture of control step 0,
-R0 the reasoning and the feature query states made from it, E(R0, 3) the expert's chunk a0, a1, ... from R0 and
-the joint state of step 3:
+R0 the reasoning and the feature query states made from it, E(R0, 3) the expert's chunk a0, a1, ... from R0
+and the joint state of step 3:
 
     control step    0     1     2     3     4     5     6     7     8     9     10    11
     picture         P0                      P4                      P8
@@ -17,7 +17,7 @@ the joint state of step 3:
     expert                            E(R0, 3)                E(R4, 7)                E(R8, 11)
     the arm does    -     -     -     a0    a1    a2    a3    b0    b1    b2    b3    c0
 
-    1. A picture is taken n_action_steps after the one before, or as soon after that as the VLM is free (_look).
+    1. A picture is taken n_action_steps after the one before, or later, when the VLM is free again (_look).
     2. `delay` steps after its picture a look is usable: Arm.pending becomes Arm.newest (_receive).
     3. The expert makes a plan from every new look. In async it makes another one after n_action_steps, from
        the same query states, which are older then, and from the joint state of now (_plan).
@@ -27,11 +27,11 @@ the joint state of step 3:
 
 What the modes do while the VLM is at work:
     wait        The arm stands still. It does n_action_steps of a plan, then takes the next picture.
-    naive       One plan per look, from the joint state of its picture. That is `delay` steps old when the plan
-                is there, so a moving arm enters the plan at its action number `delay`.
+    naive       One plan per look, from the joint state of its picture. That is `delay` steps old when the
+                plan is there, so a moving arm enters the plan at its action number `delay`.
     async       As drawn above. --stale=N trains the expert to use query states up to N steps old.
-    async+rtc   As async, but the expert takes one control step, too. Meanwhile the arm does one more action of
-                the old plan, towards which the new one is pulled: real-time chunking.
+    async+rtc   As async, but the expert takes one control step, too. Meanwhile the arm does one more action
+                of the old plan, towards which the new one is pulled: real-time chunking.
 
 All times are control steps since the episode began. Without a delay, wait, naive and async are the
 synchronous policy bit for bit.
@@ -87,12 +87,14 @@ class Look:
 
 @dataclass
 class Arm:
-    """One episode as the runner knows it. An action's origin: (control step of its picture, of its plan)."""
+    """One episode as the runner knows it. An action's origin: control steps of (its picture, its plan)."""
 
     command: np.ndarray  # (A,) the last target; at first where the motors are
     task: str = ""
     pending: Look | None = None  # the VLM is at work on it
     newest: Look | None = None  # the newest that is usable
+    text: str = ""  # its reasoning
+    query_states: Tensor | None = None  # its query states (Q, D)
     next_look: float = 0  # control step from which the next picture may be taken
     next_plan: float = math.inf  # control step from which the expert may plan
     queue: list = field(default_factory=list)  # (action (A,), its origin) of the control steps ahead
@@ -101,13 +103,15 @@ class Arm:
 
     @property
     def now(self) -> int:
+        """The control step that is to be decided on."""
         return len(self.commands)
 
 
 class Runner:
     """A policy_fn for run_episodes() that gives one action a call; the timeline above is what it does.
 
-    delay: as above; None: by wall clock, the VLM runs in a thread. views: which of the cameras the policy sees.
+    delay: as above; None: by wall clock, a look is usable as soon as the VLM is done, which works in a thread
+    of its own. views: the policy's cameras among those of the environment.
     """
 
     def __init__(self, policy: Any, mode: str, delay: int | None, views: Any):
@@ -124,13 +128,12 @@ class Runner:
         self.delay = delay
         self.views = views
         self.every = policy.cfg.n_action_steps
-        self.look_every = math.inf if mode == "wait" else self.every  # wait: once the plan is done (_join)
-        self.vlm = ThreadPoolExecutor(1)  # it computes while the arm moves
+        self.vlm = ThreadPoolExecutor(1)
         self.arms = {}  # by the number of the episode
-        self.calls = 0  # of the expert: the seed of its noise
+        self.plans = 0  # made so far: the seed of the expert's noise
 
     def __call__(self, obs: dict) -> tuple[np.ndarray, list[str]]:
-        """Observation of n arms -> actions (n, 1, A) in LeRobot units, the n reasoning texts that are usable."""
+        """Observation of n arms -> actions (n, 1, A) in LeRobot units, the newest usable reasoning texts."""
         arms = []
         for episode, task, state in zip(obs["episode"], obs["task"], obs["state"]):
             arm = self.arms.get(episode.number) or Arm(state[self.positions])
@@ -148,9 +151,8 @@ class Runner:
                 arm.command, origin = arm.queue.pop(0)
             arm.commands.append(arm.command)
             arm.origins.append(origin)
-        looks = [arm.newest for arm in arms]
-        texts = [look.batch.result()[0][look.row] if look else "" for look in looks]
-        return np.stack([arm.command for arm in arms])[:, None], texts
+        actions = np.stack([arm.command for arm in arms])  # (n, A)
+        return actions[:, None], [arm.text for arm in arms]
 
     def _receive(self, arms: list[Arm]) -> None:
         """A look becomes the newest when its time has come."""
@@ -160,6 +162,9 @@ class Runner:
                 continue
             usable = look.batch.done() if self.delay is None else arm.now >= look.picture + self.delay
             if usable:
+                texts, query_states = look.batch.result()
+                arm.text = texts[look.row]
+                arm.query_states = query_states[look.row]
                 arm.newest = look
                 arm.pending = None
                 arm.next_plan = arm.now
@@ -175,8 +180,11 @@ class Runner:
         images, _ = self.policy.check_inputs(images, state, tasks)
         batch = self.vlm.submit(self.policy.reason, images, tasks)
         for row, i in enumerate(due):
-            arms[i].pending = Look(arms[i].now, state[row], batch, row)
-            arms[i].next_look = arms[i].now + self.look_every
+            arm = arms[i]
+            arm.pending = Look(arm.now, state[row], batch, row)
+            arm.next_look = arm.now + self.every
+            if self.mode == "wait":
+                arm.next_look = math.inf  # until there is a plan (_join)
 
     def _plan(self, arms: list[Arm], state: np.ndarray) -> None:
         """The expert makes a plan for every arm that is due for one."""
@@ -184,45 +192,47 @@ class Runner:
         if not due:
             return
         arms = [arms[i] for i in due]
-        looks = [arm.newest for arm in arms]
+        query_states = torch.stack([arm.query_states for arm in arms])  # (n, Q, D)
         state = state[due]  # (n, S)
-        age = [arm.now - look.picture for arm, look in zip(arms, looks)]
+        age = [arm.now - arm.newest.picture for arm in arms]
         if self.mode == "naive":
-            state = np.stack([look.state for look in looks])
+            state = np.stack([arm.newest.state for arm in arms])
         if self.mode in ("naive", "wait"):  # picture and joint state belong together, as in training
             age = [0] * len(due)
-        query_states = torch.stack([look.batch.result()[1][look.row] for look in looks])  # (n, Q, D)
         step = None
         if self.mode == "async+rtc":
             step = pulled_step(self.policy, [arm.queue for arm in arms])
-        chunks = self.policy.plan(query_states, state, self.calls, age, step)  # (n, H, A)
-        self.calls += 1
+        chunks = self.policy.plan(query_states, state, self.plans, age, step)  # (n, H, A)
+        self.plans += 1
         for arm, chunk in zip(arms, chunks):
-            actions = [(action, (arm.newest.picture, arm.now)) for action in chunk]
-            arm.queue = self._join(arm, actions)
+            self._join(arm, [(action, (arm.newest.picture, arm.now)) for action in chunk])
 
-    def _join(self, arm: Arm, actions: list) -> list:
-        """The queue of an arm that has a new plan."""
+    def _join(self, arm: Arm, actions: list) -> None:
+        """A new plan's actions replace those in the arm's queue."""
+        ahead = arm.queue[:1]
+        arm.queue = actions
         arm.next_plan = math.inf
         if self.mode == "wait":
+            arm.queue = actions[: self.every]
             arm.next_look = arm.now + self.every
-            return actions[: self.every]
-        if self.mode == "naive":
+        elif self.mode == "naive":
             past = arm.origins[arm.newest.picture :]
-            return actions[len(past) :] if any(past) else actions  # at rest it begins at the beginning
-        arm.next_plan = arm.now + self.every
-        if self.mode == "async":
-            return actions
-        # one control step passes before the expert is done
-        return arm.queue[:1] + actions[1:] if arm.queue else [(arm.command, None), *actions]
+            if any(past):  # an arm at rest begins at the beginning
+                arm.queue = actions[len(past) :]
+        else:
+            arm.next_plan = arm.now + self.every
+        if self.mode == "async+rtc" and ahead:
+            arm.queue = ahead + actions[1:]
+        elif self.mode == "async+rtc":
+            arm.queue = [(arm.command, None), *actions]
 
 
 def pulled_step(policy: Any, queues: list[list]) -> DenoisingStep:
-    """Real-time chunking (arXiv 2506.07339): Euler's step, pulled towards what B arms still have in their queues.
+    """Real-time chunking (arXiv 2506.07339): Euler's step, pulled towards what B arms have in their queues.
 
-    The first action of a queue will be done in any case: weight 1. From there the weight falls exponentially, to 0
-    where the queue ends (eq. 5). The paper differentiates through the network. Here its Jacobian counts as the
-    identity, so no backward pass is needed.
+    The first action of a queue will be done in any case: weight 1. From there the weight falls exponentially,
+    to 0 where the queue ends (eq. 5). The paper differentiates through the network. Here its Jacobian counts
+    as the identity, so no backward pass is needed.
     """
     K = policy.cfg.denoise_steps
     target = torch.zeros(len(queues), policy.cfg.chunk_size, policy.cfg.action_dim)  # (B, H, A)
@@ -254,8 +264,9 @@ def measures(runner: Runner) -> dict[str, float]:
     """What a runner's arms did; a measure of something that never happened is left out.
 
     waiting: share of control steps without an action. waiting_later: the same from the first action on.
-    jerk_border, jerk_inside: mean |a_t - a_(t-1)| over joints in LeRobot units, where one plan takes over from
-    another, and within a plan. age: mean number of control steps from a picture to an action that came of it.
+    jerk_border, jerk_inside: mean |a_t - a_(t-1)| over joints in LeRobot units, where one plan takes over
+    from another, and within a plan. age: mean number of control steps from a picture to an action that came
+    of it.
     """
     found = defaultdict(list)
     for arm in runner.arms.values():
@@ -286,12 +297,14 @@ def reaction(moved: Runner, unmoved: Runner, episodes: list[Episode]) -> dict[st
         differs = [np.abs(one - other).max() > 2 for one, other in pairs][episode.moved_at :]
         if any(differs):
             times.append(differs.index(True))
-    median = float(np.median(times)) if times else math.nan
-    return {"reacted": len(times) / max(1, len(moves)), "reaction": median}
+    found = {"reacted": len(times) / max(1, len(moves))}
+    if times:
+        found["reaction"] = float(np.median(times))
+    return found
 
 
 def compare(policy: Any, cfg: Any, vec: SingleEnv) -> None:
-    """Success by mode, delay, family and split on the same seeds: a table, and async.json in the run's folder.
+    """Success by mode, delay, family and split on the same seeds: a table, async.json in the run's folder.
 
     The cells of several commands gather in that file; the same cell again replaces itself. vec: for live().
     """
@@ -330,7 +343,7 @@ def show(title: str, cell: dict[str, Any]) -> None:
 
 
 def make_runner(policy: Any, cfg: Any) -> Runner:
-    """The runner of a film, a conversation or the real arm, the last two by wall clock if there is no --delay."""
+    """The runner of a film, a conversation or the real arm; without --delay the last two go by wall clock."""
     mode = cfg.mode
     if not mode:  # an expert that learnt from fresh query states only does badly with old ones
         mode = "async" if policy.cfg.stale else "naive"
@@ -368,7 +381,7 @@ def live(policy: Any, cfg: Any, vec: SingleEnv) -> None:
 
 
 class TalkingEnv(PacedEnv):
-    """An environment whose instructions a person types, also in mid motion; in a window if there is a display.
+    """An environment whose instructions a person types, also in mid motion; in a window where there is one.
 
     reset() waits for an instruction and goes on in the scene as it is. The word new lays out another scene.
     When the input ends (a pipe), the next reset() raises EOFError; the word quit does so at once.
@@ -402,7 +415,7 @@ class TalkingEnv(PacedEnv):
         return obs, {"steps": 0}
 
     def hear(self, line: str) -> dict | None:
-        """What a person typed -> the observation that belongs to a new instruction, None where there is none."""
+        """What a person typed -> the observation of a new instruction, None where there is none."""
         if line == "quit":
             raise EOFError
         if line == "new":

@@ -266,7 +266,7 @@ def replay(policy: SyVLA, cfg: SampleConfig) -> None:
     truth = episodes.action[episode["start"] :][: episode["length"]]  # (n, A)
     path = Path(cfg.run, "sample", "replay.png")
     path.parent.mkdir(exist_ok=True)
-    plot_replay(truth, chunks, every).save(path)
+    plot_replay(truth, chunks, every, policy.cfg.motor_names).save(path)
     print(f"wrote {path}: one episode, recorded actions in grey, predicted chunks in blue, a strip per joint")
 
 
@@ -278,13 +278,16 @@ def predict(policy: SyVLA, episodes: Episodes, picks: Any) -> tuple[np.ndarray, 
     return chunks, batch
 
 
-def plot_replay(truth: np.ndarray, chunks: np.ndarray, every: int) -> Image.Image:
+def plot_replay(truth: np.ndarray, chunks: np.ndarray, every: int, motors: list[str]) -> Image.Image:
     """truth (n, A), chunks (k, H, A) that begin every `every` control steps -> a strip per joint."""
     n, A = truth.shape
     picture = Image.new("RGB", (640, 110 * A), "white")
     pen = ImageDraw.Draw(picture)
-    low = truth.min(axis=0)
-    span = np.ptp(truth, axis=0) + 1e-6
+    shown = np.concatenate((truth, *chunks))  # (n + k H, A)
+    low = shown.min(axis=0)
+    span = np.ptp(shown, axis=0) + 1e-6
+    for j, motor in enumerate(motors):
+        pen.text((4, 110 * j), motor, fill="black")
 
     def draw(first: int, values: np.ndarray, colour: str) -> None:
         x = (first + np.arange(len(values))) / n * 640
@@ -292,9 +295,9 @@ def plot_replay(truth: np.ndarray, chunks: np.ndarray, every: int) -> Image.Imag
             y = 110 * j + 95 - 80 * (values[:, j] - low[j]) / span[j]
             pen.line([*zip(x, y)], fill=colour, width=3)
 
-    draw(0, truth, "grey")
     for k, chunk in enumerate(chunks):
         draw(k * every, chunk, "blue")
+    draw(0, truth, "grey")
     return picture
 
 

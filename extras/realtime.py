@@ -114,7 +114,7 @@ class Runner:
     of its own. views: the policy's cameras among those of the environment.
     """
 
-    def __init__(self, policy: Any, mode: str, delay: int | None, views: Any):
+    def __init__(self, policy: Any, mode: str, delay: int | None = 0, views: Any = slice(None)):
         names = policy.cfg.state_names
         motors = policy.cfg.motor_names
         if not set(motors) <= set(names):

@@ -1,4 +1,4 @@
-"""Tests of extras/realtime.py: the timeline by hand, joining chunks, older query states, measures, conversation."""
+"""Tests of extras/realtime.py: the timeline by hand, joining chunks, older query states, conversation."""
 
 import json
 import math
@@ -40,14 +40,14 @@ def flow_inputs(policy, n):
     return query_states, state, actions, valid, eps, torch.rand(n, M, generator=generator)
 
 
-# -- the timeline ------------------------------------------------------------------------------------------------
+# -- the timeline
 
 
 class Clockwork:
     """A policy whose numbers say where they come from.
 
-    Pictures and joint states of control step n hold n. An action is (n of the picture, n of the joint state, its
-    place in the chunk, the age that the expert was told).
+    Pictures and joint states of control step n hold n. An action is (n of the picture, n of the joint state,
+    its place in the chunk, the age that the expert was told).
     """
 
     cfg = SimpleNamespace(
@@ -149,7 +149,7 @@ def test_waiting_stands_still_while_the_vlm_works(delay):
 
 
 def test_real_time_chunking_leaves_a_step_to_the_running_plan(monkeypatch):
-    """Asked at 4, the new plan is followed from 5 on, at its second action. At rest it starts at its first."""
+    """The first chunk of 8 finds the arm at rest; a later one is over when it is usable."""
     monkeypatch.setattr(realtime, "pulled_step", lambda policy, queues: None)
     commands, _ = play(Runner(Clockwork(), "async+rtc", 0), 10)
     assert commands == ["-"] + chunk(0, 0, range(4)) + chunk(4, 4, range(1, 5)) + chunk(8, 8, [1])
@@ -205,7 +205,7 @@ def test_without_a_delay_it_is_the_synchronous_policy_bit_for_bit(make_policy, m
     assert not np.array_equal(runs[0][0][4], runs[0][0][3])
 
 
-# -- real-time chunking ------------------------------------------------------------------------------------------
+# -- real-time chunking
 
 
 def test_a_plan_is_pulled_towards_the_queue(monkeypatch):
@@ -254,7 +254,7 @@ def test_real_time_chunking_reduces_the_jump(make_policy):
     assert torch.equal(joined[2], plain[2])
 
 
-# -- older query states ------------------------------------------------------------------------------------------
+# -- older query states
 
 
 def test_age_enters_the_time_embedding(make_policy):
@@ -327,7 +327,7 @@ def test_stale_leaves_the_other_random_numbers_alone(data):
     assert on["age"].min() == 0 and on["age"].max() == 5
 
 
-# -- measures ----------------------------------------------------------------------------------------------------
+# -- measures
 
 
 def test_measures_by_hand():
@@ -380,7 +380,7 @@ def test_cube_is_moved_once_where_and_when_the_seed_says():
     unmoved.close()
 
 
-# -- the command line --------------------------------------------------------------------------------------------
+# -- the command line
 
 
 @pytest.fixture
@@ -434,29 +434,22 @@ def test_bad_input_is_answered_in_one_line(trained, fails, words, said):
     assert said in fails(sample.main, [f"--run={trained}", *words])
 
 
-# -- conversation ------------------------------------------------------------------------------------------------
+# -- conversation
 
 
-@pytest.fixture
-def typist(monkeypatch):
-    """A person at the keyboard: a pipe in the place of standard input. -> a file to write lines to."""
+def sit_down(monkeypatch):
+    """A person at the keyboard: a pipe in the place of standard input -> a file to write lines to."""
     read, write = os.pipe()
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
-    with os.fdopen(write, "w", buffering=1) as keyboard:
-        yield keyboard
+    return os.fdopen(write, "w", buffering=1)
 
 
-@pytest.fixture
-def screen(monkeypatch):
-    """What a person sees: standard output as a pipe. -> a file to read lines from."""
+def test_conversation(run, monkeypatch):
+    """Nonsense is answered, an instruction interrupts the one before, the input's end does not."""
     read, write = os.pipe()
-    with os.fdopen(read) as lines, os.fdopen(write, "w", buffering=1) as printed:
-        monkeypatch.setattr(sys, "stdout", printed)
-        yield lines
-
-
-def test_conversation(run, typist, screen, monkeypatch):
-    """Nonsense is answered, a second instruction interrupts the first, the input's end counts after the last."""
+    screen = os.fdopen(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w", buffering=1))
+    typist = sit_down(monkeypatch)
     monkeypatch.setattr(realtime, "FPS", 200)
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
@@ -499,7 +492,8 @@ class Scenes:
         return {"seed": self.seed, "task": "drawn"}, 0.0, False, False, {}
 
 
-def test_instructions_new_scenes_and_the_end_of_the_input(typist, monkeypatch):
+def test_instructions_new_scenes_and_the_end_of_the_input(monkeypatch):
+    typist = sit_down(monkeypatch)
     monkeypatch.setattr(realtime, "FPS", 1000)
     tokenizer = SimpleNamespace(prompt=lambda words: words)
     env = TalkingEnv(Scenes(), tokenizer, seed=5)

@@ -149,7 +149,7 @@ def test_waiting_stands_still_while_the_vlm_works(delay):
 
 
 def test_real_time_chunking_leaves_a_step_to_the_running_plan(monkeypatch):
-    """The first chunk of 8 finds the arm at rest; a later one is over when it is usable."""
+    """Asked at 4, a plan is followed from 5 on, at its second action. At rest it begins at its first."""
     monkeypatch.setattr(realtime, "pulled_step", lambda policy, queues: None)
     commands, _ = play(Runner(Clockwork(), "async+rtc", 0), 10)
     assert commands == ["-"] + chunk(0, 0, range(4)) + chunk(4, 4, range(1, 5)) + chunk(8, 8, [1])

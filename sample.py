@@ -42,6 +42,7 @@ class SampleConfig:
     config: str = opt("", "preset whose run is used (default: the newest policy under out/)")
     run: str = opt("", "checkpoint folder (default: out/<config>)")
     env: str = opt("", "sim, real or package.module:Class (default: as trained for)")
+    # what is played
     task: str = opt("", "instruction; without one the environment draws it")
     seed: int = opt(SEEDS["report"].start, "scene of a film or question; report seeds start here", "[0, inf)")
     eval: int = opt(0, "episodes per family and split; on the real arm a person judges them", "[0, inf)")
@@ -49,13 +50,16 @@ class SampleConfig:
     splits: str = opt("", "kinds of scenes, with commas; a film takes the first (default: all; films: id)")
     seeds: str = opt("report", "scenes of --eval; val: to choose between policies", ("report", "val"))
     reasoning: str = opt("own", "whose reasoning the policy acts on in --eval", ("own", "teacher"))
+    # reasoning while acting, see extras/realtime.py
     mode: str = opt("", f"reasoning while acting: {', '.join(MODES)}; with commas for --eval")
     delay: str = opt("", "control steps from a picture to the reasoning; with commas for --eval")
     moved: int = opt(0, "the simulation moves the cube at about this control step; 0: never", "[0, inf)")
     interactive: bool = opt(False, "type instructions, also in mid motion")
+    # questions and recordings
     ask: str = opt("", "a question about the scene of --seed, or about --image")
     image: str = opt("", "picture files for --ask, with commas")
     replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot")
+    # the real arm, see docs/real_arm.md
     port: str = opt("", "serial port of the real arm (lerobot-find-port)")
     id: str = opt("", "LeRobot's robot id, whose calibration is used; not needed if there is only one")
     front: str = opt("", "front camera of the real arm: number or path (lerobot-find-cameras opencv)")
@@ -80,8 +84,12 @@ class SampleConfig:
     @property
     def scene(self) -> dict[str, str]:
         """Options of reset() for a film."""
-        options = {"family": self.families.split(",")[0], "split": self.splits.split(",")[0] or "id"}
-        return options | {"task": self.task} if self.task else options
+        family, *_ = self.families.split(",")
+        split, *_ = self.splits.split(",")
+        options = {"family": family, "split": split or "id"}
+        if self.task:
+            options["task"] = self.task
+        return options
 
 
 def check_words(option: str, words: str, known: tuple[str, ...]) -> None:
@@ -126,15 +134,17 @@ def importance(policy: SyVLA, obs: dict, actions: np.ndarray, text: str) -> np.n
     h = len(actions)
     H = policy.cfg.chunk_size
     chunk = np.zeros((1, H, policy.cfg.action_dim), np.float32)
-    chunk[0, :h] = actions
-    chunk = policy.normalise(torch.as_tensor(chunk), "action")
+    chunk[0, :h] = actions  # what follows them is not valid
+    chunk = policy.normalise(torch.as_tensor(chunk), "action")  # (1, H, A)
     valid = torch.arange(H)[None] < h  # (1, H)
+    # 8 noise samples at fixed flow times: the same film has the same bars
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(1, 8, *chunk.shape[1:], generator=generator)  # (1, M, H, A)
     t = torch.linspace(0.1, 0.9, 8)[None]  # (1, M)
     state = policy.normalise(state, "state")  # (1, S)
-    norms = policy.gradient_norms(query_states.clone(), state, chunk, valid, eps, t)[0]  # (Q,)
-    return (norms / norms.max().clamp(min=1e-9)).numpy()
+    norms = policy.gradient_norms(query_states.clone(), state, chunk, valid, eps, t)  # (1, Q)
+    norms = norms[0] / norms.max().clamp(min=1e-9)
+    return norms.numpy()
 
 
 class Film:
@@ -153,7 +163,7 @@ class Film:
     def __call__(self, obs: dict) -> tuple[np.ndarray, list[str]]:
         steps = self.vec.infos[0]["steps"]
         if not self.actions:
-            actions, (text,) = self.decide(obs)
+            actions, (text,) = self.decide(obs)  # (1, h, A)
             self.actions = list(actions[0])
             if len(self.actions) > 1:  # a runner's come one by one, perhaps from an older picture
                 seen = obs | {"images": obs["images"][:, self.views]}
@@ -161,8 +171,9 @@ class Film:
             if text and text != self.text:
                 print(f"step {steps:3d}  <reason> {text} </reason>", flush=True)
             self.text = text
-        self.draw(f"(step {steps})")
-        return self.actions.pop(0)[None, None], [self.text]
+        self.draw(f"(step {steps})")  # before the action is done
+        action = self.actions.pop(0)  # (A,)
+        return action[None, None], [self.text]
 
     def draw(self, note: str) -> None:
         """Add a frame of the arm as it is now."""
@@ -175,7 +186,7 @@ class Film:
         """Show the last frame for a second."""
         outcome = "success" if episode.success else "no success"
         print(f"{outcome} after {episode.steps} steps", flush=True)
-        self.actions = []
+        self.actions = []  # the rest of the chunk was for this episode
         self.draw(outcome)
         self.frames.extend([self.frames[-1]] * (FPS - 1))
 
@@ -191,9 +202,10 @@ def film(policy: SyVLA, cfg: SampleConfig) -> None:
             from extras.realtime import TalkingEnv
 
             vec.env = TalkingEnv(vec.env, policy.tokenizer, cfg.seed)
+            # one per instruction, as many as anybody will type; the end of the input raises EOFError
             episodes = [Episode(cfg.seed, cfg.scene) for _ in range(1000)]
         evaluate.run_episodes(vec, episodes, movie, "", on_end=movie.end)
-    if movie.frames:
+    if movie.frames:  # none, if nobody typed an instruction
         title = "conversation" if cfg.interactive else episodes[0].task
         path = evaluate.save_film(movie.frames, Path(cfg.run, "sample"), title)
         print(f"wrote {path}.gif and .png")
@@ -221,13 +233,15 @@ def evaluate_policy(policy: SyVLA, cfg: SampleConfig) -> None:
         splits = cfg.splits.split(",")
         name += "_" + "_".join(splits)
     families = cfg.families.split(",")
-    results = evaluate.evaluate(policy, families, cfg.eval, cfg.seeds, splits, cfg.env, teacher)
+    scenes = (cfg.eval, cfg.seeds, splits)
+    # {family: {split: cell}}
+    results = evaluate.evaluate(policy, families, *scenes, cfg.env, teacher)
     evaluate.report(results, Path(cfg.run, f"{name}.json"))
 
 
 def evaluate_real(policy: SyVLA, cfg: SampleConfig) -> None:
     """Episodes on the real arm, each judged by a person: a table, and eval_real.json in the run's folder."""
-    policy.tokenizer.prompt(cfg.task)
+    policy.tokenizer.prompt(cfg.task)  # complain about the words before anything moves
     episodes = [Episode(cfg.seed, cfg.scene) for _ in range(cfg.eval)]
     with single_env(policy, cfg, judged=True) as vec:
         evaluate.run_episodes(vec, episodes, choose_policy_fn(policy, cfg), "")
@@ -247,22 +261,25 @@ def replay(policy: SyVLA, cfg: SampleConfig) -> None:
     """Open-loop error per joint on recorded frames: the first thing to look at when a policy does nothing."""
     episodes = Episodes(read_checkpoint_config(cfg.run)["data"], policy.cfg)
     rng = np.random.default_rng(0)
-    frames = rng.choice(len(episodes), min(400, len(episodes)), replace=False)
+    n = min(400, len(episodes))
+    frames = rng.choice(len(episodes), n, replace=False)
     errors = []
-    for picks in np.array_split(frames, len(frames) // 40 + 1):
+    for picks in np.array_split(frames, n // 40 + 1):
         chunk, batch = predict(policy, episodes, picks)
         error = np.abs(chunk - batch["actions"].numpy())  # (B, H, A)
         error[~batch["valid"].numpy()] = np.nan  # behind the episode's end
         errors.append(error)
     table = np.nanmean(np.concatenate(errors), axis=0)  # (H, A)
-    print(f"mean absolute error of the chunk on {len(frames)} recorded frames, by its control steps:")
+    print(f"mean absolute error of the chunk on {n} recorded frames, by its control steps:")
     for motor, row in zip(policy.cfg.motor_names, table.T):
         print(f"{motor:14}", *(f"{error:7.2f}" for error in row))
 
+    # one whole episode, to look at
     episode = episodes.episodes[int(rng.integers(len(episodes.episodes)))]
     first = episodes.frames.index(episode["start"])
     every = policy.cfg.n_action_steps
-    chunks, _ = predict(policy, episodes, range(first, first + episode["length"], every))
+    picks = range(first, first + episode["length"], every)
+    chunks, _ = predict(policy, episodes, picks)
     truth = episodes.action[episode["start"] :][: episode["length"]]  # (n, A)
     path = Path(cfg.run, "sample", "replay.png")
     path.parent.mkdir(exist_ok=True)
@@ -278,7 +295,12 @@ def predict(policy: SyVLA, episodes: Episodes, picks: Any) -> tuple[np.ndarray, 
     return chunks, batch
 
 
-def plot_replay(truth: np.ndarray, chunks: np.ndarray, every: int, motors: list[str]) -> Image.Image:
+def plot_replay(
+    truth: np.ndarray,
+    chunks: np.ndarray,
+    every: int,
+    motors: list[str],
+) -> Image.Image:
     """truth (n, A), chunks (k, H, A) that begin every `every` control steps -> a strip per joint."""
     n, A = truth.shape
     picture = Image.new("RGB", (640, 110 * A), "white")
@@ -290,9 +312,10 @@ def plot_replay(truth: np.ndarray, chunks: np.ndarray, every: int, motors: list[
         pen.text((4, 110 * j), motor, fill="black")
 
     def draw(first: int, values: np.ndarray, colour: str) -> None:
-        x = (first + np.arange(len(values))) / n * 640
+        x = (first + np.arange(len(values))) / n * 640  # pixels, the recording is as wide as the picture
         for j in range(A):
-            y = 110 * j + 95 - 80 * (values[:, j] - low[j]) / span[j]
+            height = (values[:, j] - low[j]) / span[j]  # 0 to 1
+            y = 110 * j + 95 - 80 * height  # pixels, downwards
             pen.line([*zip(x, y)], fill=colour, width=3)
 
     for k, chunk in enumerate(chunks):
@@ -305,17 +328,19 @@ def ask(policy: SyVLA, cfg: SampleConfig) -> None:
     """Answer a question about pictures, or about the scene of --seed, which is saved to check the answer."""
     if cfg.image:
         pictures = read_pictures(policy, cfg.image.split(","))
-        (answer,) = policy.answer(pictures, [cfg.ask], limit=max(24, policy.cfg.max_reasoning_tokens))
+        limit = max(24, policy.cfg.max_reasoning_tokens)
+        (answer,) = policy.answer(pictures, [cfg.ask], limit)
         print(f"{cfg.ask}\n{answer}")
         return
     with single_env(policy, cfg) as vec:
         vec.reset([0], [cfg.seed], [cfg.scene])
-        images = vec.observe([0])["images"][:, evaluate.camera_indices(policy, cfg.env)]
+        views = evaluate.camera_indices(policy, cfg.env)
+        images = vec.observe([0])["images"][:, views]
         (answer,) = policy.answer(images, [cfg.ask])
         path = Path(cfg.run, "sample", f"scene_{cfg.seed}.png")
         path.parent.mkdir(exist_ok=True)
-        views = [vec.env.render(384, camera) for camera in policy.cfg.camera_names]
-        Image.fromarray(np.hstack(views)).save(path)
+        pictures = [vec.env.render(384, camera) for camera in policy.cfg.camera_names]
+        Image.fromarray(np.hstack(pictures)).save(path)
     print(f"{cfg.ask}\n{answer}\n(the scene is in {path})")
 
 
@@ -326,6 +351,7 @@ def read_pictures(policy: SyVLA, paths: list[str]) -> np.ndarray:
         raise UserError(
             f"this policy looks through {cameras}: give --image={','.join(cameras)} in that order"
         )
+    # a pretrained VLM prepares pictures of any size itself
     px = 768 if policy.cfg.backbone else policy.cfg.image_size
     pictures = []
     for path in paths:
@@ -333,7 +359,7 @@ def read_pictures(policy: SyVLA, paths: list[str]) -> np.ndarray:
             pictures.append(resize_image(Image.open(path), px, "stretch"))
         except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} is no picture that can be read ({error})") from None
-    return np.stack(pictures)[None]
+    return np.stack(pictures)[None]  # (1, n, px, px, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -345,7 +371,7 @@ def newest_run() -> str:
     newest = None
     for path in Path("out").glob("*/config.json"):
         if not path.with_name("model.safetensors").is_file():
-            continue
+            continue  # a run that has not saved a policy yet
         if newest is None or path.stat().st_mtime > newest.stat().st_mtime:
             newest = path
     if newest is None:
@@ -386,7 +412,9 @@ def sample(cfg: SampleConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     presets = {name: {} for name in all_presets()}  # a checkpoint knows all its settings
-    cfg = parse_config(SampleConfig, presets, sys.argv[1:] if argv is None else argv, positional="task")
+    if argv is None:
+        argv = sys.argv[1:]
+    cfg = parse_config(SampleConfig, presets, argv, positional="task")
     run_program(sample, cfg)
 
 

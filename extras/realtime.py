@@ -151,6 +151,7 @@ class Runner:
                 arm.command, origin = arm.queue.pop(0)
             arm.commands.append(arm.command)
             arm.origins.append(origin)
+        # what the arms do in this control step
         actions = np.stack([arm.command for arm in arms])  # (n, A)
         return actions[:, None], [arm.text for arm in arms]
 
@@ -160,8 +161,8 @@ class Runner:
             look = arm.pending
             if look is None:
                 continue
-            usable = look.batch.done() if self.delay is None else arm.now >= look.picture + self.delay
-            if usable:
+            usable = self.delay is None or arm.now >= look.picture + self.delay
+            if usable and (self.delay is not None or look.batch.done()):
                 texts, query_states = look.batch.result()
                 arm.text = texts[look.row]
                 arm.query_states = query_states[look.row]
@@ -202,6 +203,7 @@ class Runner:
         step = None
         if self.mode == "async+rtc":
             step = pulled_step(self.policy, [arm.queue for arm in arms])
+        # the expert is fast: the arm waits for it
         chunks = self.policy.plan(query_states, state, self.plans, age, step)  # (n, H, A)
         self.plans += 1
         for arm, chunk in zip(arms, chunks):
@@ -221,10 +223,11 @@ class Runner:
                 arm.queue = actions[len(past) :]
         else:
             arm.next_plan = arm.now + self.every
+        # real-time chunking: this control step passes before the expert is done
         if self.mode == "async+rtc" and ahead:
             arm.queue = ahead + actions[1:]
         elif self.mode == "async+rtc":
-            arm.queue = [(arm.command, None), *actions]
+            arm.queue = [(arm.command, None), *actions]  # at rest: it waits for that long
 
 
 def pulled_step(policy: Any, queues: list[list]) -> DenoisingStep:
@@ -299,7 +302,7 @@ def reaction(moved: Runner, unmoved: Runner, episodes: list[Episode]) -> dict[st
             times.append(differs.index(True))
     found = {"reacted": len(times) / max(1, len(moves))}
     if times:
-        found["reaction"] = float(np.median(times))
+        found["reaction"] = float(np.median(times))  # control steps
     return found
 
 
@@ -328,7 +331,7 @@ def compare(policy: Any, cfg: Any, vec: SingleEnv) -> None:
             cell |= reaction(runner, runners[0], episodes)
         table.setdefault(f"{mode} {delay}", {})[f"{family} {split}"] = cell
         write_json(path, table)  # after every cell: a table takes a while
-        show(f"{mode} {delay} {family} {split}", cell)
+        show(f"{mode} {delay} {family} {split}", cell)  # the measures; success follows in one table
     report(table, path)
 
 

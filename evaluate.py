@@ -329,7 +329,7 @@ def run_episodes(
     vec: VecEnv,
     episodes: Sequence[Episode],
     policy_fn: PolicyFn,
-    name: str = "episodes",
+    name: str = "episodes",  # of the progress bar; empty: there is none
     final_fn: Callable[[dict], list] | None = None,
     on_end: Callable[[Episode], None] | None = None,
 ) -> list[Episode]:
@@ -343,7 +343,8 @@ def run_episodes(
     running: dict[int, Episode] = {}  # arm -> its episode
     for number, episode in enumerate(waiting):
         episode.number = number
-    bar = tqdm(total=len(waiting), desc=name, unit="episode", leave=False, disable=not sys.stderr.isatty())
+    hidden = not (name and sys.stderr.isatty())
+    bar = tqdm(total=len(waiting), desc=name, unit="episode", leave=False, disable=hidden)
     while waiting or running:
         # Free arms take the next episodes.
         free = [arm for arm in range(vec.n) if arm not in running][: len(waiting)]

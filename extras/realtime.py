@@ -1,606 +1,481 @@
-"""Run a trained policy: films, success tables, questions, open-loop replay.
+"""Reasoning while acting: the VLM and the action expert each go at their own pace.
 
-    python sample.py --config small "put the red cube on the blue pad"    # a GIF and a contact sheet, reasoning drawn in
-    python sample.py --config small --eval 300                            # success by family and split, eval.json
-    python sample.py --config small --ask "which pad is blue"             # a question about a scene
-    python sample.py --config base --ask "what is on the table" --image x.png    # or about a picture of yours
-    python sample.py --config small --replay                              # open-loop error per joint on recorded episodes
-    python sample.py --config small --env=real --port=/dev/ttyACM0 --front=0 --wrist=2 --dry_run "put the red cube on the blue pad"
-    python sample.py --config small --interactive                         # type instructions, also while the arm moves
-    python sample.py --config small --eval 300 --families=place --mode=wait,naive,async,async+rtc --delay=0,1,2,4,8    # success against the VLM's delay
+    python sample.py --config small --eval=300 --families=place --mode=wait,naive,async,async+rtc --delay=0,4
+    python sample.py --config small --interactive
 
-A checkpoint folder is all that a policy needs; only --replay reads the data set, because it compares with recorded actions.
+The VLM is slow, the expert is fast, and a real arm moves on while both compute. To measure what that costs,
+Runner counts time in control steps of 1 / FPS seconds: --delay=3 says that what the VLM makes of a picture is
+usable 3 control steps after the picture was taken. So the same numbers come out on every machine.
+
+The timeline of one arm in mode async, with delay 3 and n_action_steps 4. P0 is the picture of control step 0,
+R0 the reasoning and the feature query states made from it, E(R0, 3) the expert's chunk a0, a1, ... from R0
+and the joint state of step 3:
+
+    control step    0     1     2     3     4     5     6     7     8     9     10    11
+    picture         P0                      P4                      P8
+    usable                            R0                      R4                      R8
+    expert                            E(R0, 3)                E(R4, 7)                E(R8, 11)
+    the arm does    -     -     -     a0    a1    a2    a3    b0    b1    b2    b3    c0
+
+    1. A picture is taken n_action_steps after the one before, or later, when the VLM is free again (_look).
+    2. `delay` steps after its picture a look is usable: Arm.pending becomes Arm.newest (_receive).
+    3. The expert makes a plan from every new look. In async it makes another one after n_action_steps, from
+       the same query states, which are older then, and from the joint state of now (_plan).
+    4. The plan's actions replace those in the arm's queue (_join). In every control step the arm does the
+       first action of its queue. When the queue is empty, the arm waits (-): it repeats its last target, and
+       before the first plan it holds the joint positions in which the episode found it.
+
+What the modes do while the VLM is at work:
+    wait        The arm stands still. It does n_action_steps of a plan, then takes the next picture.
+    naive       One plan per look, from the joint state of its picture. That is `delay` steps old when the
+                plan is there, so a moving arm enters the plan at its action number `delay`.
+    async       As drawn above. --stale=N trains the expert to use query states up to N steps old.
+    async+rtc   As async, but the expert takes one control step, too. Meanwhile the arm does one more action
+                of the old plan, towards which the new one is pulled: real-time chunking.
+
+All times are control steps since the episode began. Without a delay, wait, naive and async are the
+synchronous policy bit for bit.
+
+Papers: real-time chunking, Black et al. 2025, arXiv 2506.07339; slow and fast systems, DuoCore-FS,
+arXiv 2512.20188; old query states with the joint state of now, TIC-VLA, arXiv 2602.02459.
 """
 
-import contextlib
-import functools
-import itertools
-import json
 import math
 import os
 import queue
 import sys
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import count, product
 from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
-import sim_env
-from model import read_checkpoint_config
+from torch import Tensor
 
+from common import UserError, read_json, require, write_json
+from evaluate import (
+    Episode,
+    SingleEnv,
+    VecEnv,
+    camera_indices,
+    report,
+    run_episodes,
+    summarise,
+)
+from model import DenoisingStep
+from sim_env import FPS, SEEDS
 
-MODES = {  # how thinking and acting share time, when a thought takes a while
-    "wait": "the arm stands still while the VLM thinks",
-    "naive": "one chunk a thought, for the joint state of its picture; the arm joins it late",
-    "async": "the expert plans from the newest thought that is ready and the joint state of now",
-}
-JOINS = {  # how a plan follows the one before; without a word: at once
-    "ensemble": "the arm does the mean of all plans that still speak (temporal ensembling)",
-    "rtc": "a new plan is pulled towards the running one (real-time chunking)",
-    "prefix": "a new plan continues what is done and decided already (the same, by an expert trained with --committed)",
-}
-MODES_AND_JOINS = [*MODES, *(f"{mode}+{join}" for mode in ("naive", "async") for join in JOINS)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Thinking while acting
+# ------------------------------------------------------------------------------------------------------------
+# The timeline
 
 
 @dataclass
-class Plan:
-    """A chunk and when it holds; all times are control steps since the episode began."""
+class Look:
+    """What the VLM makes of one picture."""
 
-    chunks: Future  # -> (n, H, A), of which this plan is one row
-    row: int
-    begin: int  # when its first action is due
-    ready: int  # from when on the arm may follow it: the expert takes its time, too
-    seen: int  # when the picture behind it was taken
+    picture: int  # control step at which it was taken
+    state: np.ndarray  # (S,) joint state at that step
+    batch: Future  # -> reasoning texts and query states (n, Q, D) of n arms
+    row: int  # of the batch
 
 
+@dataclass
 class Arm:
-    """One episode as the runner knows it. log: per control step (command (A,), the plan it came from or None: the arm waits)."""
+    """One episode as the runner knows it. An action's origin: control steps of (its picture, its plan)."""
 
-    def __init__(self, command):
-        self.now, self.task, self.command, self.moved, self.log = -1, None, command, -1, []
+    command: np.ndarray  # (A,) the last target; at first where the motors are
+    task: str = ""
+    pending: Look | None = None  # the VLM is at work on it
+    newest: Look | None = None  # the newest that is usable
+    text: str = ""  # its reasoning
+    query_states: Tensor | None = None  # its query states (Q, D)
+    next_look: float = 0  # control step from which the next picture may be taken
+    next_plan: float = math.inf  # control step from which the expert may plan
+    queue: list = field(default_factory=list)  # (action (A,), its origin) of the control steps ahead
+    commands: list = field(default_factory=list)  # (A,) of every control step so far
+    origins: list = field(default_factory=list)  # of these commands; None where the arm waited
 
-    def listen(self, task):
-        """A new instruction: no thought and no plan made for the old one counts any more."""
-        self.task, self.reason, self.plans = task, "", []
-        self.thinking = self.looked = self.states = self.seen = self.planned = self.asked = None
+    @property
+    def now(self) -> int:
+        """The control step that is to be decided on."""
+        return len(self.commands)
 
 
 class Runner:
-    """Drives arms one control step a call, the VLM and the expert each at its own pace (what the modes do: MODES, JOINS).
+    """A policy_fn for run_episodes() that gives one action a call; the timeline above is what it does.
 
-    The VLM takes a picture every `refresh` control steps, but only when it has finished the thought before. A thought can be seen
-    `delay` control steps after its picture, on a clock that counts steps, the same on every machine; with a thread `pool` and no
-    delay, when it is ready. The expert plans as soon as there is a new thought, at the latest after `execute` steps, and the
-    arm follows a plan `commit` steps after it was asked for. Where there is nothing to follow, the arm waits in its last pose:
-    at its last target or, before the first one, where its state says that its motors are.
+    delay: as above; None: by wall clock, a look is usable as soon as the VLM is done, which works in a thread
+    of its own. views: the policy's cameras among those of the environment.
     """
 
-    def __init__(
-        self, policy, mode="async", delay=0, refresh=0, commit=0, views=slice(None), seed=0, pool=None
-    ):
-        cfg, (mode, _, join) = policy.cfg, mode.partition("+")
-        self.policy, self.mode, self.join, self.delay, self.views, self.seed, self.pool = (
-            policy,
-            mode,
-            join,
-            delay,
-            views,
-            seed,
-            pool,
-        )
-        self.refresh, self.commit = (
-            refresh or cfg.execute,
-            max(commit, int(mode == "async" and join in ("rtc", "prefix"))),
-        )  # these need something to join
-        if self.commit + cfg.execute > cfg.chunk:
-            raise ValueError(
-                f"commit ({self.commit}) and execute ({cfg.execute}) together must fit into a chunk of {cfg.chunk}; lower --commit or --execute"
+    def __init__(self, policy: Any, mode: str, delay: int | None = 0, views: Any = slice(None)):
+        names = policy.cfg.state_names
+        motors = policy.cfg.motor_names
+        if not set(motors) <= set(names):
+            raise UserError(
+                f"an arm that waits holds its motors {motors} where they are, but its state {names} does not "
+                "tell that: leave out --mode, --delay and --interactive"
             )
-        given = self.commit + (delay or 0 if mode == "naive" else 0)
-        if join == "prefix" and given > cfg.committed:
-            raise ValueError(
-                f"the expert was trained to continue {cfg.committed} given actions, not {given}; train one with --committed={given} or more"
-            )
-        names, motors = cfg.state_names, cfg.motors.split(",")
-        self.held = [
-            names.index(motor) for motor in motors if motor in names
-        ]  # where in the state the motors' positions are
-        if len(self.held) < len(motors) and (delay != 0 or self.commit):
-            raise ValueError(
-                f"an arm that waits for its first plan holds its motors {motors} where they are, and its state {names} does not tell of all: "
-                "leave out --mode, --delay and --commit; for --interactive add --delay=0"
-            )
-        self.life = cfg.execute if mode == "wait" else cfg.chunk  # how many actions of a plan are followed
-        self.arms, self.seconds = (
-            {},
-            defaultdict(list),
-        )  # seconds: wall clock of every call of the VLM and of the expert
+        self.positions = [names.index(motor) for motor in motors]  # of the motors in the state
+        self.policy = policy
+        self.mode = mode
+        self.delay = delay
+        self.views = views
+        self.every = policy.cfg.n_action_steps
+        self.vlm = ThreadPoolExecutor(1)
+        self.arms = {}  # by the number of the episode
+        self.plans = 0  # made so far: the seed of the expert's noise
 
-    def __call__(self, obs):
-        """obs as sim_env.rollout gives it -> (commands (n, 1, A), the n thoughts seen so far)."""
-        for episode, state in zip(obs["episode"], obs["state"]):
-            if episode not in self.arms:
-                self.arms[episode] = Arm(state[self.held])
-        arms = [self.arms[episode] for episode in obs["episode"]]
-        for arm, task in zip(arms, obs["task"]):
-            arm.now += 1
-            if task != arm.task:
-                arm.listen(task)
-            arm.plans = [p for p in arm.plans if arm.now < p.begin + self.life]
-        self._see(arms)
+    def __call__(self, obs: dict) -> tuple[np.ndarray, list[str]]:
+        """Observation of n arms -> actions (n, 1, A) in LeRobot units, the newest usable reasoning texts."""
+        arms = []
+        for episode, task, state in zip(obs["episode"], obs["task"], obs["state"]):
+            arm = self.arms.get(episode.number) or Arm(state[self.positions])
+            if task != arm.task:  # looks and plans made for another instruction do not count any more
+                arm = Arm(arm.command, task, commands=arm.commands, origins=arm.origins)
+            self.arms[episode.number] = arm
+            arms.append(arm)
+        self._receive(arms)  # first, because a VLM that has just finished can take the next picture
         self._look(arms, obs)
-        self._see(arms)  # without a delay a thought is seen at once
+        self._receive(arms)  # without a delay a look is usable at once
         self._plan(arms, obs["state"])
-        return np.stack([self._command(arm) for arm in arms])[:, None], [arm.reason for arm in arms]
-
-    def _call(self, name, work, *arguments):
-        """work(*arguments) in the pool, or at once without one -> Future; its seconds are booked."""
-
-        def timed():
-            began = time.perf_counter()
-            result = work(*arguments)
-            self.seconds[name].append(time.perf_counter() - began)
-            return result
-
-        if self.pool:
-            return self.pool.submit(timed)
-        done = Future()
-        done.set_result(timed())
-        return done
-
-    def _think(self, images, state, tasks):
-        images, _ = self.policy.check_inputs(images, state, tasks)
-        return self.policy.think(images, tasks)
-
-    def _look(self, arms, obs):
-        """The VLM gets pictures of the arms whose last thought is finished, when it is time."""
-        due = []
-        for i, arm in enumerate(arms):
-            if self.mode == "wait":
-                in_time = not arm.plans and arm.seen == arm.planned  # what was thought has been done
-            else:
-                in_time = arm.looked is None or arm.now >= arm.looked + self.refresh
-            if arm.thinking is None and in_time:
-                due.append(i)
-        if due:
-            thoughts = self._call(
-                "VLM",
-                self._think,
-                obs["images"][due][:, self.views],
-                obs["state"][due],
-                [arms[i].task for i in due],
-            )
-            for row, i in enumerate(due):
-                arms[i].looked, arms[i].thinking = arms[i].now, (thoughts, row, obs["state"][i])
-
-    def _see(self, arms):
-        """Thoughts that are ready become what the expert goes by."""
         for arm in arms:
-            if arm.thinking and (
-                arm.thinking[0].done() if self.delay is None else arm.now >= arm.looked + self.delay
-            ):
-                thoughts, row, arm.posture = arm.thinking
-                reasons, states = thoughts.result()
-                arm.reason, arm.states, arm.seen, arm.thinking = reasons[row], states[row], arm.looked, None
+            origin = None
+            if arm.queue:
+                arm.command, origin = arm.queue.pop(0)
+            arm.commands.append(arm.command)
+            arm.origins.append(origin)
+        # what the arms do in this control step
+        actions = np.stack([arm.command for arm in arms])  # (n, A)
+        return actions[:, None], [arm.text for arm in arms]
 
-    def _plan(self, arms, state):
-        """The expert makes new plans for the arms that want one."""
-        steady = self.mode in ("wait", "naive")  # one chunk a thought
-        wanting = []
-        for i, arm in enumerate(arms):
-            idle = not arm.plans or arm.plans[-1].ready <= arm.now
-            if (
-                arm.states is not None
-                and idle
-                and (arm.seen != arm.planned or not steady and arm.now >= arm.asked + self.policy.cfg.execute)
-            ):
-                wanting.append(i)
-        if not wanting:
-            return
-        chosen = [arms[i] for i in wanting]
-        joints = np.stack(
-            [arm.posture if self.mode == "naive" else state[i] for i, arm in zip(wanting, chosen)]
-        )  # (n, S)
-        # An arm that stood still since the picture is where the picture shows it: for the expert the thought is as good as fresh.
-        more = {"age": [0 if steady else arm.now - arm.seen for arm in chosen]}
-        since = [
-            arm.seen if self.mode == "naive" else arm.now for arm in chosen
-        ]  # the moment of the joint state that a plan starts from
-        moving = [arm.moved >= start or bool(self._live(arm)) for arm, start in zip(chosen, since)]
-        if self.join in ("rtc", "prefix"):
-            more |= self._join(chosen, since, moving)
-        states = torch.stack([arm.states for arm in chosen])  # (n, Q, D)
-        chunks = self._call("expert", functools.partial(self.policy.plan, **more), states, joints, self.seed)
-        self.seed += 1
-        for row, arm in enumerate(chosen):
-            arm.asked, arm.planned, ready = arm.now, arm.seen, arm.now + self.commit
-            begin = (
-                since[row] if moving[row] else ready
-            )  # an arm at rest can start whenever the plan is there
-            arm.plans.append(Plan(chunks, row, begin, ready, arm.seen))
-
-    def _live(self, arm):
-        return [p for p in arm.plans if p.ready <= arm.now < p.begin + self.life]
-
-    def _join(self, arms, since, moving):
-        """What plans that start from the moments `since` are to continue: arguments of SyVLA.plan."""
-        n, H = len(arms), self.policy.cfg.chunk
-        running, pull, given = (
-            np.zeros((n, H, self.policy.cfg.action_dim)),
-            np.zeros((n, H)),
-            np.zeros(n, int),
-        )
-        for row, (arm, start) in enumerate(zip(arms, since)):
-            if moving[row]:
-                done = [command for command, _ in arm.log[start:]]
-                ahead = [
-                    action
-                    for p in self._live(arm)[-1:]
-                    for action in p.chunks.result()[p.row, arm.now - p.begin :]
-                ]
-                rest = np.stack(done + ahead)[:H]
-                running[row, : len(rest)], given[row] = rest, min(len(done) + min(self.commit, len(ahead)), H)
-                pull[row] = rtc_pull(given[row], len(rest), H)
-        return {"running": running} | ({"given": given} if self.join == "prefix" else {"pull": pull})
-
-    def _command(self, arm):
-        live = self._live(arm)
-        if live:
-            said = np.stack(
-                [p.chunks.result()[p.row, arm.now - p.begin] for p in live]
-            )  # (plans, A), the oldest first
-            arm.command = (
-                np.average(said, axis=0, weights=np.exp(-0.01 * np.arange(len(live))))
-                if self.join == "ensemble"
-                else said[-1]
-            )  # ACT's weights
-            arm.moved = arm.now
-        arm.log.append((arm.command, live[-1] if live else None))
-        return arm.command
-
-
-def rtc_pull(committed, rest, H):
-    """How firmly a new plan holds to what the running one would do, (H,): 1 for the committed steps, from there exponentially
-    less, 0 from where the running one ends, `rest` steps ahead (arXiv 2506.07339, eq. 5)."""
-    i = np.arange(H)
-    c = (rest - i) / (rest - committed + 1)
-    return np.where(i < committed, 1.0, np.where(i < rest, c * np.expm1(c) / (math.e - 1), 0.0))
-
-
-def runner_by_flags(policy, cfg):
-    """In conversation and on the real arm a thought takes as long as it takes, in threads; else --delay steps, or none."""
-    live = cfg.interactive or cfg.env == "real"
-    mode = cfg.mode or (
-        "async" if policy.cfg.stale else "naive"
-    )  # an expert that never met old thoughts follows them badly
-    return Runner(
-        policy,
-        mode,
-        int(cfg.delay) if cfg.delay else None if live else 0,
-        cfg.refresh,
-        cfg.commit,
-        seed=cfg.seed,
-        pool=ThreadPoolExecutor(2) if live else None,
-    )
-
-
-def measures(arms):
-    """What the arms' logs tell -> {"waiting": share of control steps in which the arm had nothing to do, "waiting_later": without
-    those before its first action, "jerk_border", "jerk_inside": mean |a_t - a_t-1| over joints (LeRobot units) where one plan takes
-    over from another, and within one, "staleness": {age of the picture behind an action, in control steps: share of actions}, "age":
-    its mean}."""
-    border, inside, ages, waited, opening, steps = [], [], Counter(), 0, 0, 0
-    for arm in arms:
-        first = next((i for i, (_, plan) in enumerate(arm.log) if plan), len(arm.log))
-        opening, steps = opening + first, steps + len(arm.log)
-        for now, (command, plan) in enumerate(arm.log):
-            if plan is None:
-                waited += 1
+    def _receive(self, arms: list[Arm]) -> None:
+        """A look becomes the newest when its time has come."""
+        for arm in arms:
+            look = arm.pending
+            if look is None:
                 continue
-            ages[now - plan.seen] += 1
-            if now > first:
-                before, previous = arm.log[now - 1]
-                (inside if previous is plan else border).append(np.abs(command - before).mean())
-    mean = lambda x: float(np.mean(x)) if x else None
-    return {
-        "waiting": waited / steps,
-        "waiting_later": (waited - opening) / max(1, steps - opening),
-        "jerk_border": mean(border),
-        "jerk_inside": mean(inside),
-        "staleness": {str(age): ages[age] / ages.total() for age in sorted(ages)},
-        "age": mean(list(ages.elements())),
-    }
+            usable = self.delay is None or arm.now >= look.picture + self.delay
+            if usable and (self.delay is not None or look.batch.done()):
+                texts, query_states = look.batch.result()
+                arm.text = texts[look.row]
+                arm.query_states = query_states[look.row]
+                arm.newest = look
+                arm.pending = None
+                arm.next_plan = arm.now
+
+    def _look(self, arms: list[Arm], obs: dict) -> None:
+        """The VLM gets a picture of every arm that is due for one."""
+        due = [i for i, arm in enumerate(arms) if arm.pending is None and arm.now >= arm.next_look]
+        if not due:
+            return
+        tasks = [arms[i].task for i in due]
+        state = obs["state"][due]  # (n, S)
+        images = obs["images"][due][:, self.views]  # (n, V, px, px, 3)
+        images, _ = self.policy.check_inputs(images, state, tasks)
+        batch = self.vlm.submit(self.policy.reason, images, tasks)
+        for row, i in enumerate(due):
+            arm = arms[i]
+            arm.pending = Look(arm.now, state[row], batch, row)
+            arm.next_look = arm.now + self.every
+            if self.mode == "wait":
+                arm.next_look = math.inf  # until there is a plan (_join)
+
+    def _plan(self, arms: list[Arm], state: np.ndarray) -> None:
+        """The expert makes a plan for every arm that is due for one."""
+        due = [i for i, arm in enumerate(arms) if arm.now >= arm.next_plan]
+        if not due:
+            return
+        arms = [arms[i] for i in due]
+        query_states = torch.stack([arm.query_states for arm in arms])  # (n, Q, D)
+        state = state[due]  # (n, S)
+        age = [arm.now - arm.newest.picture for arm in arms]
+        if self.mode == "naive":
+            state = np.stack([arm.newest.state for arm in arms])
+        if self.mode in ("naive", "wait"):  # picture and joint state belong together, as in training
+            age = [0] * len(due)
+        step = None
+        if self.mode == "async+rtc":
+            step = pulled_step(self.policy, [arm.queue for arm in arms])
+        # the expert is fast: the arm waits for it
+        chunks = self.policy.plan(query_states, state, self.plans, age, step)  # (n, H, A)
+        self.plans += 1
+        for arm, chunk in zip(arms, chunks):
+            self._join(arm, [(action, (arm.newest.picture, arm.now)) for action in chunk])
+
+    def _join(self, arm: Arm, actions: list) -> None:
+        """A new plan's actions replace those in the arm's queue."""
+        ahead = arm.queue[:1]
+        arm.queue = actions
+        arm.next_plan = math.inf
+        if self.mode == "wait":
+            arm.queue = actions[: self.every]
+            arm.next_look = arm.now + self.every
+        elif self.mode == "naive":
+            past = arm.origins[arm.newest.picture :]
+            if any(past):  # an arm at rest begins at the beginning
+                arm.queue = actions[len(past) :]
+        else:
+            arm.next_plan = arm.now + self.every
+        # real-time chunking: this control step passes before the expert is done
+        if self.mode == "async+rtc" and ahead:
+            arm.queue = ahead + actions[1:]
+        elif self.mode == "async+rtc":
+            arm.queue = [(arm.command, None), *actions]  # at rest: it waits for that long
 
 
-def reaction(moved, unmoved, episodes, threshold=2.0):
-    """Control steps from a cube's move to the first command that differs by more than `threshold` from the same seed's where nothing
-    was moved: {"median", "p90", "reacted": share of the episodes in which it was moved, "moved": their number}."""
-    times = []
-    for i, episode in enumerate(episodes):
-        if (at := episode["moved_at"]) is not None:
-            pairs = zip(moved.arms[i].log[at:], unmoved.arms[i].log[at:])
-            times.append(
-                next((n for n, ((a, _), (b, _)) in enumerate(pairs) if np.abs(a - b).max() > threshold), None)
-            )
-    seen = [t for t in times if t is not None]
-    quantile = lambda q: float(np.quantile(seen, q)) if seen else None
-    return {
-        "median": quantile(0.5),
-        "p90": quantile(0.9),
-        "reacted": len(seen) / max(1, len(times)),
-        "moved": len(times),
-    }
+def pulled_step(policy: Any, queues: list[list]) -> DenoisingStep:
+    """Real-time chunking (arXiv 2506.07339): Euler's step, pulled towards what B arms have in their queues.
 
-
-def compare(policy, cfg):
-    """Success against the VLM's delay, for each mode on the same seeds: a printed table, and async.json in the run folder, where the
-    cells of several commands gather (the same cell again replaces itself)."""
-    families = (
-        cfg.families or read_checkpoint_config(cfg.run).get("families", ",".join(sim_env.FAMILIES))
-    ).split(",")
-    sim_env.check_families(families, cfg.env)
-    if cfg.eval > len(sim_env.SEEDS[cfg.seeds]):
-        raise ValueError(f"there are {len(sim_env.SEEDS[cfg.seeds])} {cfg.seeds} seeds, not {cfg.eval}")
-    began, views, path = time.time(), sim_env.views_of(policy, cfg.env), Path(cfg.run, "async.json")
-    cells = json.loads(path.read_text())["cells"] if path.is_file() else []
-    now = live(policy, cfg, families[0])
-    calls = ", ".join(
-        f"{part} {now[part]['p50']:.0f} ms (p95 {now[part]['p95']:.0f})" for part in ("VLM", "expert")
-    )
-    print(
-        f"live, {sim_env.FPS} control steps a second: {calls}, picture behind an action {now['age']:.1f} steps old, "
-        f"the arm waits {now['waiting']:.1%} of the time, {now['late']:.1%} of the steps late"
-    )
-
-    def play(mode, delay, family, split, **options):
-        runner = Runner(policy, mode, delay, cfg.refresh, cfg.commit, views)
-        seeds, name = sim_env.SEEDS[cfg.seeds][: cfg.eval], f"{mode} {delay} {family}"
-        return runner, sim_env.rollout(
-            runner, seeds, family, split, cfg.arms, policy.cfg.image_size, name=name, env=cfg.env, **options
-        )
-
-    print(
-        COLUMNS.format(
-            "mode",
-            "delay",
-            "family",
-            "split",
-            "success %",
-            "95 % interval",
-            "steps",
-            "waits %",
-            "later %",
-            "jerk border",
-            "inside",
-            "age",
-            "reaction",
-        )
-    )
-    for family, split, delay, mode in itertools.product(
-        families,
-        (cfg.splits or "id").split(","),
-        map(int, (cfg.delay or "0").split(",")),
-        (cfg.mode or "async").split(","),
-    ):
-        runner, episodes = play(mode, delay, family, split, **scene_options(cfg))
-        what = {
-            "mode": mode,
-            "delay": delay,
-            "family": family,
-            "split": split,
-            "seeds": cfg.seeds,
-            "n": cfg.eval,
-            "execute": policy.cfg.execute,
-            "refresh": runner.refresh,
-            "commit": runner.commit,
-            "moved": cfg.moved,
-            "patience": cfg.patience,
-        }
-        wins = [e["steps"] for e in episodes if e["success"]]
-        low, high = sim_env.wilson(len(wins), cfg.eval)
-        c = (
-            what
-            | {
-                "success": len(wins) / cfg.eval,
-                "low": low,
-                "high": high,
-                "steps": float(np.mean(wins)) if wins else None,
-            }
-            | measures(runner.arms.values())
-        )
-        if cfg.moved:  # the same seeds once more, with nothing moved: the first difference is the reaction
-            c["reaction"] = reaction(
-                runner, play(mode, delay, family, split, **scene_options(cfg) | {"moved": 0})[0], episodes
-            )
-        cells = [old for old in cells if any(old.get(k) != v for k, v in what.items())] + [c]
-        write_json(path, {"live": now, "cells": cells})  # after every cell: a table takes a while
-        number = lambda x, digits=1: "-" if x is None else f"{x:.{digits}f}"
-        print(
-            COLUMNS.format(
-                mode,
-                delay,
-                family,
-                split,
-                number(100 * c["success"]),
-                f"{100 * low:.1f} - {100 * high:.1f}",
-                number(c["steps"]),
-                number(100 * c["waiting"]),
-                number(100 * c["waiting_later"]),
-                number(c["jerk_border"], 2),
-                number(c["jerk_inside"], 2),
-                number(c["age"]),
-                number(c["reaction"]["median"]) if cfg.moved else "-",
-            ),
-            flush=True,
-        )
-    print(f"{time.time() - began:.0f} s; wrote {path}")
-
-
-COLUMNS = "{:<14} {:>5} {:<10} {:<16} {:>9} {:>13} {:>6} {:>8} {:>8} {:>12} {:>7} {:>5} {:>9}"
-
-
-def scene_options(cfg):
-    """What the simulation is asked for beyond its task; other environments know nothing of it."""
-    return ({"moved": cfg.moved} if cfg.moved else {}) | (
-        {"patience": cfg.patience} if cfg.patience != 1 else {}
-    )
-
-
-def live(policy, cfg, family, n=3):
-    """n episodes at the arm's own pace, the VLM and the expert in threads: milliseconds of their calls by wall clock, and how the arm fared."""
-    env, late, ticks = sim_env.make_env(cfg.env, policy.cfg.image_size), 0, 0
-    with ThreadPoolExecutor(2) as pool:
-        runner = Runner(policy, "async", None, cfg.refresh, cfg.commit, pool=pool)
-        policy.act(
-            *look(env.reset(seed=sim_env.SEEDS["val"][0], options={"family": family})[0], policy)
-        )  # the first call is slower
-        for episode in range(n):
-            obs, _ = env.reset(seed=sim_env.SEEDS["val"][episode], options={"family": family})
-            due, done = time.perf_counter(), False
-            while not done:
-                actions, _ = runner(batch_of_one(obs, policy, episode))
-                obs, _, terminated, truncated, _ = env.step(actions[0, 0])
-                done, ticks, due = terminated or truncated, ticks + 1, due + 1 / sim_env.FPS
-                late += not wait_until(due)
-    env.close()
-    calls = {
-        part: {f"p{q}": float(np.percentile(seconds, q)) * 1e3 for q in (50, 95)}
-        for part, seconds in runner.seconds.items()
-    }
-    told = measures(runner.arms.values())
-    return calls | {"age": told["age"], "waiting": told["waiting"], "late": late / ticks, "steps": ticks}
-
-
-def wait_until(due):
-    """Sleep until the clock shows `due`; False if it is past already."""
-    left = due - time.perf_counter()
-    time.sleep(max(0, left))
-    return left >= 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Conversation
-
-
-def interactive(policy, cfg):
-    """A person types instructions, also in mid motion: the arm drops what it thought and planned, and goes on from where it is.
-
-    It all happens at the arm's own pace, in a window where there is a display; else the last minute is written as a film. When
-    the input ends (a pipe), so does the conversation, once the last instruction is carried out. The real arm moves when it is told to.
+    The first action of a queue will be done in any case: weight 1. From there the weight falls exponentially,
+    to 0 where the queue ends (eq. 5). The paper differentiates through the network. Here its Jacobian counts
+    as the identity, so no backward pass is needed.
     """
-    runner, real, cameras = runner_by_flags(policy, cfg), cfg.env == "real", policy.cfg.cameras.split(",")
-    env = (
-        real_arm(policy, cfg)
-        if real
-        else sim_env.make_env(cfg.env, policy.cfg.image_size, **scene_options(cfg))
-    )
-    seed, scene, lines, frames = (
-        cfg.seed,
-        {"family": cfg.family, "split": cfg.split},
-        queue.SimpleQueue(),
-        deque(maxlen=60 * sim_env.FPS),
-    )
+    K = policy.cfg.denoise_steps
+    target = torch.zeros(len(queues), policy.cfg.chunk_size, policy.cfg.action_dim)  # (B, H, A)
+    weight = torch.zeros(len(queues), policy.cfg.chunk_size, 1)  # (B, H, 1)
+    for row, ahead in enumerate(queues):
+        for i, (action, _) in enumerate(ahead):
+            c = (len(ahead) - i) / len(ahead)
+            weight[row, i] = c * math.expm1(c) / math.expm1(1)
+            target[row, i] = torch.as_tensor(action)
+    weight = weight.to(policy.action_low.device)
+    target = policy.normalise(target.to(weight.device), "action")
 
-    def listen():
-        with open(
-            sys.stdin.fileno(), closefd=False
-        ) as words:  # not sys.stdin: a thread that waits inside it would break the exit
-            for line in words:
+    def step(k: int, x: Tensor, v: Tensor) -> Tensor:
+        t = 1 - k / K
+        gain = K  # the whole way in one step
+        if k > 0:
+            gain = min(K, (t * t + (1 - t) ** 2) / (t * (1 - t)))
+        clean = x - t * v  # (B, H, A), the chunk as it looks from here
+        return policy.euler_step(k, x, v - gain * weight * (target - clean))
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Success against delay
+
+
+def measures(runner: Runner) -> dict[str, float]:
+    """What a runner's arms did; a measure of something that never happened is left out.
+
+    waiting: share of control steps without an action. waiting_later: the same from the first action on.
+    jerk_border, jerk_inside: mean |a_t - a_(t-1)| over joints in LeRobot units, where one plan takes over
+    from another, and within a plan. age: mean number of control steps from a picture to an action that came
+    of it.
+    """
+    found = defaultdict(list)
+    for arm in runner.arms.values():
+        last = None  # origin of the last action
+        for now, origin in enumerate(arm.origins):
+            found["waiting"].append(origin is None)
+            if last or origin:
+                found["waiting_later"].append(origin is None)
+            if origin and last:
+                jerk = np.abs(arm.commands[now] - arm.commands[now - 1]).mean()
+                found["jerk_inside" if origin == last else "jerk_border"].append(jerk)
+            if origin:
+                found["age"].append(now - origin[0])
+                last = origin
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def reaction(moved: Runner, unmoved: Runner, episodes: list[Episode]) -> dict[str, float]:
+    """How soon a command answers a cube's move: it differs by more than 2 LeRobot units in some joint.
+
+    moved, unmoved: runners that played the same episodes with and without the move. -> {"reacted": share of
+    the episodes with a move, "reaction": the median of those, in control steps}.
+    """
+    times = []
+    moves = [episode for episode in episodes if episode.moved_at is not None]
+    for episode in moves:
+        pairs = zip(moved.arms[episode.number].commands, unmoved.arms[episode.number].commands)
+        differs = [np.abs(one - other).max() > 2 for one, other in pairs][episode.moved_at :]
+        if any(differs):
+            times.append(differs.index(True))
+    found = {"reacted": len(times) / max(1, len(moves))}
+    if times:
+        found["reaction"] = float(np.median(times))  # control steps
+    return found
+
+
+def compare(policy: Any, cfg: Any, vec: SingleEnv) -> None:
+    """Success by mode, delay, family and split on the same seeds: a table, async.json in the run's folder.
+
+    The cells of several commands gather in that file; the same cell again replaces itself. vec: for live().
+    """
+    live(policy, cfg, vec)
+    name = "async" + "_moved" * bool(cfg.moved) + "_val" * (cfg.seeds == "val")
+    path = Path(cfg.run, f"{name}.json")
+    table = read_json(path) if path.is_file() else {}
+    choices = (cfg.families, cfg.splits or "id", cfg.delay or "0", cfg.mode or "async")
+    for family, split, delay, mode in product(*(words.split(",") for words in choices)):
+        runners = []
+        for moved in sorted({0, cfg.moved}):  # with a move the same episodes without it come first
+            runner = Runner(policy, mode, int(delay), camera_indices(policy, cfg.env))
+            runners.append(runner)
+            seeds = SEEDS[cfg.seeds][: cfg.eval]
+            episodes = [Episode(seed, {"family": family, "split": split}) for seed in seeds]
+            options = {"moved": moved} if moved else {}  # environments of one's own do not know it
+            with VecEnv(min(24, cfg.eval), 2, cfg.env, policy.cfg.image_size, **options) as arms:
+                run_episodes(arms, episodes, runner, f"{mode} {delay} {family}")
+        cell = summarise(episodes) | measures(runner)
+        if cfg.moved:
+            cell |= reaction(runner, runners[0], episodes)
+        table.setdefault(f"{mode} {delay}", {})[f"{family} {split}"] = cell
+        write_json(path, table)  # after every cell: a table takes a while
+        show(f"{mode} {delay} {family} {split}", cell)  # the measures; success follows in one table
+    report(table, path)
+
+
+def show(title: str, cell: dict[str, Any]) -> None:
+    """Print the measures in a cell of the table."""
+    names = ("success", "waiting", "waiting_later", "jerk_border", "jerk_inside", "age", "reaction")
+    print(title, *(f"{name} {cell[name]:.3f}" for name in names if name in cell), sep="  ", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# By wall clock
+
+
+def make_runner(policy: Any, cfg: Any) -> Runner:
+    """The runner of a film, a conversation or the real arm; without --delay the last two go by wall clock."""
+    mode = cfg.mode
+    if not mode:  # an expert that learnt from fresh query states only does badly with old ones
+        mode = "async" if policy.cfg.stale else "naive"
+    delay = int(cfg.delay or 0)
+    if not cfg.delay and (cfg.interactive or cfg.env == "real"):
+        delay = None
+    return Runner(policy, mode, delay, camera_indices(policy, cfg.env))
+
+
+class PacedEnv:
+    """An environment whose control steps take 1 / FPS seconds, or longer if the policy does."""
+
+    def __init__(self, env: Any):
+        self.env = env
+        self.due = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.env, name)
+
+    def step_chunk(self, actions: np.ndarray) -> tuple:
+        """Sleep until the next control step is due, then as SO100Env's."""
+        time.sleep(max(0.0, self.due - time.perf_counter()))
+        self.due = time.perf_counter() + 1 / FPS
+        return self.env.step_chunk(actions)
+
+
+def live(policy: Any, cfg: Any, vec: SingleEnv) -> None:
+    """Print the measures of three async episodes by wall clock. vec: an environment to play them in."""
+    runner = Runner(policy, "async", None, camera_indices(policy, cfg.env))
+    vec.env = PacedEnv(vec.env)
+    family = cfg.families.split(",")[0]
+    with vec:
+        run_episodes(vec, [Episode(seed, {"family": family}) for seed in SEEDS["val"][:3]], runner, "live")
+    show(f"live, {FPS} control steps a second", measures(runner))
+
+
+class TalkingEnv(PacedEnv):
+    """An environment whose instructions a person types, also in mid motion; in a window where there is one.
+
+    reset() waits for an instruction and goes on in the scene as it is. The word new lays out another scene.
+    When the input ends (a pipe), the next reset() raises EOFError; the word quit does so at once.
+    """
+
+    def __init__(self, env: Any, tokenizer: Any, seed: int):
+        super().__init__(env)
+        self.tokenizer = tokenizer
+        self.seeds = count(seed)
+        self.is_real = hasattr(env, "rest")
+        self.can_instruct = hasattr(getattr(env, "env", env), "instruct")
+        self.has_scene = False
+        self.task = ""
+        self.viewer = None if self.is_real else open_viewer(env)
+        self.lines = queue.SimpleQueue()
+        threading.Thread(target=listen, args=(self.lines,), daemon=True).start()
+        print("type an instruction, such as: put the red cube on the blue pad; or: new, quit", flush=True)
+
+    def reset(self, *, seed: int, options: dict) -> tuple[dict, dict]:
+        """Wait for an instruction -> obs, info. options: family and split of the scenes."""
+        self.has_scene = self.has_scene and self.can_instruct  # what cannot be told anew begins anew
+        obs = None
+        while obs is None:
+            if not (self.has_scene or self.is_real):
+                self.obs, _ = self.env.reset(seed=next(self.seeds), options=options)
+                self.has_scene = True
+            line = self.lines.get()
+            if line is None:
+                raise EOFError
+            obs = self.hear(line)
+        return obs, {"steps": 0}
+
+    def hear(self, line: str) -> dict | None:
+        """What a person typed -> the observation of a new instruction, None where there is none."""
+        if line == "quit":
+            raise EOFError
+        if line == "new":
+            self.has_scene = False
+            if self.is_real:  # out of the way of the person who lays out the scene
+                self.env.rest()
+            return None
+        try:
+            self.tokenizer.prompt(line)  # complain about the words before anything moves
+            if not self.has_scene:
+                self.obs, _ = self.env.reset(options={"task": line})
+                self.has_scene = True
+            elif self.can_instruct:
+                self.obs = self.env.instruct(line)
+        except UserError as error:
+            if type(error) is not UserError:  # ArmError: the arm was stopped
+                raise
+            print(error, flush=True)
+            return None
+        self.task = line
+        print(f"instruction: {line}", flush=True)
+        return self.obs | {"task": line}
+
+    def step_chunk(self, actions: np.ndarray) -> tuple:
+        """As SO100Env's; a line that was typed meanwhile is obeyed at once."""
+        with self.viewer.lock() if self.viewer else nullcontext():
+            obs, reward, terminated, truncated, info = super().step_chunk(actions)
+        if self.viewer:
+            self.viewer.sync()
+        if not (terminated or truncated or self.lines.empty()):
+            line = self.lines.get()
+            if line is None:  # the end of the input counts when the instruction is carried out
+                self.lines.put(None)
+            else:
+                obs = self.hear(line) or obs
+                truncated = not self.has_scene
+        return obs | {"task": self.task}, reward, terminated, truncated, info
+
+
+def listen(lines: queue.SimpleQueue) -> None:
+    """Lines of standard input -> queue, then None, however the input ends."""
+    try:
+        # not sys.stdin itself: a thread that waits inside it would block the exit
+        with open(sys.stdin.fileno(), errors="replace", closefd=False) as words:
+            for line in filter(str.strip, words):
                 lines.put(line.strip())
+    finally:
         lines.put(None)
 
-    threading.Thread(target=listen, daemon=True).start()
-    obs, info = (None, {"steps": 0}) if real else env.reset(seed=seed, options=scene)
-    viewer = None if real else open_viewer(env)
-    print(
-        'type an instruction, such as: put the red cube on the blue pad (another one interrupts it; "new": another scene; "quit")',
-        flush=True,
-    )
-    task, ended, listening, said, due = None, False, True, None, 0.0
-    with contextlib.suppress(KeyboardInterrupt):
-        while (task or listening) and (viewer is None or viewer.is_running()):
-            try:
-                line = lines.get(timeout=0 if task else 0.1)
-            except queue.Empty:
-                line = ""
-            if line is None:
-                listening = False
-            elif line == "quit":
-                break
-            elif (
-                line == "new" or line and ended and not hasattr(env, "instruct")
-            ):  # what cannot be told anew begins anew
-                seed, task, ended = seed + 1, None, False
-                if real:
-                    env.rest()
-                    obs = None
-                else:
-                    obs, info = env.reset(seed=seed, options=scene)
-                runner.arms.clear()
-            if line and line != "new":
-                try:
-                    policy.tokenizer.prompt(line)  # complain about the words before anything moves
-                    if obs is None:
-                        obs, info = env.reset(options={"task": line})
-                    elif hasattr(env, "instruct"):
-                        obs = env.instruct(line)
-                    print(f"step {info['steps']:3d}  {'no, ' if task else ''}{line}", flush=True)
-                    task, ended, said, due = line, False, None, max(due, time.perf_counter())
-                    for arm in runner.arms.values():
-                        arm.listen(None)  # also when the words are the same again
-                except ValueError as error:
-                    print(error, flush=True)
-            if task:
-                actions, (reasoning,) = runner(batch_of_one(obs, policy, task=task))
-                if reasoning != said and runner.arms[0].states is not None:
-                    print(f"step {info['steps']:3d}  <reason> {reasoning} </reason>", flush=True)
-                    said = reasoning
-                if viewer is None:
-                    frames.append(
-                        draw_frame(
-                            env,
-                            cameras,
-                            task,
-                            reasoning,
-                            (),
-                            "" if runner.arms[0].log[-1][1] else "(waiting)",
-                        )
-                    )
-                with viewer.lock() if viewer else contextlib.nullcontext():
-                    obs, _, terminated, truncated, info = env.step(actions[0, 0])
-                ended = terminated or truncated
-                if ended:
-                    print(f"step {info['steps']:3d}  {'done' if terminated else 'out of time'}", flush=True)
-                    task = None
-                due = max(
-                    due + 1 / sim_env.FPS, time.perf_counter() - 1
-                )  # late steps are caught up with, but no more than a second
-                wait_until(due)
-            if viewer:
-                viewer.sync()
-    if frames:
-        print(f"wrote {save_film(list(frames), cfg, 'conversation')}.gif and .png")
-    if viewer:
-        viewer.close()
-    env.close()
 
-
-def open_viewer(env):
+def open_viewer(env: Any) -> Any:
     """MuJoCo's window on a simulated arm where there is a display, else None."""
-    if not hasattr(env, "model") or not (
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32")
-    ):
+    has_display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if not (has_display and hasattr(env, "model")):
         return None
-    import mujoco.viewer
-
     try:
-        return mujoco.viewer.launch_passive(env.model, env.data)
+        return require("mujoco.viewer").launch_passive(env.model, env.data)
     except RuntimeError as error:  # macOS wants the program started by mjpython
         print(f"no window ({error}); there will be a film instead")
+        return None

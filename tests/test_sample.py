@@ -1,6 +1,7 @@
-"""Tests of sample.py: films, questions, replay, evaluation with a debug run, and what it says to bad input."""
+"""Tests of sample.py: films, questions, replay, evaluation of a debug run, answers to bad input."""
 
 import json
+import os
 import re
 import shutil
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+import evaluate
 import sample
-import sim_env
-import train
+from evaluate import Episode, SingleEnv
+from model import load_policy
+from sim_env import CAMERAS, FPS, MOTORS, SO100Env
 
 
 @pytest.fixture
@@ -19,196 +22,222 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def arguments(run, *words):
-    return ["--config", "debug", f"--run={run}", "--threads=1", *words]
-
-
 def with_config(run, **changes):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | changes))
     return run
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["put the red cube on the blue pad, señor \U0001f916"], ["--family=tiny"]],
-    ids=["typed, not ASCII", "drawn"],
-)
+@pytest.mark.parametrize("words", [[], ["--families=tiny,place"]], ids=["place", "tiny"])
 def test_film(run, capsys, words):
-    sample.main(arguments(run, *words))
+    sample.main([f"--run={run}", *words])
     said = capsys.readouterr().out
     steps = int(re.search(r"success after (\d+) steps", said).group(1))
-    assert said.startswith("instruction: ") and "<reason>" in said
+    assert "<reason>" in said
     (gif,), (sheet,) = (run / "sample").glob("*.gif"), (run / "sample").glob("*.png")
     assert gif.stem == sheet.stem and gif.name.isascii() and " " not in gif.name
-    with Image.open(
-        gif
-    ) as film:  # one frame per control step, then the last one for a second; equal frames are merged
+    # one frame per control step, then the last one for a second; equal frames are merged
+    with Image.open(gif) as film:
         length = sum(frame.info["duration"] for frame in ImageSequence.Iterator(film))
-        assert film.size == (512, 368) and length == (steps + sim_env.FPS) * (1000 // sim_env.FPS)
+        assert film.size == (512, 368) and length == (steps + FPS) * (1000 // FPS)
     with Image.open(sheet) as picture:
         assert picture.size == (4 * 512 // 2, 4 * 368 // 2) and np.asarray(picture).std() > 10
 
 
-def test_films_are_repeatable(trained, tmp_path):
+def test_a_film_is_what_the_policy_fn_does(run):
+    """One action a call instead of a chunk changes nothing, and the bars are a share of the largest."""
+    policy = load_policy(run)
+    cfg = sample.SampleConfig(run=str(run), env="sim", families="place")
+    logs = []
+    for filmed in (True, False):
+        with sample.single_env(policy, cfg) as vec:
+            decide = sample.Film(policy, vec, cfg) if filmed else evaluate.policy_fn(policy)
+            evaluate.run_episodes(vec, [Episode(2_000_000, cfg.scene)], decide)
+            logs.append(vec.state.copy())
+        if filmed:
+            assert len(decide.frames) == vec.infos[0]["steps"] and len(decide.weights) == policy.cfg.queries
+            assert max(decide.weights) == pytest.approx(1) and min(decide.weights) >= 0
+    assert np.array_equal(*logs)
+
+
+def test_films_are_repeatable(run):
     """The chunk and the importance of each query state depend on the seed alone."""
-    policy = sample.load_policy(trained)
-    env = sim_env.SO100Env(px=policy.cfg.image_size)
-    obs, _ = env.reset(seed=2_000_000)
-    runs = [policy.act(*sample.look(obs, policy), seed=5)[0][0] for _ in range(2)]
-    bars = [sample.importance(policy, obs, runs[0]) for _ in range(2)]
-    env.close()
-    assert np.array_equal(*runs) and np.array_equal(*bars)
-    assert (
-        bars[0].shape == (policy.cfg.queries,) and bars[0].max() == pytest.approx(1) and (bars[0] >= 0).all()
-    )
+    policy = load_policy(run)
+    px = policy.cfg.image_size
+    with SingleEnv(SO100Env(px=px), px, CAMERAS, 6) as vec:
+        vec.reset([0], [2_000_000], [{}])
+        obs = vec.observe([0])
+    chunks, bars = [], []
+    for _ in range(2):
+        chunk, (text,) = policy.act(obs["images"], obs["state"], obs["task"], seed=5)
+        chunks.append(chunk)
+        bars.append(sample.importance(policy, obs, chunk[0, :4], text))
+    assert np.array_equal(*chunks) and np.array_equal(*bars)
+    assert bars[0].shape == (policy.cfg.queries,) and bars[0].max() == pytest.approx(1)
+
+
+def test_the_newest_policy_is_used(trained, tmp_path, capsys, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "python train.py" in fails(sample.main, ["--ask=which pad is blue"])
+    for age, name in enumerate(("new", "old")):
+        folder = shutil.copytree(trained, tmp_path / "out" / name)
+        os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
+    (tmp_path / "out" / "unfinished").mkdir()
+    (tmp_path / "out" / "unfinished" / "config.json").write_text("{}")  # no weights yet
+    sample.main(["--ask=which pad is blue"])
+    assert capsys.readouterr().out.startswith("policy: out/new\n")
+    assert (tmp_path / "out" / "new" / "sample" / "scene_2000000.png").is_file()
+    assert "out/debug is no checkpoint" in fails(sample.main, ["--config", "debug"])
 
 
 def test_ask(run, capsys):
-    sample.main(arguments(run, "--ask", "Which pad is blue?", "--seed=2000003"))
+    sample.main([f"--run={run}", "--ask", "Which pad is blue?", "--seed=2000003"])
     assert capsys.readouterr().out.startswith("Which pad is blue?\n")
-    assert Image.open(run / "sample" / "scene_2000003.png").size == (768, 384)
+    with Image.open(run / "sample" / "scene_2000003.png") as picture:
+        assert picture.size == (768, 384)
+
+
+def test_ask_about_pictures(run, tmp_path, capsys, fails):
+    for name in CAMERAS:
+        Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "text.png").write_text("no picture")
+    front, wrist, text = (tmp_path / f"{name}.png" for name in (*CAMERAS, "text"))
+
+    def tell(words):
+        return fails(sample.main, [f"--run={run}", "--ask=what is it", f"--image={words}"])
+
+    sample.main([f"--run={run}", "--ask=what is it", f"--image={front},{wrist}"])
+    assert capsys.readouterr().out.startswith("what is it\n")
+    assert "--image=front,wrist" in tell(front)
+    assert "no picture that can be read" in tell(f"{front},{text}")
+    assert "no picture that can be read" in tell(f"{front},none.png")
 
 
 def test_replay(run, capsys):
-    sample.main(arguments(run, "--replay"))
+    sample.main([f"--run={run}", "--replay"])
     said = capsys.readouterr().out
-    for motor in sim_env.MOTORS:
+    for motor in MOTORS:
         numbers = re.search(rf"^{motor} +([\d. ]+)$", said, re.M).group(1).split()
-        assert len(numbers) == 8 + 1 and all(0 < float(x) < 500 for x in numbers)
-    assert Image.open(run / "sample" / "replay.png").size == (640, 6 * 110 + 24)
+        assert len(numbers) == 8 and all(0 < float(x) < 500 for x in numbers)
+    with Image.open(run / "sample" / "replay.png") as picture:
+        assert picture.size == (640, 6 * 110)
 
 
 def test_replay_of_the_recording_itself_has_no_error(run, capsys, monkeypatch):
-    """A policy that says what was recorded gets zeros in every cell, also where chunks reach over an episode's end."""
-    policy = sample.load_policy(run)
-    episodes = sample.Episodes(json.loads((run / "config.json").read_text())["data"], policy.cfg)
-    real, truth = sample.Episodes.samples, []
-    monkeypatch.setattr(
-        sample.Episodes,
-        "samples",
-        lambda self, tokenizer, picks: truth.append(real(self, tokenizer, picks)) or truth[-1],
-    )
+    """A policy that does what was recorded gets zeros, also where chunks reach over an episode's end."""
+    policy = load_policy(run)
+    real = sample.Episodes.samples
+    truth = []
+
+    def watch(self, tokenizer, picks):
+        truth.append(real(self, tokenizer, picks))
+        return truth[-1]
+
+    monkeypatch.setattr(sample.Episodes, "samples", watch)
     monkeypatch.setattr(policy, "act", lambda *_: (truth[-1]["actions"].numpy(), None))
-    sample.replay(policy, sample.SampleConfig(config="debug", run=str(run)))
-    assert len(episodes) > 8 and re.findall(r"\d+\.\d\d", capsys.readouterr().out).count("0.00") == 6 * 9
+    sample.replay(policy, sample.SampleConfig(run=str(run)))
+    assert re.findall(r"\d+\.\d\d", capsys.readouterr().out).count("0.00") == 6 * 8
 
 
 def test_eval(run, capsys):
-    sample.main(arguments(run, "--eval=2", "--arms=6"))
+    sample.main([f"--run={run}", "--eval=2"])
     said = capsys.readouterr().out
     results = json.loads((run / "eval.json").read_text())
     assert list(results) == ["place"]  # the families that the run was trained on
     assert set(results["place"]) == {"id", "ood_position", "ood_instruction"}
     for cell in results["place"].values():
-        assert set(cell) == {
-            "success",
-            "n",
-            "low",
-            "high",
-            "target_at_0",
-            "reasoning",
-            "steps",
-            "ms_per_chunk",
-            "ms_by_stage",
-        }
-        assert (
-            cell["n"] == 2
-            and 0 <= cell["low"] <= cell["success"] <= cell["high"] <= 1
-            and cell["ms_per_chunk"] > 0
-        )
-        assert all(
-            cell[k] is None or 0 <= cell[k] <= 1 for k in ("target_at_0", "reasoning")
-        )  # None: it wrote nothing
+        assert cell["n"] == 2 and 0 <= cell["low"] <= cell["success"] <= cell["high"] <= 1
+        assert cell["ms_per_chunk"] > 0
+        shares = [cell["target_at_0"], cell["reasoning"]]
+        assert all(share is None or 0 <= share <= 1 for share in shares)  # None: it wrote nothing
         assert (cell["steps"] is None) == (cell["success"] == 0)  # steps are those of the successes
-    assert "place" in said and "ood_position" in said and "eval.json" in said and not list(run.glob("*.tmp"))
+    assert "place" in said and "ood_position" in said and "eval.json" in said
+    assert not list(run.glob("*.tmp"))
 
 
-def test_eval_with_the_teachers_thoughts(run, capsys):
-    sample.main(arguments(run, "--eval=2", "--arms=2", "--splits=id", "--thoughts=teacher"))
-    cell = json.loads((run / "eval_teacher_id.json").read_text())["place"]["id"]
-    assert (cell["target_at_0"], cell["reasoning"]) == (
-        1,
-        1,
-    ) and "eval_teacher_id.json" in capsys.readouterr().out
+def test_eval_with_the_teachers_reasoning(run, capsys):
+    sample.main([f"--run={run}", "--eval=2", "--splits=id", "--seeds=val", "--reasoning=teacher"])
+    cell = json.loads((run / "eval_teacher_val_id.json").read_text())["place"]["id"]
+    assert (cell["target_at_0"], cell["reasoning"]) == (1, 1)
+    assert "eval_teacher_val_id.json" in capsys.readouterr().out
 
 
-def test_interval_of_a_success_rate():
-    assert sim_env.wilson(12, 14) == (
-        pytest.approx(0.60, abs=0.005),
-        pytest.approx(0.96, abs=0.005),
-    )  # the paper's best row: 14 trials
-    low, high = sim_env.wilson(0, 10)
-    assert low == pytest.approx(0, abs=1e-9) and high == pytest.approx(1 - sim_env.wilson(10, 10)[0])
-
-
-def test_training_ends_with_the_same_table(run, capsys):
-    cfg = train.TrainConfig(**train.PRESETS["debug"] | dict(eval=1))
-    policy = sample.load_policy(run)
-    train.evaluate(policy, {}, cfg, run, print)
-    assert (
-        json.loads((run / "eval.json").read_text())["place"]["id"]["n"] == 1
-        and "ood_instruction" in capsys.readouterr().out
-    )
-
-
-def test_many_arms_are_seen_through_the_policys_cameras_in_its_order(run, monkeypatch):
-    policy, seen = sample.load_policy(with_config(run, cameras="wrist,front")), []
+def test_a_policy_sees_through_its_cameras_in_its_order(run, monkeypatch):
+    policy = load_policy(with_config(run, cameras="wrist,front"))
+    seen = []
     real = policy.act
-    monkeypatch.setattr(
-        policy, "act", lambda images, *rest, **more: seen.append(images) or real(images, *rest, **more)
-    )
+
+    def watch(images, *rest, **more):
+        seen.append(images)
+        return real(images, *rest, **more)
+
+    monkeypatch.setattr(policy, "act", watch)
     images = np.zeros((1, 2, 32, 32, 3), np.uint8)
-    images[:, sim_env.CAMERAS.index("wrist")] = 255
-    actions, _ = sim_env.driver(policy)(
-        {
-            "images": images,
-            "state": np.zeros((1, 6), np.float32),
-            "task": ["put the red cube on the blue pad"],
-        }
-    )
-    assert actions.shape == (1, policy.cfg.execute, 6)
+    images[:, CAMERAS.index("wrist")] = 255
+    obs = {
+        "images": images,
+        "state": np.zeros((1, 6), np.float32),
+        "task": ["put the red cube on the blue pad"],
+    }
+    actions, _ = evaluate.policy_fn(policy)(obs)
+    assert actions.shape == (1, policy.cfg.n_action_steps, 6)
     assert np.asarray(seen[0])[0, 0].min() == 255 and np.asarray(seen[0])[0, 1].max() == 0
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--family=plaice"], "place"),
-        (["--split=odd"], "ood_position"),
+        (["--families=plaice"], "place"),
+        (["--splits=odd"], "ood_position"),
         ([" "], "is empty"),
-        (["sing me a song"], "cannot tell"),
-        (["put the red cube on the red pad, the red block on the blue pad"], "cannot tell"),
         (["put it " * 1500], "tokens long"),
         (["--ask= "], "is empty"),
         (["--ask", "why " * 3000], "tokens long"),
-        (["--eval=-1"], "0 or more"),
-        (["--eval=1", "--arms=0"], "arms"),
-        (["--eval=1", "--seeds=train"], "report or val"),
-        (["--thoughts=mine"], "own or teacher"),
-        (["--thoughts=teacher"], "add --eval=300"),
-        (["--eval=1", "--splits=od"], "unknown split od"),
+        (["--eval=-1"], "[0, inf)"),
+        (["--eval=1", "--seeds=train"], "report, val"),
+        (["--reasoning=mine"], "own, teacher"),
+        (["--reasoning=teacher"], "add --eval=300"),
+        (["--image=x.png"], "goes with a question"),
+        (["--eval=1", "--splits=od"], "not 'od'"),
         (["--eval=9999999"], "report seeds"),
         (["--eval=1", "--families=plaice"], "place"),
-        (["--replay", "--data=nowhere"], "python prepare.py"),
-        (["one", "two"], "unexpected word 'two'"),
+        (["--env=reel"], "neither sim, real"),
+        (["one", "two"], "given twice: 'one' and 'two'"),
         (["--evall=3"], "did you mean eval"),
     ],
-    ids=lambda words: " ".join(words)[:24] if isinstance(words, list) else "",
+    ids=lambda words: str(words)[:24],
 )
-def test_bad_input_is_answered_in_one_line(trained, tmp_path, fails, words, said):
-    assert said in fails(sample.main, arguments(trained, f"--out={tmp_path}", *words))
-    assert not any(tmp_path.iterdir())
+def test_bad_input_is_answered_in_one_line(run, fails, words, said):
+    assert said in fails(sample.main, [f"--run={run}", *words])
+    assert not (run / "sample").exists()
+
+
+@pytest.mark.parametrize(
+    "task", ["sing me a song", "put the red cube on the red pad, the red block on the blue pad"]
+)
+def test_instructions_that_nobody_understands_are_answered_in_one_line(run, fails, task):
+    assert "cannot tell" in fails(sample.main, [f"--run={run}", task])
+
+
+def test_a_typed_instruction(run, capsys):
+    sample.main([f"--run={run}", "put the red cube on the blue pad, señor \U0001f916"])
+    assert "success after" in capsys.readouterr().out
+    (gif,) = (run / "sample").glob("*.gif")
+    assert gif.name.startswith("put_the_red_cube_on_the_blue_pad")
 
 
 def test_missing_or_foreign_runs_are_answered_in_one_line(run, tmp_path, fails):
-    assert "python train.py" in fails(sample.main, arguments(tmp_path / "nothing"))
+    assert "python train.py" in fails(sample.main, [f"--run={tmp_path / 'nothing'}"])
+    argv = [f"--run={run}"]
+    with_config(run, cameras="front,top")
     for words in ([], ["--ask", "which pad is blue"], ["--eval=1"]):
-        said = fails(sample.main, arguments(with_config(run, cameras="front,top"), *words))
+        said = fails(sample.main, [*argv, *words])
         assert "top" in said and "wrist" in said
-    assert "'a', 'b', 'c', 'd', 'e', 'f'" in fails(
-        sample.main, arguments(with_config(run, cameras="front,wrist", motors="a,b,c,d,e,f"), "--replay")
-    )
-    assert "does not fit" in fails(sample.main, arguments(with_config(run, width=64)))
+    with_config(run, cameras="front,wrist", motors="a,b,c,d,e,f")
+    assert "'a', 'b', 'c', 'd', 'e', 'f'" in fails(sample.main, [*argv, "--replay"])
+    with_config(run, data="nowhere", motors=",".join(MOTORS))
+    assert "python prepare.py" in fails(sample.main, [*argv, "--replay"])
+    with_config(run, width=64)
+    assert "does not fit" in fails(sample.main, argv)
     (run / "model.safetensors").unlink()
-    assert "is no checkpoint" in fails(sample.main, arguments(run))
+    assert "is no checkpoint" in fails(sample.main, argv)

@@ -175,25 +175,39 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
 
 
 def run_program(program: Callable[[Any], None], config: Any) -> None:
-    """program(config).
+    """program(config). What a person can put right ends in one line on standard error, a defect in its traceback.
 
-    A user's mistake or a full disk ends in one line on standard error and exit status 2, a defect in its
-    traceback.
+    Exit status 2 for a mistake, 130 for Ctrl-C.
     """
     try:
         program(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print("error: the disk is full; free some space and run the same command again", file=sys.stderr)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
+        print("stopped; --resume goes on where there is a checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        line = explain(error)
+        if not line:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
     finally:
         leave_processes()
+
+
+def explain(error: Exception) -> str:
+    """One line for an error that a person can put right, else an empty string."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; free some space and run the same command again"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR):
+        return f"{error.filename} cannot be written or read ({error.strerror}); choose another folder"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("extras"):
+        return f"this needs {error.name.replace('.', '/')} of the repository, which is not there"
+    return ""
 
 
 # -----------------------------------------------------------------------------------------------------------

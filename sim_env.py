@@ -587,6 +587,7 @@ class SO100Env:
     cameras = CAMERAS
     motors = MOTORS
     families = LIMIT
+    fps = FPS
     splits = SPLITS
 
     def __init__(self, family: str = "place", split: str = "id", px: int = 96, moved: int = 0):

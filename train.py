@@ -414,16 +414,8 @@ BEHAVIOUR = {
     "decouple_scope",
     "noise_samples",
 }
-EXPERT = {
-    "motors",
-    "state",
-    "fps",
-    "expert_width",
-    "expert_depth",
-    "expert_heads",
-    "chunk_size",
-    "stale",
-}  # with --new_expert
+# What may differ besides with --new_expert.
+EXPERT = {"motors", "state", "fps", "expert_width", "expert_depth", "expert_heads", "chunk_size", "stale"}
 
 
 def inherit_shapes(cfg: TrainConfig) -> None:

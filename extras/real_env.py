@@ -107,6 +107,7 @@ class RealEnv:
     cameras = CAMERAS
     motors = MOTORS
     families = {"real": LIMIT}
+    fps = FPS
 
     # before anything is opened
     powered = False  # torque may be on

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import inspect
 import io
-import itertools
 import math
 import os
 import re
@@ -59,8 +58,8 @@ def read_parquet(path: Path, **choice: Any) -> Any:
         return parquet.read_table(path, **choice)
 
 
-def fetch(name: str, patterns: list[str]) -> Path:
-    """A folder as it is; or the matching files of a data set on the hub, whose cache resumes downloads."""
+def fetch(name: str, patterns: list) -> Path:
+    """A folder as it is, or the matching files of a data set on the hub. Its cache resumes downloads."""
     if Path(name).is_dir():
         return Path(name)
     hub = require("huggingface_hub")
@@ -70,8 +69,8 @@ def fetch(name: str, patterns: list[str]) -> Path:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise UserError(
-            f"there is no folder {name}, and the hub has no public data set of that name or cannot be reached "
-            "(for a private one type: hf auth login)"
+            f"there is no folder {name}, and the hub has no public data set of that name or cannot be "
+            "reached (for a private one type: hf auth login)"
         ) from None
 
 
@@ -85,19 +84,19 @@ class LeRobotSet:
 
     root: Path
     info: dict  # meta/info.json
-    cameras: dict[str, str]  # role -> feature
-    films: list[str]  # those features among the cameras that are stored as films
-    columns: dict[str, list[int]]  # of "state" and "action": where the recording has our numbers
+    cameras: dict  # role -> feature
+    films: list  # those features among the cameras that are stored as films
+    columns: dict  # of "state" and "action": where the recording has our numbers
     convention: str  # of joint angles: new, old, percent, or "as recorded": not to be converted
     stride: int  # one of so many frames is kept
-    episodes: list[dict]  # rows of meta/episodes; "entry": of our meta.json, if export() wrote the set
-    tasks: dict[int, str]
+    episodes: list[dict]  # rows of meta/episodes; "entry" is that of meta.json if export() wrote the set
+    tasks: dict  # number -> text
 
     def path(self, episode: dict, film: str = "") -> Path:
         """The file with the rows of an episode, or with its film of a feature."""
         pattern = self.info["video_path" if film else "data_path"]
         prefix = f"videos/{film}" if film else "data"
-        place = pattern.format(
+        return self.root / pattern.format(
             video_key=film,
             # In v3.0, a file holds several episodes.
             chunk_index=episode.get(f"{prefix}/chunk_index"),
@@ -106,7 +105,6 @@ class LeRobotSet:
             episode_chunk=episode["episode_index"] // self.info["chunks_size"],
             episode_index=episode["episode_index"],
         )
-        return self.root / place
 
 
 def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
@@ -121,13 +119,15 @@ def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
     if cfg.fps and fps % cfg.fps:
         raise UserError(f"{cfg.lerobot} has {fps} frames per second; choose an --fps that divides them")
     stride = fps // (cfg.fps or fps)
+    # The features are matched before anything large is downloaded.
     cameras = match_cameras(cfg, info["features"])
     films = [name for name in cameras.values() if info["features"][name]["dtype"] == "video"]
     names, columns, convention = match_motors(cfg, info["features"])
     # Films of cameras that nobody asked for are not downloaded.
     root = fetch(cfg.lerobot, ["meta/*", "data/*", *(f"videos/*{name}/*" for name in films)])
     episodes, tasks = read_lists(root / "meta", info["codebase_version"], films)
-    if (root / OURS).is_file():  # export() wrote the set
+    if (root / OURS).is_file():
+        # export() wrote the set: its angles are degrees, and its entries of meta.json come back unchanged.
         convention = "as recorded"
         entries = read_json(root / OURS)["episodes"]
         lengths = [episode["length"] for episode in episodes]
@@ -145,21 +145,25 @@ def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
         "fps": fps // stride,
         "convention": convention,
     }
+    # A set without "state" measures the positions of the motors.
     if names["state"] != names["action"]:
         common["state"] = names["state"]
     print(f"{cfg.lerobot}: {len(episodes)} episodes; {cameras}; {common}")
     pictures = len(cameras) * sum(math.ceil(episode["length"] / stride) for episode in episodes)
-    n = max(1, SHARD_BYTES * len(episodes) // (pictures * cfg.image_size**2 * 3))  # episodes in a shard
+    # Episodes of mean length that fill a shard.
+    n = max(1, SHARD_BYTES * len(episodes) // (pictures * cfg.image_size**2 * 3))
     shards = []
+    # A worker gets the rows of its own episodes only.
     for first in range(0, len(episodes), n):
         some = episodes[first : first + n]
         shards.append(("lerobot", "episodes", first, len(some), replace(found, episodes=some)))
     return shards, common, pictures
 
 
-def read_lists(meta: Path, version: str, films: list[str]) -> tuple[list[dict], dict]:
+def read_lists(meta: Path, version: str, films: list) -> tuple[list, dict]:
     """The rows of the episodes in their order, and the texts of the tasks by number."""
     if version == "v3.0":
+        # Without the many columns of statistics.
         columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
         for name in films:
             columns += [f"videos/{name}/{key}" for key in ("chunk_index", "file_index", "from_timestamp")]
@@ -179,7 +183,7 @@ def read_lists(meta: Path, version: str, films: list[str]) -> tuple[list[dict], 
     return rows.sort_by("episode_index").to_pylist(), texts
 
 
-def match_cameras(cfg: Config, features: dict) -> dict[str, str]:
+def match_cameras(cfg: Config, features: dict) -> dict:
     """--cameras, by default all that there are -> {role: feature}."""
     there = {}  # last word of a feature's name -> feature
     for name, feature in features.items():
@@ -187,6 +191,7 @@ def match_cameras(cfg: Config, features: dict) -> dict[str, str]:
             there[name.rpartition(".")[2]] = name
     roles = {}
     for word in (cfg.cameras or ",".join(there)).split(","):
+        # "front=top" and "top" are words of --cameras; by default all cameras keep their names.
         role, _, name = word.partition("=")
         feature = there.get(name or role, name)
         # A role becomes the name of a file, beside state.npy and action.npy.
@@ -204,8 +209,8 @@ def match_motors(cfg: Config, features: dict) -> tuple[dict, dict, str]:
 
     The joints of an SO arm come in the order of MOTORS and are converted to degrees; all else stays as it is.
     """
-    names = {}
-    joints = {}
+    names = {}  # "state" and "action" -> names as recorded
+    joints = {}  # the same without the decoration of LeRobot's versions
     for kind, feature in FEATURES.items():
         if feature not in features:
             raise UserError(f"{cfg.lerobot} has no {feature}; it has {', '.join(features)}")
@@ -217,6 +222,7 @@ def match_motors(cfg: Config, features: dict) -> tuple[dict, dict, str]:
             raise UserError(f"--convention is for SO-100 and SO-101 arms, not for {names}; leave it out")
         return names, {kind: list(range(len(found))) for kind, found in names.items()}, "as recorded"
     if convention == "auto":
+        # The names changed together with the zero, in LeRobot's pull request 777.
         name = names["state"][0]
         if name.startswith("main_"):
             convention = "old"
@@ -231,11 +237,12 @@ def match_motors(cfg: Config, features: dict) -> tuple[dict, dict, str]:
     return dict.fromkeys(FEATURES, list(MOTORS)), columns, convention
 
 
-def number_names(feature: dict, kind: str) -> list[str]:
+def number_names(feature: dict, kind: str) -> list:
     """A name for each number of a feature; state_0, state_1, ... where the set has none, or one for all."""
     names = feature.get("names")
     n = feature["shape"][0]
-    if isinstance(names, dict):  # {"motors": [...]}
+    # Some sets write {"motors": [...]}.
+    if isinstance(names, dict):
         names = next(iter(names.values()))
     if not isinstance(names, list) or len(names) != n:
         names = [f"{kind}_{i}" for i in range(n)]
@@ -249,7 +256,7 @@ REACH = np.array([150, 135, 135, 150, 200])
 def to_degrees(recorded: ndarray, convention: str, calibration: str) -> ndarray:
     """Joints (n, 6) in the order of MOTORS -> degrees about the middle of each range, gripper 0 .. 100."""
     values = recorded.copy()
-    if convention == "old":  # until LeRobot's pull request 777: zero with the arm stretched out horizontally
+    if convention == "old":  # zero with the arm stretched out horizontally
         values[:, 1] = 90 - values[:, 1]
         values[:, 2] -= 90
     if convention == "percent":
@@ -263,7 +270,7 @@ def to_degrees(recorded: ndarray, convention: str, calibration: str) -> ndarray:
 
 def check_reach(recorded: ndarray, convention: str, place: str) -> None:
     """UserError for angles that the arm cannot have: their convention is another than their names say."""
-    possible = []
+    possible = []  # conventions under which the arm can have all these angles
     for name in ("new", "old"):
         if (np.abs(to_degrees(recorded, name, "")[:, :5]) <= REACH).all():
             possible.append(name)
@@ -287,7 +294,10 @@ def unit_note(cfg: Config, meta: dict) -> str:
 
 
 def read_episodes(cfg: Config, source: LeRobotSet) -> tuple[dict, list]:
-    """One shard -> {camera: (n, px, px, 3) uint8, "state": (n, S), "action": (n, A)}, entries of meta.json."""
+    """One shard -> {camera: (n, px, px, 3) uint8, "state" (n, S), "action" (n, A)}, entries of meta.json.
+
+    px: cfg.image_size. UserError names the file and the episode that cannot be used.
+    """
     parts = []
     entries = []
     for episode in source.episodes:
@@ -305,10 +315,11 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, 
     path = source.path(episode)
     place = f"{path}, episode {index}"
     columns = {*FEATURES.values(), "timestamp", "task_index", "reason", *source.cameras.values()}
-    columns &= source.info["features"].keys() - source.films
+    columns &= source.info["features"].keys() - source.films  # what the parquet files have of these
     table = read_parquet(path, columns=list(columns), filters=[("episode_index", "=", index)])
     if len(table) != length:
         raise UserError(f"{place}: the file holds {len(table)} of the {length} frames; download it again")
+    # Films are read by time, so the clock must be that of info.json.
     times = np.array(table["timestamp"]).ravel()  # (length,) seconds
     if np.abs(times - np.arange(length) / fps).max() > 0.25 / fps:
         raise UserError(f"{place} was not recorded at {fps} frames per second, as meta/info.json says")
@@ -328,7 +339,7 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, 
             if cfg.convention == "auto":
                 check_reach(recorded, source.convention, place)
 
-    table = table.take(list(kept))
+    table = table.take(list(kept))  # of what is left, only the kept rows are needed
     for role, feature in source.cameras.items():
         if feature in source.films:
             begin = episode.get(f"videos/{feature}/from_timestamp", 0)
@@ -339,22 +350,29 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, 
                 arrays[role] = np.stack(pictures)  # (kept, px, px, 3)
     if "entry" in episode:
         return arrays, [episode["entry"]]
-    return arrays, make_entries(table, source.tasks, {"seed": index, "family": Path(cfg.out).name})
+    return arrays, make_entries(
+        table, source.tasks, {"seed": index, "family": Path(cfg.out).name, "kind": "demo"}
+    )
 
 
-def make_entries(table: Any, tasks: dict[int, str], common: dict) -> list[dict]:
+def make_entries(table: Any, tasks: dict, common: dict) -> list[dict]:
     """The entries of meta.json for an episode: one for each stretch of frames with the same task."""
+    texts = [""] * len(table)
+    if "reason" in table.column_names:  # as export() writes it: the reasoning that holds at each frame
+        texts = table["reason"].to_pylist()
     entries = []
-    begin = 0
-    for task, frames in itertools.groupby(table["task_index"].to_pylist()):
-        length = len(list(frames))
-        entry = {"length": length, "task": tasks[task], "reason": [], "success": True, **common}
-        if "reason" in table.column_names:
-            texts = table["reason"].slice(begin, length).to_pylist()
-            before = ["", *texts]
-            entry["reason"] = [[step, text] for step, text in enumerate(texts) if text != before[step]]
-        entries.append(entry | {"kind": "demo", "disturbed": []})
-        begin += length
+    before = None
+    for task, text in zip(table["task_index"].to_pylist(), texts):
+        if task != before:
+            entry = {"length": 0, "task": tasks[task], "reason": [], "success": True, "disturbed": []}
+            entries.append(entry | common)
+            before = task
+            said = ""
+        entry = entries[-1]
+        if text != said:
+            entry["reason"].append([entry["length"], text])
+            said = text
+        entry["length"] += 1
     return entries
 
 
@@ -367,14 +385,14 @@ def read_picture(cfg: Config, cell: dict, root: Path) -> ndarray:
 
 def read_film(cfg: Config, path: Path, begin: float, fps: int, kept: range) -> ndarray:
     """Frames of the episode that begins so many seconds into a film -> (kept, px, px, 3) uint8."""
-    av = require("av")
     pictures = {}  # frame of the episode -> (px, px, 3)
-    with naming(path), av.open(str(path)) as film:
+    with naming(path), require("av").open(str(path)) as film:
         stream = film.streams.video[0]
         # Decoding starts at the key frame before the episode, with frames of the episode before.
         film.seek(max(0, int((begin - 0.5 / fps) / stream.time_base)), stream=stream)
         for frame in film.decode(stream):
             at = (frame.time - begin) * fps
+            # Neighbouring frames lie at -1 and 1; a quarter allows for the rounding of time stamps.
             if round(at) in kept and abs(at - round(at)) < 0.25:
                 pictures[round(at)] = resize_image(frame.to_image(), cfg.image_size, cfg.fit)
             if at > kept[-1] - 0.5:
@@ -408,6 +426,7 @@ def plan_questions(cfg: Config, camera: str) -> list[tuple]:
             rows = file.metadata.row_group(group).num_rows
             blocks.append((f"{i:04d}-{group:05d}", rows, (path, group, camera)))
     shards = []
+    # Held-out pictures come from other row groups than training, but for the one in which they end.
     wanted = {"questions_val": cfg.held_out_scenes, "questions": cfg.scenes}
     for k in np.random.default_rng(cfg.seed).permutation(len(blocks)):
         name, rows, source = blocks[k]
@@ -420,8 +439,8 @@ def plan_questions(cfg: Config, camera: str) -> list[tuple]:
                 first += n
     if wanted["questions"] == cfg.scenes:
         raise UserError(
-            f"{cfg.questions_from} has no more pictures than are held out, which leaves none to train on; lower "
-            "--held_out_scenes or raise --scenes"
+            f"{cfg.questions_from} has no more pictures than are held out, which leaves none to train on; "
+            "lower --held_out_scenes or raise --scenes"
         )
     return shards
 
@@ -434,7 +453,7 @@ def find_parquet_files(cfg: Config) -> list[Path]:
         on_hub = re.fullmatch(r"([^/]+/[^/]+)/(.+)", name)
         if on_hub and not Path(name).is_dir():
             repository, part = on_hub.groups()
-        folder = fetch(repository, [f"{part}*.parquet"]) / part
+        folder = fetch(repository, [str(Path(part, "*.parquet"))]) / part
         found = sorted(folder.rglob("*.parquet"))
         if not found:
             raise UserError(
@@ -449,7 +468,7 @@ def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict
 
     -> {camera: (pictures, px, px, 3) uint8}; [kind, question, answer] of each picture; what was left out.
     """
-    path, group, camera = source
+    path, group, camera = source  # one row group is the least that parquet reads
     parquet = require("pyarrow.parquet", "pyarrow")
     with naming(path):
         table = parquet.ParquetFile(path).read_row_group(group, columns=["images", "texts"])
@@ -460,23 +479,25 @@ def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict
         questions = []
         for turn in row["texts"] or ():
             words = [(turn[key] or "").strip() for key in ("user", "assistant")]
+            # The model's rows have room for short texts only.
             if all(0 < len(text) <= cfg.longest for text in words):
                 questions.append([turn.get("source") or path.parent.name, *words])
             else:
                 left_out["empty or long questions"] += 1
         try:
             with naming(path):
-                (cell,) = row["images"] if questions else ()
+                (cell,) = row["images"] if questions else ()  # ValueError unless there is exactly one
                 pictures.append(read_picture(cfg, cell, path.parent))
             texts.append(questions)
         except UserError:
-            left_out["rows without a question, or without exactly one picture"] += 1
-    images = np.array(pictures, np.uint8)
+            left_out["rows without a question or without exactly one readable picture"] += 1
+    images = np.array(pictures, np.uint8)  # (pictures, px, px, 3); (0,) if there are none
     return {camera: images.reshape(-1, cfg.image_size, cfg.image_size, 3)}, texts, left_out
 
 
 # -----------------------------------------------------------------------------------------------------------
-# LeRobot data sets out, by LeRobot's own writer
+# LeRobot data sets out, by LeRobot's own writer. It is slow, about 100 frames a second and 50 with films, but
+# what it writes is right for the version that is installed.
 
 
 def export(cfg: Config) -> str:
@@ -487,48 +508,49 @@ def export(cfg: Config) -> str:
     if Path(cfg.out).exists():
         raise UserError(f"{cfg.out} already exists; delete it or choose another --out")
     meta = read_meta(cfg.export)
-    arrays = {}  # feature -> (frames, ...)
+    arrays = {}  # feature -> (frames, ...), mapped: a set need not fit in memory
     features = {"reason": {"dtype": "string", "shape": (1,), "names": None}}
     for name in ("state", "action", *meta["cameras"]):
         array = np.load(Path(cfg.export, f"{name}.npy"), mmap_mode="r")
         feature = FEATURES.get(name, f"observation.images.{name}")
         arrays[feature] = array
-        description = {"dtype": "float32", "shape": array.shape[1:]}
+        kind = "video" if cfg.video else "image"
+        names = ["height", "width", "channels"]
         if name in FEATURES:
-            numbers = meta.get(name) or meta["motors"]  # "state": its names, where they are not the motors
-            description["names"] = [f"{found}.pos" if found in MOTORS else found for found in numbers]
-        else:
-            description["dtype"] = "video" if cfg.video else "image"
-            description["names"] = ["height", "width", "channels"]
-        features[feature] = description
+            kind = "float32"
+            names = (
+                meta.get(name) or meta["motors"]
+            )  # "state": names of its numbers if they are not the motors
+            if names == list(MOTORS):
+                names = [f"{motor}.pos" for motor in MOTORS]  # by this, LeRobot and we know the zero
+        features[feature] = {"dtype": kind, "shape": array.shape[1:], "names": names}
     folder = Path(f"{cfg.out}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
     dataset = create_dataset(cfg.video, folder, meta["fps"], features)
     for episode in tqdm(meta["episodes"], disable=None):
+        begin = episode.pop("start")  # its first row in the arrays
         reasoning = dict(episode["reason"])  # step from which a text holds -> text
         text = ""
         for step in range(episode["length"]):
             text = reasoning.get(step, text)
-            frame = {feature: array[episode["start"] + step] for feature, array in arrays.items()}
+            frame = {feature: array[begin + step] for feature, array in arrays.items()}
             dataset.add_frame(frame | {"task": episode["task"], "reason": text})
         dataset.save_episode()
     dataset.finalize()
-    entries = [
-        {key: value for key, value in episode.items() if key != "start"} for episode in meta["episodes"]
-    ]
-    write_json(folder / OURS, {"episodes": entries})
+    # What LeRobot has no words for: kind, family, seed, success and disturbed steps of the episodes.
+    write_json(folder / OURS, {"episodes": meta["episodes"]})
     os.replace(folder, cfg.out)
-    return f"{cfg.out}: {len(entries)} episodes, {dataset.meta.total_frames} frames as a LeRobot data set"
+    return f"{cfg.out}: {dataset.num_episodes} episodes, {dataset.num_frames} frames as a LeRobot data set"
 
 
 def create_dataset(video: str, folder: Path, fps: int, features: dict) -> Any:
     """LeRobotDataset.create() of LeRobot 0.4 or 0.6, which choose the codec in different ways."""
-    os.environ |= {"SVT_LOG": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # two lines an episode otherwise
+    # The AV1 encoder and the datasets package would write lines for every episode.
+    os.environ |= {"SVT_LOG": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     create = require("lerobot.datasets.lerobot_dataset", "lerobot").LeRobotDataset.create
     options = {}
     if video:
-        codec = video.replace("av1", "libsvtav1")
-        options["vcodec"] = codec
+        options["vcodec"] = video.replace("av1", "libsvtav1")
         if "rgb_encoder" in inspect.signature(create).parameters:
-            options = {"rgb_encoder": require("lerobot.configs.video").RGBEncoderConfig(vcodec=codec)}
+            options = {"rgb_encoder": require("lerobot.configs.video").RGBEncoderConfig(**options)}
     return create("local/set", fps, features, root=folder, use_videos=bool(video), **options)

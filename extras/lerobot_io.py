@@ -1,853 +1,556 @@
-"""Everything that happens once, before training: demonstrations and questions, simulated or brought along.
+"""LeRobot data sets in and out, image-text sets in: prepare.py with --lerobot, --questions_from and --export.
 
-    python prepare.py --config small                                        # simulate: data/small
-    python prepare.py --lerobot=lerobot/svla_so100_pickplace --out=data/mine --cameras=front=top,wrist=wrist
-    python prepare.py --questions_from=HuggingFaceM4/the_cauldron/ai2d --out=data/mine     # adds data/mine/questions
-    python prepare.py --export=data/small --out=lerobot_small               # a LeRobot data set (v3.0)
+prepare.py calls plan_episodes() and plan_questions() once, then read_episodes() and read_questions() in
+worker processes, a shard each. Reading needs pyarrow, and av where the data set has films. export() needs
+LeRobot.
 
-Parallel processes work on shards, each a file under <out>/parts written in one go: after a kill the same command goes on
-where it stopped. A shard depends on its seeds or its source alone, so the result is bit-identical whatever the number of
-processes. The layout of the finished folder is described in data.py.
+A LeRobot data set holds frames as rows of parquet files: the features "observation.state" and "action", a
+timestamp, the number of the task. The pictures of a camera are a column of PNG files or a film. Its folder
+meta holds the list of episodes, the texts of the tasks, and info.json, which describes the features.
 """
 
+import contextlib
 import errno
-import functools
-import importlib
+import inspect
 import io
-import itertools
-import json
+import math
 import os
 import re
+import shutil
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
 import numpy as np
+from numpy import ndarray
 from PIL import Image
-from sim_env import (
-    MOTORS,
-    square,
-)
+from tqdm import tqdm
+
+from common import UserError, read_json, require, write_json
+from data import read_meta
+from sim_env import MOTORS, resize_image
+
+Config = Any  # prepare.PrepareConfig: prepare imports this file, so this one cannot import prepare
+FEATURES = {"state": "observation.state", "action": "action"}  # our array -> LeRobot's feature
+OURS = "meta/nanosyvla.json"  # export() keeps there what LeRobot has no words for
+SHARD_BYTES = 1 << 26  # pictures in a shard, about
 
 
-def fetch(name, patterns):
-    """A folder as it is, or the matching files of a data set on the hub (its cache resumes a broken download) -> folder."""
+@contextlib.contextmanager
+def naming(place: Any) -> Iterator[None]:
+    """Turn the errors of libraries that read a file into a UserError that names the place."""
+    try:
+        yield
+    except UserError:
+        raise
+    # What pyarrow, PyAV and Pillow raise about damaged files is derived from these.
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{place} is missing or damaged ({reason:.200}); download it again") from None
+
+
+def read_parquet(path: Path, **choice: Any) -> Any:
+    """A parquet file, or a folder of such, as a pyarrow.Table. choice: columns, filters."""
+    parquet = require("pyarrow.parquet", "pyarrow")
+    with naming(path):
+        return parquet.read_table(path, **choice)
+
+
+def fetch(name: str, patterns: list) -> Path:
+    """A folder as it is, or the matching files of a data set on the hub. Its cache resumes downloads."""
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(
-            f"there is no folder {name}, and a name on the hub looks like lerobot/svla_so100_pickplace"
-        )
-    hub = importlib.import_module("huggingface_hub")
+    hub = require("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
-    except (hub.errors.RepositoryNotFoundError, hub.errors.HFValidationError):
-        raise FileNotFoundError(
-            f"there is no folder {name}, nor a public data set of that name on the hub; for a private one type: hf auth login"
-        ) from None
-    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as e:
-        if getattr(e, "errno", None) == errno.ENOSPC:
+    except (OSError, hub.errors.HFValidationError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        raise ValueError(
-            f"the hub cannot be reached for {name} (is there a network?); run again to go on, or give a folder that holds the data set"
+        raise UserError(
+            f"there is no folder {name}, and the hub has no public data set of that name or cannot be "
+            "reached (for a private one type: hf auth login)"
         ) from None
 
 
-def read_parquet(path, **choice):
-    """pyarrow.parquet.read_table with errors of one line."""
-    pq = package("pyarrow.parquet")
-    try:
-        return pq.read_table(path, **choice)
-    except (ValueError, OSError, KeyError) as e:  # pyarrow's own errors are ValueErrors and OSErrors
-        raise ValueError(
-            f"{path} cannot be read ({str(e).splitlines()[0][:200]}); it is missing or damaged: download it again"
-        ) from None
-
-
-SHARD_BYTES = 1 << 26  # pictures in a file of brought or exported episodes, about
-
-
-def groups(lengths, frame_bytes):
-    """Consecutive episodes whose pictures fill about one shard -> [(first, number)]."""
-    found, room = [], 0
-    for i, length in enumerate(lengths):
-        if not found or length * frame_bytes > room:
-            found, room = [*found, (i, 0)], SHARD_BYTES
-        found[-1] = (found[-1][0], found[-1][1] + 1)
-        room -= length * frame_bytes
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # LeRobot data sets in
 
 
-def open_lerobot(cfg):
-    """Check a LeRobot data set against the flags -> all that reading it takes: root, cameras {role: feature}, names, episodes, ..."""
+@dataclass
+class LeRobotSet:
+    """A LeRobot data set and how to read it. A shard is a copy with some of the episodes."""
+
+    root: Path
+    info: dict  # meta/info.json
+    cameras: dict  # role -> feature
+    films: list  # those features among the cameras that are stored as films
+    columns: dict  # of "state" and "action": where the recording has our numbers
+    convention: str  # of joint angles: new, old, percent, or "as recorded": not to be converted
+    stride: int  # one of so many frames is kept
+    episodes: list[dict]  # rows of meta/episodes; "entry" is that of meta.json if export() wrote the set
+    tasks: dict  # number -> text
+
+    def path(self, episode: dict, film: str = "") -> Path:
+        """The file with the rows of an episode, or with its film of a feature."""
+        pattern = self.info["video_path" if film else "data_path"]
+        prefix = f"videos/{film}" if film else "data"
+        return self.root / pattern.format(
+            video_key=film,
+            # In v3.0, a file holds several episodes.
+            chunk_index=episode.get(f"{prefix}/chunk_index"),
+            file_index=episode.get(f"{prefix}/file_index"),
+            # In v2.0 and v2.1, it holds one.
+            episode_chunk=episode["episode_index"] // self.info["chunks_size"],
+            episode_index=episode["episode_index"],
+        )
+
+
+def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
+    """Check the data set --lerobot against the options.
+
+    -> shards ("lerobot", "episodes", first episode, number, source of read_episodes); cameras, motors, state,
+    fps and convention of the finished meta.json; number of pictures.
+    """
     root = fetch(cfg.lerobot, ["meta/*"])
-    try:
-        info = json.loads((root / "meta" / "info.json").read_text())
-        version, features, fps = info["codebase_version"], info["features"], info["fps"]
-        if version not in ("v3.0", "v2.1", "v2.0"):
-            raise ValueError(
-                f"{cfg.lerobot} is in LeRobot's format {version}; this reads v3.0, v2.1 and v2.0: convert it with LeRobot first"
+    info = read_json(root / "meta" / "info.json")
+    fps = info["fps"]
+    if cfg.fps and fps % cfg.fps:
+        raise UserError(f"{cfg.lerobot} has {fps} frames per second; choose an --fps that divides them")
+    stride = fps // (cfg.fps or fps)
+    # The features are matched before anything large is downloaded.
+    cameras = match_cameras(cfg, info["features"])
+    films = [name for name in cameras.values() if info["features"][name]["dtype"] == "video"]
+    names, columns, convention = match_motors(cfg, info["features"])
+    # Films of cameras that nobody asked for are not downloaded.
+    root = fetch(cfg.lerobot, ["meta/*", "data/*", *(f"videos/*{name}/*" for name in films)])
+    episodes, tasks = read_lists(root / "meta", info["codebase_version"], films)
+    if (root / OURS).is_file():
+        # export() wrote the set: its angles are degrees, and its entries of meta.json come back unchanged.
+        convention = "as recorded"
+        entries = read_json(root / OURS)["episodes"]
+        lengths = [episode["length"] for episode in episodes]
+        if stride > 1 or [entry["length"] for entry in entries] != lengths:
+            raise UserError(
+                f"{root / OURS} describes other frames, as --fps or LeRobot changed them; delete that file "
+                "to read the set like any other"
             )
-        cameras = match_cameras(cfg, features)
-        names, columns, convention = match_motors(cfg, features)
-        videos = [name for name in cameras.values() if features[name]["dtype"] == "video"]
-        if root != Path(cfg.lerobot):
-            root = fetch(cfg.lerobot, ["meta/*", "data/*", *(f"videos/*{name}/*" for name in videos)])
-        if version == "v3.0":
-            wanted = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-            wanted += [
-                f"videos/{name}/{field}"
-                for name in videos
-                for field in ("chunk_index", "file_index", "from_timestamp")
-            ]
-            rows = [
-                row
-                for path in sorted((root / "meta" / "episodes").rglob("*.parquet"))
-                for row in read_parquet(path, columns=wanted).to_pylist()
-            ]
-            tasks = read_parquet(root / "meta" / "tasks.parquet").to_pylist()
-        else:
-            rows, tasks = (
-                [
-                    json.loads(line)
-                    for line in (root / "meta" / f"{name}.jsonl").read_text().splitlines()
-                    if line.strip()
-                ]
-                for name in ("episodes", "tasks")
-            )
-        episodes = []
-        for row in sorted(rows, key=lambda row: row["episode_index"]):
-            i = row["episode_index"]
-            place = lambda pattern, at, **more: pattern.format(
-                chunk_index=row.get(f"{at}/chunk_index"),
-                file_index=row.get(f"{at}/file_index"),
-                episode_chunk=i // info["chunks_size"],
-                episode_index=i,
-                **more,
-            )
-            films = {
-                name: (
-                    place(info["video_path"], f"videos/{name}", video_key=name),
-                    row.get(f"videos/{name}/from_timestamp", 0.0),
-                )
-                for name in videos
-            }
-            episodes.append(
-                {
-                    "index": i,
-                    "length": row["length"],
-                    "data": place(info["data_path"], "data"),
-                    "videos": films,
-                }
-            )
-        texts = {row["task_index"]: row.get("task", row.get("__index_level_0__", "")) for row in tasks}
-    except FileNotFoundError as e:
-        raise FileNotFoundError(
-            f"{cfg.lerobot} is no LeRobot data set: it lacks {Path(e.filename or 'meta/info.json').name}"
-        ) from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-        raise ValueError(
-            f"{cfg.lerobot} has damaged metadata ({type(e).__name__}: {e}); download it again"
-        ) from None
-    if not episodes:
-        raise ValueError(f"{cfg.lerobot} is empty: it has no episode")
-    if (len(episodes), sum(e["length"] for e in episodes)) != (info["total_episodes"], info["total_frames"]):
-        raise ValueError(
-            f"{cfg.lerobot} says it has {info['total_episodes']} episodes, its list {len(episodes)} with other frames; download it again"
-        )
-    every = fps // (cfg.fps or fps)
-    if every * (cfg.fps or fps) != fps:
-        rates = ", ".join(str(fps // k) for k in range(1, fps + 1) if fps % k == 0)
-        raise ValueError(
-            f"{cfg.lerobot} has {fps} frames per second, {cfg.fps} does not divide them; choose --fps from {rates}"
-        )
-    extra = root / "meta" / "nanosyvla.json"  # what export() could not say in LeRobot's words
-    ours = json.loads(extra.read_text())["episodes"] if extra.is_file() else None
-    if ours is not None and [e["length"] for e in ours] != [e["length"] for e in episodes]:
-        raise ValueError(
-            f"{extra} describes other episodes than the data set has: it was edited since; delete that file to read it like any other"
-        )
-    return {
-        "root": root,
-        "fps": fps,
-        "every": every,
-        "cameras": cameras,
-        "names": names,
-        "columns": columns,
-        "convention": "as recorded" if ours else convention,
-        "tasks": texts,
-        "reason": features.get("reason", {}).get("dtype") == "string",
-        "episodes": [e | {"ours": ours and ours[i]} for i, e in enumerate(episodes)],
+        for episode, entry in zip(episodes, entries):
+            episode["entry"] = entry
+    found = LeRobotSet(root, info, cameras, films, columns, convention, stride, episodes, tasks)
+    common = {
+        "cameras": list(cameras),
+        "motors": names["action"],
+        "fps": fps // stride,
+        "convention": convention,
     }
+    # A set without "state" measures the positions of the motors.
+    if names["state"] != names["action"]:
+        common["state"] = names["state"]
+    print(f"{cfg.lerobot}: {len(episodes)} episodes; {cameras}; {common}")
+    pictures = len(cameras) * sum(math.ceil(episode["length"] / stride) for episode in episodes)
+    # Episodes of mean length that fill a shard.
+    n = max(1, SHARD_BYTES * len(episodes) // (pictures * cfg.image_size**2 * 3))
+    shards = []
+    # A worker gets the rows of its own episodes only.
+    for first in range(0, len(episodes), n):
+        some = episodes[first : first + n]
+        shards.append(("lerobot", "episodes", first, len(some), replace(found, episodes=some)))
+    return shards, common, pictures
 
 
-def match_cameras(cfg, features):
-    """--cameras -> {role: feature}; an error that prints what the set has."""
-    there = {
-        name: f
-        for name, f in features.items()
-        if f["dtype"] in ("image", "video") and not (f.get("info") or {}).get("video.is_depth_map")
-    }
-    short = {name.rsplit(".", 1)[-1]: name for name in there}
-    pairs = (
-        [word.partition("=")[::2] for word in cfg.cameras.split(",")] if cfg.cameras else list(short.items())
-    )
-    listed = (
-        ", ".join(f"{name} ({f['dtype']}, {'x'.join(map(str, f['shape']))})" for name, f in there.items())
-        or "no camera"
-    )
-    roles = {role.strip(): short.get(name.strip(), name.strip()) for role, name in pairs}
-    if not roles or set(roles.values()) - set(there):
-        raise ValueError(
-            f"{cfg.lerobot} has {listed}, not {', '.join(sorted(set(roles.values()) - set(there))) or 'any'}; write --cameras=front=NAME,wrist=NAME"
-        )
-    if bad := [role for role in roles if not re.fullmatch(r"\w+", role) or role in ("state", "action")]:
-        raise ValueError(
-            f"{bad[0]!r} is no name for a camera (it names a file): write --cameras=front=NAME,wrist=NAME for {listed}"
-        )
+def read_lists(meta: Path, version: str, films: list) -> tuple[list, dict]:
+    """The rows of the episodes in their order, and the texts of the tasks by number."""
+    if version == "v3.0":
+        # Without the many columns of statistics.
+        columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+        for name in films:
+            columns += [f"videos/{name}/{key}" for key in ("chunk_index", "file_index", "from_timestamp")]
+        rows = read_parquet(meta / "episodes", columns=columns)
+        tasks = read_parquet(meta / "tasks.parquet")
+    elif version in ("v2.0", "v2.1"):
+        with naming(meta):
+            read_lines = require("pyarrow.json", "pyarrow").read_json
+            rows = read_lines(meta / "episodes.jsonl")
+            tasks = read_lines(meta / "tasks.jsonl")
+    else:
+        raise UserError(f"{meta.parent} has LeRobot's format {version}: convert it with LeRobot to v3.0")
+    if not len(rows):
+        raise UserError(f"{meta.parent} is empty: it has no episode")
+    # In v3.0, the text is the index of a pandas frame, which may have no name.
+    texts = {row["task_index"]: row.get("task", row.get("__index_level_0__")) for row in tasks.to_pylist()}
+    return rows.sort_by("episode_index").to_pylist(), texts
+
+
+def match_cameras(cfg: Config, features: dict) -> dict:
+    """--cameras, by default all that there are -> {role: feature}."""
+    there = {}  # last word of a feature's name -> feature
+    for name, feature in features.items():
+        if feature["dtype"] in ("image", "video"):
+            there[name.rpartition(".")[2]] = name
+    roles = {}
+    for word in (cfg.cameras or ",".join(there)).split(","):
+        # "front=top" and "top" are words of --cameras; by default all cameras keep their names.
+        role, _, name = word.partition("=")
+        feature = there.get(name or role, name)
+        # A role becomes the name of a file, beside state.npy and action.npy.
+        if feature not in there.values() or not re.fullmatch(r"\w+", role) or role in FEATURES:
+            raise UserError(
+                f"{word!r} does not give a camera of {cfg.lerobot} a simple name; write "
+                f"--cameras=front=NAME,wrist=NAME with names from {', '.join(there.values())}"
+            )
+        roles[role] = feature
     return roles
 
 
-def names_of(feature, unnamed):
-    """One name for each of a feature's numbers; where the set has none, or one for all of them: `unnamed`_0, ..."""
-    names, n = feature.get("names"), feature["shape"][0]
-    if isinstance(names, dict):  # {"motors": [...]} or, rarely, {name: column}
-        names = next((v for v in names.values() if isinstance(v, list)), list(names))
-    return (
-        [str(name) for name in names] if names and len(names) == n else [f"{unnamed}_{i}" for i in range(n)]
-    )
+def match_motors(cfg: Config, features: dict) -> tuple[dict, dict, str]:
+    """-> names of the numbers of "state" and "action", their columns in the recording, the convention.
 
-
-def match_motors(cfg, features):
-    """-> names of the numbers of {"state", "action"}, their columns in the recording, convention.
-
-    If both are an SO arm's joints, they come in sim_env's order and units; all others as they are.
+    The joints of an SO arm come in the order of MOTORS and are converted to degrees; all else stays as it is.
     """
-    kinds = {"state": "observation.state", "action": "action"}
-    if missing := [name for name in kinds.values() if name not in features]:
-        raise ValueError(f"{cfg.lerobot} has no {missing[0]}; it has {', '.join(features)}")
-    alike = features["observation.state"]["shape"] == features["action"]["shape"]
-    names = {kind: names_of(features[name], "motor" if alike else kind) for kind, name in kinds.items()}
-    bare = {
-        kind: [name.removeprefix("main_").removesuffix(".pos") for name in recorded]
-        for kind, recorded in names.items()
-    }
-    if any(sorted(found) != sorted(MOTORS) for found in bare.values()):
-        if cfg.convention != "auto":
-            raise ValueError(
-                f"--convention is for SO-100 and SO-101 arms; {cfg.lerobot} measures {names['state']} and moves {names['action']}: leave it out to keep its units"
-            )
+    names = {}  # "state" and "action" -> names as recorded
+    joints = {}  # the same without the decoration of LeRobot's versions
+    for kind, feature in FEATURES.items():
+        if feature not in features:
+            raise UserError(f"{cfg.lerobot} has no {feature}; it has {', '.join(features)}")
+        names[kind] = number_names(features[feature], kind)
+        joints[kind] = [name.removeprefix("main_").removesuffix(".pos") for name in names[kind]]
+    convention = cfg.convention
+    if any(sorted(found) != sorted(MOTORS) for found in joints.values()):
+        if convention != "auto":
+            raise UserError(f"--convention is for SO-100 and SO-101 arms, not for {names}; leave it out")
         return names, {kind: list(range(len(found))) for kind, found in names.items()}, "as recorded"
-    convention, every = cfg.convention, names["state"] + names["action"]
     if convention == "auto":
-        convention = (
-            "old"
-            if all(name.startswith("main_") for name in every)
-            else "new"
-            if all(name.endswith(".pos") for name in every)
-            else None
-        )
-    if convention is None:
-        raise ValueError(
-            f"{cfg.lerobot} names its joints {names['state']}, which does not tell their zero: add --convention=new (the middle of the range) or --convention=old"
-        )
-    return (
-        dict.fromkeys(kinds, list(MOTORS)),
-        {kind: [found.index(motor) for motor in MOTORS] for kind, found in bare.items()},
-        convention,
-    )
+        # The names changed together with the zero, in LeRobot's pull request 777.
+        name = names["state"][0]
+        if name.startswith("main_"):
+            convention = "old"
+        elif name.endswith(".pos"):
+            convention = "new"
+        else:
+            raise UserError(
+                f"{cfg.lerobot} names its joints {names['state']}, which does not tell their zero: add "
+                "--convention=new (the middle of the range) or --convention=old (the arm stretched out)"
+            )
+    columns = {kind: [found.index(motor) for motor in MOTORS] for kind, found in joints.items()}
+    return dict.fromkeys(FEATURES, list(MOTORS)), columns, convention
 
 
-REACH = np.array(
-    [150, 135, 135, 150, 200]
-)  # degrees from the middle that no SO arm exceeds, some miscalibration included
+def number_names(feature: dict, kind: str) -> list:
+    """A name for each number of a feature; state_0, state_1, ... where the set has none, or one for all."""
+    names = feature.get("names")
+    n = feature["shape"][0]
+    # Some sets write {"motors": [...]}.
+    if isinstance(names, dict):
+        names = next(iter(names.values()))
+    if not isinstance(names, list) or len(names) != n:
+        names = [f"{kind}_{i}" for i in range(n)]
+    return names
 
 
-def to_degrees(values, convention, calibration=None):
-    """(n, 6) joint values as recorded, in MOTORS' order -> LeRobot's degrees about the middle of each joint's range, gripper 0..100."""
-    values = values.copy()
-    if convention == "old":  # until LeRobot's pull request 777: zero with the arm stretched out horizontally
+# Degrees from the middle of the range that no SO arm exceeds, even if it is calibrated badly.
+REACH = np.array([150, 135, 135, 150, 200])
+
+
+def to_degrees(recorded: ndarray, convention: str, calibration: str) -> ndarray:
+    """Joints (n, 6) in the order of MOTORS -> degrees about the middle of each range, gripper 0 .. 100."""
+    values = recorded.copy()
+    if convention == "old":  # zero with the arm stretched out horizontally
         values[:, 1] = 90 - values[:, 1]
         values[:, 2] -= 90
     if convention == "percent":
-        ranges = [calibration[motor]["range_max"] - calibration[motor]["range_min"] for motor in MOTORS[:5]]
+        arm = read_json(calibration)
+        with naming(f"{calibration}, a calibration file of LeRobot,"):
+            ranges = [arm[motor]["range_max"] - arm[motor]["range_min"] for motor in MOTORS[:5]]
+        # -100 .. 100 per cent are the range in servo steps, of which a turn has 4095.
         values[:, :5] *= np.array(ranges, np.float32) / 200 * 360 / 4095
     return values
 
 
-def check_reach(cfg, values, recorded, convention):
-    """Angles that the arm cannot have were recorded in another convention than their names say: refuse them with the reason."""
-    fits = lambda x: bool((np.abs(x[:, :5]) <= REACH).all())
-    if cfg.convention != "auto" or fits(values):
-        return
-    row, joint = np.unravel_index(np.argmax(np.abs(values[:, :5]) - REACH), (len(values), 5))
-    better = [c for c in ("new", "old") if c != convention and fits(to_degrees(recorded, c))]
-    hint = (
-        f"they fit the other convention: add --convention={better[0]}"
-        if better
-        else "they may be raw servo positions: record with LeRobot's use_degrees"
+def check_reach(recorded: ndarray, convention: str, place: str) -> None:
+    """UserError for angles that the arm cannot have: their convention is another than their names say."""
+    possible = []  # conventions under which the arm can have all these angles
+    for name in ("new", "old"):
+        if (np.abs(to_degrees(recorded, name, "")[:, :5]) <= REACH).all():
+            possible.append(name)
+    if convention not in possible:
+        hint = "they may be raw servo positions: record with LeRobot's use_degrees"
+        if possible:
+            hint = f"they fit the other convention: add --convention={possible[0]}"
+        raise UserError(f"{place} holds joint angles that the arm cannot have; {hint}")
+
+
+def unit_note(cfg: Config, meta: dict) -> str:
+    """A line for whoever made this data set if its angles may be no degrees, or ""."""
+    found = meta["statistics"]["state"]
+    reach = np.abs([found["min"][:5], found["max"][:5]]).max()
+    if cfg.convention != "auto" or meta["convention"] != "new" or reach > 100:
+        return ""
+    return (
+        "note: no joint leaves -100 .. 100, so these may be no degrees but per cent (LeRobot's "
+        "use_degrees=False); then add --convention=percent --calibration=FILE\n"
     )
-    raise ValueError(
-        f"{cfg.lerobot}: {MOTORS[joint]} would be at {values[row, joint]:.0f} degrees, which the arm cannot reach; {hint}"
-    )
 
 
-@functools.cache
-def read_calibration(path):
-    try:
-        found = json.loads(Path(path).read_text())
-        return {
-            motor: {end: int(found[motor][end]) for end in ("range_min", "range_max")} for motor in MOTORS
-        }
-    except (OSError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(
-            f"{path} is no LeRobot calibration file with range_min and range_max of {', '.join(MOTORS)} ({e})"
-        ) from None
+def read_episodes(cfg: Config, source: LeRobotSet) -> tuple[dict, list]:
+    """One shard -> {camera: (n, px, px, 3) uint8, "state" (n, S), "action" (n, A)}, entries of meta.json.
 
-
-def read_episodes(cfg, source):
-    """The recorded episodes of one shard -> arrays by name and the episodes' entries for meta.json."""
-    stored = [name for name in source["cameras"].values() if name not in source["episodes"][0]["videos"]]
-    columns = [
-        "observation.state",
-        "action",
-        "timestamp",
-        "episode_index",
-        "task_index",
-        *stored,
-        *(["reason"] if source["reason"] else []),
-    ]
-    frames, entries = {name: [] for name in (*source["cameras"], "state", "action")}, []
-    for episode in source["episodes"]:
-        path, i, n, every = (
-            source["root"] / episode["data"],
-            episode["index"],
-            episode["length"],
-            source["every"],
-        )
-        table = read_parquet(path, columns=columns, filters=[("episode_index", "=", i)])
-        if table.num_rows != n:
-            raise ValueError(
-                f"{path} holds {table.num_rows} of the {n} frames of episode {i}; download it again"
-            )
-        if (
-            np.abs(np.array(table["timestamp"]).ravel() - np.arange(n) / source["fps"]).max()
-            > 0.25 / source["fps"]
-        ):
-            raise ValueError(
-                f"{path}: episode {i} was not recorded at {source['fps']} frames per second; its meta/info.json is wrong"
-            )
-        keep = np.arange(0, n, every)
-        # A command holds until the next picture is looked at; of those given in the meantime the last says where the arm was sent.
-        for name, feature, rows in (
-            ("state", "observation.state", keep),
-            ("action", "action", np.minimum(keep + every - 1, n - 1)),
-        ):
-            recorded = np.array(table[feature].to_pylist(), np.float32)[rows][
-                :, source["columns"][name]
-            ]  # (frames, S or A)
-            if not np.isfinite(recorded).all():
-                raise ValueError(f"{path}: episode {i} holds numbers that are not finite in {feature}")
-            values = recorded
-            if source["convention"] != "as recorded":
-                values = to_degrees(
-                    recorded, source["convention"], cfg.calibration and read_calibration(cfg.calibration)
-                )
-                check_reach(cfg, values, recorded, source["convention"])
-            frames[name].append(values)
-        for role, feature in source["cameras"].items():
-            if feature in episode["videos"]:
-                film, start = episode["videos"][feature]
-                frames[role].append(read_video(source["root"] / film, start, source["fps"], keep, cfg))
-            else:
-                frames[role].append(
-                    np.stack(
-                        [
-                            read_picture(cell, source["root"], cfg)
-                            for cell in table[feature].take(keep).to_pylist()
-                        ]
-                    )
-                )
-        task, reason = (
-            np.array(table["task_index"])[keep],
-            [r or "" for r in table["reason"].take(keep).to_pylist()]
-            if source["reason"]
-            else [""] * len(keep),
-        )
-        cuts = [
-            0,
-            *(np.flatnonzero(np.diff(task)) + 1).tolist(),
-            len(keep),
-        ]  # an episode that changes its task becomes several
-        for a, b in zip(cuts, cuts[1:]):
-            said = [
-                [j - a, reason[j]]
-                for j in range(a, b)
-                if (reason[j] != reason[j - 1] if j > a else reason[j])
-            ]
-            entry = {
-                "length": b - a,
-                "task": source["tasks"][int(task[a])],
-                "reason": said,
-                "success": True,
-                "seed": i,
-                "family": Path(cfg.out).name,
-                "kind": "demo",
-                "disturbed": [],
-            }
-            entries.append(entry | (rescale(episode["ours"], every, len(keep)) if episode["ours"] else {}))
-    return {name: np.concatenate(parts) for name, parts in frames.items()} | {"info": json.dumps(entries)}
-
-
-def rescale(entry, every, length):
-    """An entry of meta.json that went out with export(), with its steps counted in every `every`-th frame."""
-    up = lambda step: -(-step // every)
-    return entry | {
-        "length": length,
-        "reason": [[up(step), text] for step, text in entry["reason"]],
-        "disturbed": [[first // every, up(end)] for first, end in entry.get("disturbed", ())],
-    }
-
-
-def read_picture(cell, root, cfg):
-    """A picture cell {"bytes", "path"} of a parquet file -> (px, px, 3) uint8."""
-    try:
-        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else root / cell["path"]) as image:
-            return square(image, cfg.image_size, cfg.fit)
-    except (OSError, TypeError) as e:
-        raise ValueError(
-            f"a picture ({cell and cell['path']}) in {root} is damaged ({str(e)[:100]}); download it again"
-        ) from None
-
-
-def read_video(path, start, fps, keep, cfg):
-    """Frames `keep` of the episode that begins `start` seconds into a film -> (len(keep), px, px, 3) uint8."""
-    av = package("av")
-    out, missing = (
-        np.empty((len(keep), cfg.image_size, cfg.image_size, 3), np.uint8),
-        {int(k): row for row, k in enumerate(keep)},
-    )
-    try:
-        with av.open(str(path)) as film:
-            stream = film.streams.video[0]
-            film.seek(
-                max(0, int((start - 0.5 / fps) / stream.time_base)), stream=stream
-            )  # to the key frame before it
-            for frame in film.decode(stream):
-                at = (frame.time - start) * fps
-                if round(at) in missing and abs(at - round(at)) < 0.25:
-                    out[missing.pop(round(at))] = square(frame.to_image(), cfg.image_size, cfg.fit)
-                if not missing or at > keep[-1] + 0.5:
-                    break
-    except (av.error.FFmpegError, IndexError) as e:
-        raise ValueError(f"{path} cannot be decoded ({str(e)[:150]}); download it again") from None
-    if missing:
-        first = start + min(missing) / fps
-        raise ValueError(
-            f"{path} ends early or has another frame rate than {fps}: {len(missing)} of {len(keep)} frames are not there, the first at {first:.2f} s"
-        )
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Questions that others asked
-
-
-def open_texts(cfg):
-    """-> shards (kind, "file-row group", first row, rows) and the parquet files of --questions_from.
-
-    Row groups in random order: the first rows are held out, the next are trained on.
+    px: cfg.image_size. UserError names the file and the episode that cannot be used.
     """
-    pq, files = package("pyarrow.parquet"), []
+    parts = []
+    entries = []
+    for episode in source.episodes:
+        arrays, found = read_episode(cfg, source, episode)
+        parts.append(arrays)
+        entries += found
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, entries
+
+
+def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, list]:
+    """The kept frames of an episode. If it changes its task, it gets several entries."""
+    index = episode["episode_index"]
+    length = episode["length"]
+    fps = source.info["fps"]
+    path = source.path(episode)
+    place = f"{path}, episode {index}"
+    columns = {*FEATURES.values(), "timestamp", "task_index", "reason", *source.cameras.values()}
+    columns &= source.info["features"].keys() - source.films  # what the parquet files have of these
+    table = read_parquet(path, columns=list(columns), filters=[("episode_index", "=", index)])
+    if len(table) != length:
+        raise UserError(f"{place}: the file holds {len(table)} of the {length} frames; download it again")
+    # Films are read by time, so the clock must be that of info.json.
+    times = np.array(table["timestamp"]).ravel()  # (length,) seconds
+    if np.abs(times - np.arange(length) / fps).max() > 0.25 / fps:
+        raise UserError(f"{place} was not recorded at {fps} frames per second, as meta/info.json says")
+
+    kept = range(0, length, source.stride)
+    # A command holds until the next picture. The last one given meanwhile says where the arm was sent.
+    last = [min(row + source.stride, length) - 1 for row in kept]
+    arrays = {}
+    for kind, rows in (("state", kept), ("action", last)):
+        numbers = np.array(table[FEATURES[kind]].to_pylist(), np.float32)  # (length, all columns)
+        recorded = numbers[rows][:, source.columns[kind]]  # (kept, S or A)
+        arrays[kind] = recorded
+        if not np.isfinite(recorded).all():
+            raise UserError(f"{place} holds numbers that are not finite in {kind}; delete it from the set")
+        if source.convention != "as recorded":
+            arrays[kind] = to_degrees(recorded, source.convention, cfg.calibration)
+            if cfg.convention == "auto":
+                check_reach(recorded, source.convention, place)
+
+    table = table.take(list(kept))  # of what is left, only the kept rows are needed
+    for role, feature in source.cameras.items():
+        if feature in source.films:
+            begin = episode.get(f"videos/{feature}/from_timestamp", 0)
+            arrays[role] = read_film(cfg, source.path(episode, feature), begin, fps, kept)
+        else:
+            with naming(f"{place}, a picture"):
+                pictures = [read_picture(cfg, cell, source.root) for cell in table[feature].to_pylist()]
+                arrays[role] = np.stack(pictures)  # (kept, px, px, 3)
+    if "entry" in episode:
+        return arrays, [episode["entry"]]
+    return arrays, make_entries(
+        table, source.tasks, {"seed": index, "family": Path(cfg.out).name, "kind": "demo"}
+    )
+
+
+def make_entries(table: Any, tasks: dict, common: dict) -> list[dict]:
+    """The entries of meta.json for an episode: one for each stretch of frames with the same task."""
+    texts = [""] * len(table)
+    if "reason" in table.column_names:  # as export() writes it: the reasoning that holds at each frame
+        texts = table["reason"].to_pylist()
+    entries = []
+    before = None
+    for task, text in zip(table["task_index"].to_pylist(), texts):
+        if task != before:
+            entry = {"length": 0, "task": tasks[task], "reason": [], "success": True, "disturbed": []}
+            entries.append(entry | common)
+            before = task
+            said = ""
+        entry = entries[-1]
+        if text != said:
+            entry["reason"].append([entry["length"], text])
+            said = text
+        entry["length"] += 1
+    return entries
+
+
+def read_picture(cfg: Config, cell: dict, root: Path) -> ndarray:
+    """A picture in a parquet file, {"bytes", "path"}, or without bytes in a file -> (px, px, 3) uint8."""
+    file = io.BytesIO(cell["bytes"]) if cell["bytes"] else root / cell["path"]
+    with Image.open(file) as picture:
+        return resize_image(picture, cfg.image_size, cfg.fit)
+
+
+def read_film(cfg: Config, path: Path, begin: float, fps: int, kept: range) -> ndarray:
+    """Frames of the episode that begins so many seconds into a film -> (kept, px, px, 3) uint8."""
+    pictures = {}  # frame of the episode -> (px, px, 3)
+    with naming(path), require("av").open(str(path)) as film:
+        stream = film.streams.video[0]
+        # Decoding starts at the key frame before the episode, with frames of the episode before.
+        film.seek(max(0, int((begin - 0.5 / fps) / stream.time_base)), stream=stream)
+        for frame in film.decode(stream):
+            at = (frame.time - begin) * fps
+            # Neighbouring frames lie at -1 and 1; a quarter allows for the rounding of time stamps.
+            if round(at) in kept and abs(at - round(at)) < 0.25:
+                pictures[round(at)] = resize_image(frame.to_image(), cfg.image_size, cfg.fit)
+            if at > kept[-1] - 0.5:
+                break
+    if len(pictures) < len(kept):
+        raise UserError(
+            f"{path} ends early or has another frame rate than {fps}: {len(pictures)} of {len(kept)} frames "
+            f"are found from {begin:.2f} s on; download it again"
+        )
+    return np.stack([pictures[frame] for frame in kept])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Image-text sets in, such as those of HuggingFaceM4/the_cauldron. A row has "images", a list of pictures, and
+# "texts", a list of {"user", "assistant", "source"}.
+
+
+def plan_questions(cfg: Config, camera: str) -> list[tuple]:
+    """Choose row groups of --questions_from in random order: the first for the held-out test.
+
+    -> shards (kind, name, first row, rows, source of read_questions).
+    """
+    parquet = require("pyarrow.parquet", "pyarrow")
+    blocks = []  # name, number of rows, source
+    for i, path in enumerate(find_parquet_files(cfg)):
+        with naming(path):
+            file = parquet.ParquetFile(path)
+        if not {"images", "texts"}.issubset(file.schema_arrow.names):
+            raise UserError(f"{path} is no image-text set: it has no columns images and texts")
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            blocks.append((f"{i:04d}-{group:05d}", rows, (path, group, camera)))
+    shards = []
+    # Held-out pictures come from other row groups than training, but for the one in which they end.
+    wanted = {"questions_val": cfg.held_out_scenes, "questions": cfg.scenes}
+    for k in np.random.default_rng(cfg.seed).permutation(len(blocks)):
+        name, rows, source = blocks[k]
+        first = 0
+        for kind in wanted:
+            n = min(wanted[kind], rows - first)
+            if n > 0:
+                shards.append((kind, name, first, n, source))
+                wanted[kind] -= n
+                first += n
+    if wanted["questions"] == cfg.scenes:
+        raise UserError(
+            f"{cfg.questions_from} has no more pictures than are held out, which leaves none to train on; "
+            "lower --held_out_scenes or raise --scenes"
+        )
+    return shards
+
+
+def find_parquet_files(cfg: Config) -> list[Path]:
+    """The files of --questions_from: folders, or names on the hub with or without /PART, comma-separated."""
+    files = []
     for name in cfg.questions_from.split(","):
-        on_hub = not Path(name).is_dir() and re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/(.+)", name)
-        repository, part = on_hub.groups() if on_hub else (name, "")
-        root = fetch(repository, [f"{part}/*.parquet" if part else "*.parquet"])
-        found = sorted((root / part).rglob("*.parquet"))
+        repository, part = name, ""
+        on_hub = re.fullmatch(r"([^/]+/[^/]+)/(.+)", name)
+        if on_hub and not Path(name).is_dir():
+            repository, part = on_hub.groups()
+        folder = fetch(repository, [str(Path(part, "*.parquet"))]) / part
+        found = sorted(folder.rglob("*.parquet"))
         if not found:
-            raise FileNotFoundError(
-                f"{name} holds no parquet file"
-                + ("" if part else "; a part of a set on the hub is written name/set/PART")
+            raise UserError(
+                f"{name} holds no parquet file; a part of a set on the hub is written USER/SET/PART"
             )
         files += found
-    blocks = []
-    for i, path in enumerate(files):
-        try:
-            parquet = pq.ParquetFile(path)
-        except (ValueError, OSError) as e:
-            raise ValueError(
-                f"{path} cannot be read ({str(e).splitlines()[0][:200]}); it is damaged: download it again"
-            ) from None
-        if missing := {"images", "texts"} - set(parquet.schema_arrow.names):
-            raise ValueError(
-                f"{path} has columns {parquet.schema_arrow.names}, not {', '.join(sorted(missing))}: no image-text set like HuggingFaceM4/the_cauldron"
-            )
-        blocks += [
-            (i, group, parquet.metadata.row_group(group).num_rows)
-            for group in range(parquet.metadata.num_row_groups)
-        ]
-    plan, left = [], {"questions_val": cfg.held_out_scenes, "questions": cfg.scenes}
-    for k in np.random.default_rng(cfg.seed).permutation(len(blocks)):
-        (i, group, rows), first = blocks[k], 0
-        for kind in left:
-            n = min(left[kind], rows - first)
-            if n > 0:
-                plan.append((kind, f"{i:04d}-{group:05d}", first, n))
-                left[kind], first = left[kind] - n, first + n
-    if not any(shard[0] == "questions" for shard in plan):
-        raise ValueError(
-            f"{cfg.questions_from} has {sum(rows for *_, rows in blocks)} pictures, which leaves none to train on; lower --held_out_scenes or raise --scenes"
-        )
-    return plan, files
+    return files
 
 
-def read_texts(cfg, source, first, n):
-    """Rows [first, first + n) of a row group -> the pictures with their questions, and what was left out."""
-    path, group, camera = source
-    try:
-        table = (
-            package("pyarrow.parquet").ParquetFile(path).read_row_group(group, columns=["images", "texts"])
-        )
-    except (ValueError, OSError) as e:
-        raise ValueError(
-            f"{path} cannot be read ({str(e).splitlines()[0][:200]}); it is damaged: download it again"
-        ) from None
-    pictures, texts, left_out = [], [], Counter()
+def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict, list, Counter]:
+    """Rows first .. first + n of a row group.
+
+    -> {camera: (pictures, px, px, 3) uint8}; [kind, question, answer] of each picture; what was left out.
+    """
+    path, group, camera = source  # one row group is the least that parquet reads
+    parquet = require("pyarrow.parquet", "pyarrow")
+    with naming(path):
+        table = parquet.ParquetFile(path).read_row_group(group, columns=["images", "texts"])
+    pictures = []
+    texts = []
+    left_out = Counter()
     for row in table.slice(first, n).to_pylist():
-        turns = [
-            (
-                turn.get("source") or path.parent.name,
-                (turn.get("user") or "").strip(),
-                (turn.get("assistant") or "").strip(),
-            )
-            for turn in row["texts"] or []
-        ]
-        fitting = [list(turn) for turn in turns if all(0 < len(text) <= cfg.longest for text in turn[1:])]
-        left_out["empty or long questions"] += len(turns) - len(fitting)
-        if len(row["images"] or []) != 1 or not fitting:
-            left_out["rows without a question, or without exactly one picture"] += 1
-            continue
+        questions = []
+        for turn in row["texts"] or ():
+            words = [(turn[key] or "").strip() for key in ("user", "assistant")]
+            # The model's rows have room for short texts only.
+            if all(0 < len(text) <= cfg.longest for text in words):
+                questions.append([turn.get("source") or path.parent.name, *words])
+            else:
+                left_out["empty or long questions"] += 1
         try:
-            pictures.append(read_picture(row["images"][0], path.parent, cfg))
-        except ValueError:
-            left_out["damaged pictures"] += 1
-            continue
-        texts.append(fitting)
-    return {
-        camera: np.array(pictures, np.uint8).reshape(-1, cfg.image_size, cfg.image_size, 3),
-        "info": json.dumps(texts),
-    }, +left_out
+            with naming(path):
+                (cell,) = row["images"] if questions else ()  # ValueError unless there is exactly one
+                pictures.append(read_picture(cfg, cell, path.parent))
+            texts.append(questions)
+        except UserError:
+            left_out["rows without a question or without exactly one readable picture"] += 1
+    images = np.array(pictures, np.uint8)  # (pictures, px, px, 3); (0,) if there are none
+    return {camera: images.reshape(-1, cfg.image_size, cfg.image_size, 3)}, texts, left_out
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# LeRobot data sets out
-
-QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-CODECS = {
-    "h264": ("libx264", {"g": "2", "crf": "18"}),
-    "av1": ("libsvtav1", {"g": "2", "crf": "20", "preset": "8"}),
-}
+# -----------------------------------------------------------------------------------------------------------
+# LeRobot data sets out, by LeRobot's own writer. It is slow, about 100 frames a second and 50 with films, but
+# what it writes is right for the version that is installed.
 
 
-def open_export(cfg):
-    """-> shards of episodes with what writing them takes: meta.json, the tasks and LeRobot's features."""
-    folder = Path(cfg.export)
-    if not (folder / "meta.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is no data set (no meta.json); run: python prepare.py --config small"
-        )
-    meta = json.loads((folder / "meta.json").read_text())
-    shape = np.load(folder / f"{meta['cameras'][0]}.npy", mmap_mode="r").shape  # (frames, px, px, 3)
-    if cfg.video and shape[1] % 2:
-        raise ValueError(
-            f"{folder} has pictures of {shape[1]} px, and a film takes an even number: leave --video out"
-        )
-    names = {"action": meta["motors"], "observation.state": meta.get("state") or meta["motors"]}
-    if all(found == list(MOTORS) for found in names.values()):
-        names = dict.fromkeys(names, [f"{motor}.pos" for motor in MOTORS])
-    info = {
-        "video.height": shape[1],
-        "video.width": shape[2],
-        "video.codec": cfg.video,
-        "video.pix_fmt": "yuv420p",
-        "video.is_depth_map": False,
-        "video.fps": meta["fps"],
-        "video.channels": 3,
-        "has_audio": False,
-    }
-    features = {
-        feature: {"dtype": "float32", "shape": [len(found)], "names": found}
-        for feature, found in names.items()
-    }
-    picture = {
-        "dtype": "video" if cfg.video else "image",
-        "shape": list(shape[1:]),
-        "names": ["height", "width", "channels"],
-    }
-    features |= {
-        f"observation.images.{camera}": picture | ({"info": info} if cfg.video else {})
-        for camera in meta["cameras"]
-    }
-    features["timestamp"] = {"dtype": "float32", "shape": [1], "names": None}
-    features |= {
-        name: {"dtype": "int64", "shape": [1], "names": None}
-        for name in ("frame_index", "episode_index", "index", "task_index")
-    }
-    features["reason"] = {"dtype": "string", "shape": [1], "names": None}
-    source = {
-        "meta": meta,
-        "features": features,
-        "tasks": list(dict.fromkeys(e["task"] for e in meta["episodes"])),
-    }
-    bounds = groups([e["length"] for e in meta["episodes"]], int(np.prod(shape[1:])) * len(meta["cameras"]))
-    return [("export", str(k), first, n) for k, (first, n) in enumerate(bounds)], source
+def export(cfg: Config) -> str:
+    """Write the data set --export as a LeRobot data set to --out -> a line about it.
+
+    It grows in <out>.tmp, which gets its name at the end: after a kill, the same command begins anew.
+    """
+    if Path(cfg.out).exists():
+        raise UserError(f"{cfg.out} already exists; delete it or choose another --out")
+    meta = read_meta(cfg.export)
+    arrays = {}  # feature -> (frames, ...), mapped: a set need not fit in memory
+    features = {"reason": {"dtype": "string", "shape": (1,), "names": None}}
+    for name in ("state", "action", *meta["cameras"]):
+        array = np.load(Path(cfg.export, f"{name}.npy"), mmap_mode="r")
+        feature = FEATURES.get(name, f"observation.images.{name}")
+        arrays[feature] = array
+        kind = "video" if cfg.video else "image"
+        names = ["height", "width", "channels"]
+        if name in FEATURES:
+            kind = "float32"
+            names = (
+                meta.get(name) or meta["motors"]
+            )  # "state": names of its numbers if they are not the motors
+            if names == list(MOTORS):
+                names = [f"{motor}.pos" for motor in MOTORS]  # by this, LeRobot and we know the zero
+        features[feature] = {"dtype": kind, "shape": array.shape[1:], "names": names}
+    folder = Path(f"{cfg.out}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
+    dataset = create_dataset(cfg.video, folder, meta["fps"], features)
+    for episode in tqdm(meta["episodes"], disable=None):
+        begin = episode.pop("start")  # its first row in the arrays
+        reasoning = dict(episode["reason"])  # step from which a text holds -> text
+        text = ""
+        for step in range(episode["length"]):
+            text = reasoning.get(step, text)
+            frame = {feature: array[begin + step] for feature, array in arrays.items()}
+            dataset.add_frame(frame | {"task": episode["task"], "reason": text})
+        dataset.save_episode()
+    dataset.finalize()
+    # What LeRobot has no words for: kind, family, seed, success and disturbed steps of the episodes.
+    write_json(folder / OURS, {"episodes": meta["episodes"]})
+    os.replace(folder, cfg.out)
+    return f"{cfg.out}: {dataset.num_episodes} episodes, {dataset.num_frames} frames as a LeRobot data set"
 
 
-def lerobot_file(cfg, kind, k, end="parquet"):
-    return Path(cfg.out) / kind / f"chunk-{k // 1000:03d}" / f"file-{k % 1000:03d}.{end}"
-
-
-def export_path(cfg, shard):
-    return lerobot_file(cfg, "meta/episodes", int(shard[1]))
-
-
-def export_shard(job):
-    """Some episodes -> one parquet file of frames, one film per camera, and last their entries in meta/episodes. -> number of episodes."""
-    cfg, (_, k, first, n), source = job
-    pa, pq = package("pyarrow"), package("pyarrow.parquet")
-    meta, features, k, folder = source["meta"], source["features"], int(k), Path(cfg.export)
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in (*meta["cameras"], "state", "action")
-    }
-    index = sum(e["length"] for e in meta["episodes"][:first])
-    begin, rows = index, []
-    types = {
-        name: {"float32": pa.float32(), "int64": pa.int64(), "string": pa.string()}.get(f["dtype"])
-        for name, f in features.items()
-        if f["dtype"] != "video"
-    }
-    types |= {
-        name: pa.list_(pa.float32(), features[name]["shape"][0]) for name in ("action", "observation.state")
-    }
-    types |= {
-        name: pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        for name, f in features.items()
-        if f["dtype"] == "image"
-    }
-    schema = pa.schema(
-        types, metadata={"huggingface": json.dumps({"info": {"features": huggingface_features(features)}})}
-    )
-    with whole(lerobot_file(cfg, "data", k)) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for i, episode in list(enumerate(meta["episodes"]))[first : first + n]:
-            length, at = episode["length"], slice(episode["start"], episode["start"] + episode["length"])
-            columns = {
-                "action": arrays["action"][at],
-                "observation.state": arrays["state"][at],
-                "timestamp": (np.arange(length) / meta["fps"]).astype(np.float32),
-                "frame_index": np.arange(length),
-                "episode_index": np.full(length, i),
-                "index": index + np.arange(length),
-                "task_index": np.full(length, source["tasks"].index(episode["task"])),
-            }
-            reason = [
-                ([text for step, text in episode["reason"] if step <= j] or [""])[-1] for j in range(length)
-            ]
-            pictures = {f"observation.images.{camera}": arrays[camera][at] for camera in meta["cameras"]}
-            cells = (
-                {}
-                if cfg.video
-                else {
-                    name: [{"bytes": png(x), "path": f"frame-{j:06d}.png"} for j, x in enumerate(images)]
-                    for name, images in pictures.items()
-                }
-            )
-            writer.write_table(
-                pa.table(
-                    {name: list(column) for name, column in ({"reason": reason} | columns | cells).items()},
-                    schema=schema,
-                )
-            )  # a row group each
-            row = {
-                "episode_index": i,
-                "tasks": [episode["task"]],
-                "length": length,
-                "dataset_from_index": index,
-                "dataset_to_index": index + length,
-            }
-            row |= {
-                f"{at}/{what}_index": value
-                for at in ("data", "meta/episodes")
-                for what, value in (("chunk", k // 1000), ("file", k % 1000))
-            }
-            for name in pictures if cfg.video else ():
-                row |= {f"videos/{name}/chunk_index": k // 1000, f"videos/{name}/file_index": k % 1000}
-                row |= {
-                    f"videos/{name}/from_timestamp": (index - begin) / meta["fps"],
-                    f"videos/{name}/to_timestamp": (index - begin + length) / meta["fps"],
-                }
-            for name, values in (columns | pictures).items():
-                row |= {
-                    f"stats/{name}/{stat}": value
-                    for stat, value in lerobot_statistics(values, length).items()
-                }
-            rows.append(row)
-            index += length
-    for camera in meta["cameras"] if cfg.video else ():
-        # the parts of the film are the episodes, in the order of the parquet file
-        parts = (
-            arrays[camera][e["start"] : e["start"] + e["length"]] for e in meta["episodes"][first : first + n]
-        )
-        with whole(lerobot_file(cfg, f"videos/observation.images.{camera}", k, "mp4")) as temporary:
-            write_video(temporary, itertools.chain.from_iterable(parts), meta["fps"], cfg.video)
-    with whole(export_path(cfg, job[1])) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
-    return n
-
-
-def huggingface_features(features):
-    """LeRobot's features in the words of the datasets package, for the viewers that read the parquet files by themselves."""
-    scalar = lambda f: {"dtype": f["dtype"], "_type": "Value"}
-    words = {
-        "image": lambda f: {"_type": "Image"},
-        "float32": lambda f: (
-            {"feature": scalar(f), "length": f["shape"][0], "_type": "List"} if f["names"] else scalar(f)
-        ),
-    }
-    return {name: words.get(f["dtype"], scalar)(f) for name, f in features.items() if f["dtype"] != "video"}
-
-
-def png(image):
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_video(path, images, fps, codec):
-    """(px, px, 3) uint8 pictures -> an mp4 that can be entered at every second frame, as LeRobot's own."""
-    av, (encoder, options) = package("av"), CODECS[codec]
-    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder reports errors only
-    try:
-        with av.open(str(path), "w", format="mp4") as film:
-            stream = film.add_stream(encoder, rate=fps, options=options)
-            stream.pix_fmt = "yuv420p"
-            for i, image in enumerate(images):
-                if i == 0:  # newer av refuses it once the encoder is open
-                    stream.height, stream.width = image.shape[:2]
-                film.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            film.mux(stream.encode())
-    except (av.error.FFmpegError, ValueError) as e:  # ValueError: this build of av has no such encoder
-        if getattr(e, "errno", None) == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, "No space left on device") from None
-        raise ValueError(
-            f"{path} cannot be encoded with {encoder} ({str(e)[:150]}); leave --video out or choose the other codec"
-        ) from None
-
-
-def lerobot_statistics(values, count):
-    """What LeRobot keeps of a feature: (N, D) or (N,) numbers, or pictures (N, px, px, 3) as (3, 1, 1) numbers in 0..1."""
-    values = np.asarray(values)
-    if pictures := values.ndim == 4:
-        some = values[
-            np.linspace(0, len(values) - 1, min(len(values), 32)).astype(int),
-            :: max(1, values.shape[1] // 96),
-            :: max(1, values.shape[2] // 96),
-        ]
-        values = some.reshape(-1, 3) / 255
-    values = values.reshape(len(values), -1)  # (N, D)
-    found = {
-        "min": values.min(0),
-        "max": values.max(0),
-        "mean": values.mean(0, dtype=np.float64),
-        "std": values.std(0, dtype=np.float64),
-    }
-    found |= {name: np.quantile(values, q, axis=0) for name, q in QUANTILES.items()}
-    return {name: (v.reshape(3, 1, 1) if pictures else v).tolist() for name, v in found.items()} | {
-        "count": [count]
-    }
-
-
-def finish_export(cfg, source):
-    """tasks, statistics, what LeRobot has no word for, and last meta/info.json: its presence means that the set is whole."""
-    pa, pq = package("pyarrow"), package("pyarrow.parquet")
-    meta, tasks, out, folder = source["meta"], source["tasks"], Path(cfg.out), Path(cfg.export)
-    episodes, fps = meta["episodes"], meta["fps"]
-    lengths = np.array([e["length"] for e in episodes])
-    frames = np.concatenate([np.arange(e["start"], e["start"] + e["length"]) for e in episodes])
-    step = np.concatenate([np.arange(n) for n in lengths])
-    columns = {
-        "timestamp": (step / fps).astype(np.float32),
-        "frame_index": step,
-        "episode_index": np.repeat(np.arange(len(lengths)), lengths),
-        "index": np.arange(len(frames)),
-        "task_index": np.repeat([tasks.index(e["task"]) for e in episodes], lengths),
-    }
-    columns |= {
-        name: np.load(folder / f"{file}.npy", mmap_mode="r")[frames]
-        for name, file in (("action", "action"), ("observation.state", "state"))
-    }
-    some = frames[np.linspace(0, len(frames) - 1, min(len(frames), 32)).astype(int)]
-    columns |= {
-        f"observation.images.{camera}": np.load(folder / f"{camera}.npy", mmap_mode="r")[some]
-        for camera in meta["cameras"]
-    }
-    pandas = {
-        "index_columns": ["__index_level_0__"],
-        "column_indexes": [
-            {
-                "name": None,
-                "field_name": None,
-                "pandas_type": "unicode",
-                "numpy_type": "object",
-                "metadata": None,
-            }
-        ],
-        "columns": [
-            {
-                "name": "task_index",
-                "field_name": "task_index",
-                "pandas_type": "int64",
-                "numpy_type": "int64",
-                "metadata": None,
-            },
-            {
-                "name": None,
-                "field_name": "__index_level_0__",
-                "pandas_type": "unicode",
-                "numpy_type": "object",
-                "metadata": None,
-            },
-        ],
-    }
-    table = pa.table(
-        {"task_index": list(range(len(tasks))), "__index_level_0__": tasks}
-    ).replace_schema_metadata({"pandas": json.dumps(pandas)})
-    with whole(out / "meta" / "tasks.parquet") as temporary:
-        pq.write_table(table, temporary)
-    info = {
-        "codebase_version": "v3.0",
-        "robot_type": "so100_follower" if meta["motors"] == list(MOTORS) else "unknown",
-        "total_episodes": len(lengths),
-        "total_frames": len(frames),
-        "total_tasks": len(tasks),
-        "chunks_size": 1000,
-        "data_files_size_in_mb": 100,
-        "video_files_size_in_mb": 200,
-        "fps": fps,
-        "splits": {"train": f"0:{len(lengths)}"},
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-        if cfg.video
-        else None,
-        "features": source["features"],
-    }
-    ours = {"episodes": [{name: value for name, value in e.items() if name != "start"} for e in episodes]}
-    for name, content in (
-        ("stats", {name: lerobot_statistics(v, len(frames)) for name, v in columns.items()}),
-        ("nanosyvla", ours),
-        ("info", info),
-    ):
-        with whole(out / "meta" / f"{name}.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=1))
-    return f"{out}: {len(lengths)} episodes, {len(frames)} frames, {len(tasks)} tasks as a LeRobot data set"
+def create_dataset(video: str, folder: Path, fps: int, features: dict) -> Any:
+    """LeRobotDataset.create() of LeRobot 0.4 or 0.6, which choose the codec in different ways."""
+    # The AV1 encoder and the datasets package would write lines for every episode.
+    os.environ |= {"SVT_LOG": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    create = require("lerobot.datasets.lerobot_dataset", "lerobot").LeRobotDataset.create
+    options = {}
+    if video:
+        options["vcodec"] = video.replace("av1", "libsvtav1")
+        if "rgb_encoder" in inspect.signature(create).parameters:
+            options = {"rgb_encoder": require("lerobot.configs.video").RGBEncoderConfig(**options)}
+    return create("local/set", fps, features, root=folder, use_videos=bool(video), **options)

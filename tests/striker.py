@@ -48,7 +48,9 @@ def run(modules, program, argv, folder, at, nth, delay, alone, settings):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
     signal.alarm(300)
     strike_at(folder, at, nth, delay, alone)
-    vars(modules[program]).update(settings)
+    for name, value in settings.items():  # a variable of the program, or "module.variable"
+        module, _, variable = name.rpartition(".")
+        setattr(importlib.import_module(module or program), variable, value)
     status = 0
     try:
         modules[program].main(argv)

@@ -175,7 +175,8 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
 
 
 def run_program(program: Callable[[Any], None], config: Any) -> None:
-    """program(config). What a person can put right ends in one line on standard error, a defect in its traceback.
+    """program(config). What a person can put right ends in one line on standard error, a defect
+    in its traceback.
 
     Exit status 2 for a mistake, 130 for Ctrl-C.
     """

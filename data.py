@@ -559,7 +559,8 @@ def check_set(where: str | Path, meta: dict, arrays: dict[str, np.ndarray]) -> N
         x = arrays[name]
         if x.ndim != 2 or x.shape[1] != len(words) or x.dtype.kind != "f":
             raise UserError(
-                f"{where}/{name}.npy must be (frames, {len(words)}) numbers for {words}; it is {x.shape} {x.dtype}"
+                f"{where}/{name}.npy must be (frames, {len(words)}) numbers for {words}; "
+                f"it is {x.shape} {x.dtype}"
             )
         if len(set(words)) < len(words):
             raise UserError(f"{where}/meta.json names a number of {name} twice: {words}")

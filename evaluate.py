@@ -41,9 +41,10 @@ def environment_class(name: str) -> type:
 
     It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally
     splits, state (names of the state's numbers; without it they are the motors' positions) and fps (control
-    steps a second). It is made by Class(px=...) and has Gymnasium's reset(*, seed, options), step(action) and close(); optionally
-    step_chunk(actions), which draws pictures once a chunk, and instruct(task) -> observation, another
-    instruction in mid motion. options hold family, split and, if a person typed one, task. Observations are
+    steps a second). It is made by Class(px=...) and has Gymnasium's reset(*, seed, options), step(action) and
+    close(); optionally step_chunk(actions), which draws pictures once a chunk, and instruct(task) ->
+    observation, another instruction in mid motion. options hold family, split and, if a person typed one,
+    task. Observations are
     {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}.
     """
     if name == "sim":

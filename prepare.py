@@ -316,6 +316,7 @@ def scene_questions(scene: dict, rng: np.random.Generator) -> Iterator[tuple[str
 
 
 def by_distance(cube: dict) -> float:
+    """Order of cubes: the nearest to the arm first."""
     return cube["distance"]
 
 

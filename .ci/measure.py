@@ -88,9 +88,12 @@ def show(name, m):
     """One row of the table."""
     code = max(1, m["code"])
     hints = m["hinted"] / max(1, m["arguments"])
+    comments = m["comments"] / max(1, m["lines"])
+    per_line = m["tokens"] / code
+    dense = 100 * m["dense"] / code
     print(
-        f"{name:24} {m['lines']:6} {m['code']:6} {m['comments'] / max(1, m['lines']):9.0%} "
-        f"{m['tokens']:7} {m['tokens'] / code:8.1f} {100 * m['dense'] / code:6.1f} {m['longest']:5} {m['name']:20} {hints:5.0%}"
+        f"{name:24} {m['lines']:6} {m['code']:6} {comments:9.1%} {m['tokens']:7} {per_line:8.1f} {dense:6.1f} "
+        f"{m['longest']:5} {m['name']:20} {hints:5.0%}"
     )
 
 

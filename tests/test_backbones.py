@@ -217,7 +217,7 @@ def build(folder, **changes):
     policy = SyVLA(cfg, *load_backbone(cfg, folder, folder / "tokenizer.json", pretrained=True))
     low = torch.full((6,), -90.0)
     ends = {"q01": low, "min": low, "q99": low + 180, "max": low + 180}
-    policy.set_statistics({name: ends for name in ("state", "action")})
+    policy.set_statistics(dict.fromkeys(("state", "action"), ends))
     return policy.eval()
 
 

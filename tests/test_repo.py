@@ -92,9 +92,9 @@ def test_the_core_works_without_extras(root, tmp_path):
     """All programs on `debug`, in a copy of the repository that lacks extras/."""
     for path in root.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(
-        root / "assets", tmp_path / "assets", ignore=shutil.ignore_patterns("*.json", "*.gif", "*.png")
-    )
+    (tmp_path / "assets").mkdir()
+    for name in ("so100.xml", "tasks.json"):
+        shutil.copy(root / "assets" / name, tmp_path / "assets")
     for command in (
         "prepare.py --config debug",
         "train.py --config debug --device=cpu --threads=1 --eval=1",

@@ -378,16 +378,20 @@ class Emulator:
 
         Simulated time does not run on meanwhile.
         """
-        images = self.sim._obs()["images"]
+        pictures = self.pictures()
         self.drawn = self.now
-        side = self.sim.px // 6  # sim_env draws squares, cameras deliver 4:3; the margins are cropped again
         with self.changed:
-            for camera, image in images.items():
-                wide = np.pad(image, ((0, 0), (side, side), (0, 0)), "edge")  # (px, px * 4 / 3, 3)
-                self.frames[camera] = wide[..., ::-1].copy()
+            for camera, picture in pictures.items():
+                self.frames[camera] = picture[..., ::-1].copy()
             self.version += 1
             self.changed.notify_all()
             self.changed.wait_for(self.all_fetched, timeout=1)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the cameras see, each (px, px * 4 / 3, 3): sim_env's squares, with margins to be cropped."""
+        side = self.sim.px // 6
+        images = self.sim._obs()["images"]
+        return {camera: np.pad(image, ((0, 0), (side, side), (0, 0)), "edge") for camera, image in images.items()}
 
     def all_fetched(self) -> bool:
         """Has every camera's thread stored the newest picture?"""
@@ -520,16 +524,15 @@ def emulated_arm(folder: str | Path, monkeypatch: Any = None, terminal: bool = T
 class EmulatedEnv(real_env.RealEnv):
     """RealEnv on an emulated arm: the simulation lays out the scenes and judges.
 
-    reasons: why targets were limited, counted.
+    px: side of the images. reasons: why targets were limited, counted.
     """
 
-    def __init__(self, emulator: Emulator, family: str):
+    def __init__(self, emulator: Emulator, px: int, limit: int):
         self.emulator = emulator
         self.world = emulator.sim
         self.reasons = Counter()
-        px = self.world.px
-        size = (px + 2 * (px // 6), px)
-        super().__init__(emulator.port, {"front": 0, "wrist": 2}, px=px, limit=LIMIT[family], size=size)
+        height, width, _ = emulator.frames["front"].shape
+        super().__init__(emulator.port, {"front": 0, "wrist": 2}, px=px, limit=limit, size=(width, height))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         self.world.reset(seed=seed, options=options)
@@ -557,7 +560,7 @@ def compare(run: str, n: int = 100, family: str = "place") -> None:
     world.reset(seed=SEEDS["report"][0], options={"family": family})
     emulator = Emulator(world)
     install(emulator, tempfile.mkdtemp(), terminal=False)
-    arm = EmulatedEnv(emulator, family)
+    arm = EmulatedEnv(emulator, px, LIMIT[family])
     simulated = SingleEnv(make_env("sim", px), px, CAMERAS, policy.cfg.state_dim)
     real = SingleEnv(arm, px, CAMERAS, policy.cfg.state_dim)
     won = {"sim_env": [], "real_env": []}

@@ -103,7 +103,7 @@ class Emulator:
     fault: function of an instruction (PING ...) that says what befalls its packet. None: nothing, "lost": no
     servo hears it, "silent": it is obeyed, but the last answer is lost, "corrupt": a bit of the answer, or of
     a group write, flips, "absurd": a valid packet with a wrong position. dead: names of servos that neither
-    obey nor answer. camera_fault: {camera: "frozen" or "silent"}.
+    obey nor answer. camera_fault: {camera: "frozen" or "silent"}. camera_rate: frames a second, says the driver.
     goals: every target that reached a servo, as (motor, measured position, target). trace: the arm's position
     (6,) after every TICK.
     """
@@ -116,6 +116,7 @@ class Emulator:
         self.injected = []  # the faults so far
         self.dead = set()
         self.camera_fault = {}
+        self.camera_rate = 30.0
         self.counts = Counter()  # packets by instruction
         self.goals = []
         self.trace = []
@@ -425,7 +426,7 @@ def capture_class(emulator: Emulator) -> type:
             sizes = {
                 cv2.CAP_PROP_FRAME_WIDTH: width,
                 cv2.CAP_PROP_FRAME_HEIGHT: height,
-                cv2.CAP_PROP_FPS: 30.0,
+                cv2.CAP_PROP_FPS: emulator.camera_rate,
             }
             return sizes.get(key, 0)
 

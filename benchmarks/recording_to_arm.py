@@ -300,7 +300,9 @@ def report(cfg: Options, lines: list[dict], faults: int) -> None:
         for reason, count in line["limited"].items():
             limited[reason] = limited.get(reason, 0) + count
     print(f"{cfg.run}: {percent(len(won) / n)} % of {n} ({percent(low)} - {percent(high)})")
-    print(f"limited targets: {limited or 'none'} of {sum(line['steps'] for line in lines)}; bus faults: {faults}")
+    print(
+        f"limited targets: {limited or 'none'} of {sum(line['steps'] for line in lines)}; bus faults: {faults}"
+    )
     result = {"success": len(won) / n, "n": n, "low": low, "high": high, "limited": limited}
     result["steps"] = float(np.mean(won)) if won else None
     path = Path(cfg.run, "eval_emulated.json")

@@ -392,7 +392,9 @@ class Emulator:
         """What the cameras see, each (px, px * 4 / 3, 3): sim_env's squares, with margins to be cropped."""
         side = self.sim.px // 6
         images = self.sim._obs()["images"]
-        return {camera: np.pad(image, ((0, 0), (side, side), (0, 0)), "edge") for camera, image in images.items()}
+        return {
+            camera: np.pad(image, ((0, 0), (side, side), (0, 0)), "edge") for camera, image in images.items()
+        }
 
     def all_fetched(self) -> bool:
         """Has every camera's thread stored the newest picture?"""

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("", "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # which adds the programs' folder
 from feetech_emulator import EmulatedEnv, Emulator, install
 
 from common import (
@@ -47,7 +47,7 @@ from common import (
 from evaluate import Episode, SingleEnv, percent, policy_fn, run_episodes, wilson
 from extras.lerobot_io import create_dataset
 from extras.real_env import REST, RealEnv
-from prepare import STRIDE, Pose, ScriptedExpert
+from prepare import Pose, ScriptedExpert
 from sim_env import CAMERAS, HIGH, LOW, MOTORS, SEEDS, SO100Env, mujoco, to_qpos
 
 RATE = 30  # frames a second of the recording
@@ -82,7 +82,7 @@ class Options:
 
 
 class WideEmulator(Emulator):
-    """An emulator whose cameras show 640x480: as high as the simulation's pictures, and more at both sides."""
+    """An emulator whose cameras show 640x480: the height of the simulation's pictures, and more beside it."""
 
     def __init__(self, sim: SO100Env):
         width, height = SIZE
@@ -300,9 +300,8 @@ def report(cfg: Options, lines: list[dict], faults: int) -> None:
         for reason, count in line["limited"].items():
             limited[reason] = limited.get(reason, 0) + count
     print(f"{cfg.run}: {percent(len(won) / n)} % of {n} ({percent(low)} - {percent(high)})")
-    print(
-        f"limited targets: {limited or 'none'} of {sum(line['steps'] for line in lines)}; bus faults: {faults}"
-    )
+    sent = sum(line["steps"] for line in lines)
+    print(f"limited targets: {limited or 'none'} of {sent}; bus faults: {faults}")
     result = {"success": len(won) / n, "n": n, "low": low, "high": high, "limited": limited}
     result["steps"] = float(np.mean(won)) if won else None
     path = Path(cfg.run, "eval_emulated.json")

@@ -240,8 +240,8 @@ class RealEnv:
             self.exits.callback(camera.disconnect)
             if 0 < camera.fps < FPS:  # 0: the driver does not say
                 raise UserError(
-                    f"camera {view} ({source}) gives {camera.fps:g} frames a second, the arm needs {FPS}: choose "
-                    f"another camera, or more light, then --{view}=..."
+                    f"camera {view} ({source}) gives {camera.fps:g} frames a second, the arm needs {FPS}: "
+                    f"give it more light, or choose another one with --{view}=..."
                 )
 
     def _prepare_servos(self):

@@ -103,7 +103,8 @@ class Emulator:
     fault: function of an instruction (PING ...) that says what befalls its packet. None: nothing, "lost": no
     servo hears it, "silent": it is obeyed, but the last answer is lost, "corrupt": a bit of the answer, or of
     a group write, flips, "absurd": a valid packet with a wrong position. dead: names of servos that neither
-    obey nor answer. camera_fault: {camera: "frozen" or "silent"}. camera_rate: frames a second, says the driver.
+    obey nor answer. camera_fault: {camera: "frozen" or "silent"}. camera_rate: frames a
+    second that the driver names.
     goals: every target that reached a servo, as (motor, measured position, target). trace: the arm's position
     (6,) after every TICK.
     """

@@ -1,18 +1,18 @@
-"""SyVLA in plain PyTorch: a small VLM that reasons in text, 20 feature query tokens, a flow-matching action
-expert.
+"""SyVLA in plain PyTorch: a small VLM that reasons in text, feature queries, a flow-matching action expert.
 
     images, instruction -> VLM writes <reason> ... </reason> -> the 20 query tokens follow the reasoning
-    -> their last hidden states ("feature query states") -> MLP adapter -> flow-matching action expert ->
-    action chunk
+    -> their last hidden states ("feature query states") -> MLP adapter -> action expert -> action chunk
 
 Read it in this order: Config and PRESETS, VisionEncoder, LanguageModel, VLM (its attention mask is the
 interesting part), ActionExpert, then SyVLA: `forward` is training with intention decoupling, `act` is
 inference.
 
-Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, H action chunk (horizon),
-A action dim, S state dim, D width, De expert width, M noise samples per observation, K denoising steps, N = P
-+ T + Q, nh heads, hd head dim. Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity
-u = eps - a, Euler step x <- x - v/K.
+Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, N = P + T + Q, D width,
+nh heads, hd head dim, H action chunk (horizon), A action dim, S state dim, De expert width, M noise samples
+per observation, K denoising steps.
+
+Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity u = eps - a, Euler step
+x <- x - v/K.
 
 Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (SyVLA), arXiv 2606.09009.
 """

@@ -92,8 +92,8 @@ def show(name, m):
     per_line = m["tokens"] / code
     dense = 100 * m["dense"] / code
     print(
-        f"{name:22} {m['lines']:6} {m['code']:6} {comments:8.1%} {m['tokens']:7} {per_line:8.1f} {dense:6.1f} "
-        f"{m['longest']:5} {m['name']:20} {hints:5.0%}"
+        f"{name:22} {m['lines']:6} {m['code']:6} {comments:9.1%} {m['tokens']:7} {per_line:8.1f} "
+        f"{dense:6.1f} {m['longest']:5} {m['name']:20} {hints:5.0%}"
     )
 
 

@@ -598,7 +598,7 @@ def reading_state(path: Path) -> Iterator[None]:
     except Exception as error:  # torch raises a dozen kinds
         reason = (str(error).splitlines() or ["it is empty"])[0][:150]
         if isinstance(error, KeyError):
-            reason = f"it lacks {reason}"
+            reason = f"no entry {reason}"
         raise UserError(f"{path} cannot be read ({reason}); start anew with another --out") from None
 
 

@@ -16,10 +16,12 @@ from common import (
     append_log,
     atomic_path,
     check_options,
+    claim_folder,
     opt,
     parse_config,
     read_json,
     read_log,
+    release_folders,
     require,
     resumed_config,
     run_program,
@@ -164,6 +166,56 @@ def test_log_lines_behind_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert [line["step"] for line in read_log(path)] == [0, 1, 2, 3]
     trim_log(path, "step", 2)
     assert [line["step"] for line in read_log(path)] == [0, 1, 2] and path.read_text().endswith("}\n")
+
+
+def test_a_folder_belongs_to_the_program_that_made_it(tmp_path):
+    new = tmp_path / "new"
+    claim_folder(new, "train.py")
+    assert not new.exists()  # before there is anything to write
+    claim_folder(new, "train.py", create=True)
+    (new / "log.jsonl").write_text("mine")
+    release_folders()
+    claim_folder(new, "train.py")
+    release_folders()
+    with pytest.raises(UserError, match="was made by train.py and is left as it is"):
+        claim_folder(new, "rl.py")
+    for name in ("model.safetensors", "config.json", "meta.json", "log.jsonl"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("somebody's")
+        with pytest.raises(UserError, match=f"holds other things .{name}"):
+            claim_folder(folder, "train.py", create=True)
+        assert [path.name for path in folder.iterdir()] == [name]
+        with pytest.raises(UserError, match="is a file; choose another --out"):
+            claim_folder(folder / name, "train.py")
+
+
+def test_two_programs_do_not_share_a_folder(tmp_path, root):
+    script = "import common, sys; common.claim_folder(sys.argv[1], 'train.py', True); print(1, flush=True); input()"
+    child = [sys.executable, "-c", script, tmp_path / "run"]
+    other = subprocess.Popen(child, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(UserError, match="another program is at work"):
+        claim_folder(tmp_path / "run", "train.py")
+    other.kill()
+    other.communicate()
+    claim_folder(tmp_path / "run", "train.py")  # the dead keep no lock
+    release_folders()
+
+
+def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--out={tmp_path}", "--task=a b"])
+    config = options(f"--out={tmp_path}")
+    config.resume = False
+    for ending in ("'--task=a b'", "'--task=a b' --resume"):
+        with pytest.raises(SystemExit) as caught:
+            run_program(stopped, config)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 130 and line.endswith(f"python train.py --out={tmp_path} {ending}")
+        (tmp_path / "train_state.pt").touch()
 
 
 # -- libraries ----------------------------------------------------------------------------------------------

@@ -166,6 +166,34 @@ def test_success_in_info_is_believed_over_the_end(reach):
     assert env.terminated[0] and not episode.success
 
 
+@pytest.mark.parametrize("name, steps", [("Endless", 30), ("Falling", 10)])
+def test_an_episode_ends_at_its_familys_limit_and_info_tells_success(reach, name, steps):
+    def nowhere(obs):
+        return np.repeat(obs["state"][:, None], 10, axis=1), [None]
+
+    env = SingleEnv(evaluate.make_env(f"glide:{name}", 32), 32, ("top",), 2)
+    (episode,) = run_episodes(env, [Episode(3, {"family": "reach"})], nowhere)
+    assert env.truncated[0] == (name == "Endless") and not episode.success and episode.steps == steps
+
+
+def test_an_environment_that_blocks_is_named(reach, monkeypatch):
+    with VecEnv(1, 1, "glide:Blocked", 32) as vec:
+        vec.reset([0], [1], [{}])
+        monkeypatch.setattr(evaluate, "ANSWER_SECONDS", 0.5)
+        with pytest.raises(ValueError, match="--env=glide:Blocked has not answered step_chunk"):
+            vec.step_chunk({0: np.zeros((1, 2))})
+
+
+def test_an_environment_that_does_not_fit_is_told_before_the_training(reach, fails):
+    learn = [*DEBUG, *NO_WORDS, "--data=data/reach", "--eval=1", "--out=late"]
+    assert "not finite" in fails(train.main, [*learn, "--env=glide:Blind"])
+    assert (
+        "['top'], the environment has" in fails(train.main, [*learn, "--env=sim", "--families=place"])
+        or not Path("late").exists()
+    )
+    assert not Path("late").exists()
+
+
 def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
     learn = [*DEBUG, *NO_WORDS, "--data=data/reach", "--eval=0"]
     train.main([*learn, "--env=reach:Reach", "--out=run"])

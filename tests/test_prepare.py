@@ -362,6 +362,15 @@ def test_a_finished_folder_and_foreign_parts_are_refused(data, tmp_path, fails):
     assert "other settings" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])
 
 
+@pytest.mark.parametrize("name", ["parts/notes.txt", "films/x.tmp1", "questions/questions.json", "front.npy"])
+def test_what_others_have_put_there_stays(tmp_path, fails, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("somebody's")
+    assert "is left as it is" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

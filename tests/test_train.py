@@ -469,6 +469,23 @@ def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fail
     assert "model.safetensors" in tell(foreign)
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", None])
+def test_a_damaged_state_is_named(trained, data, tmp_path, fails, content):
+    run = shutil.copytree(trained, tmp_path / "run")
+    torch.save({"step": 1}, run / "train_state.pt")
+    if content is not None:
+        (run / "train_state.pt").write_bytes(content)
+    assert "run/train_state.pt cannot be read" in fails(train.main, arguments(data, run, "--resume"))
+
+
+def test_settings_of_wrong_types_are_named(trained, data, tmp_path, fails):
+    run = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    for wrong in ([], config | {"width": None}, config | {"chunk_size": "8"}, config | {"env": 3}):
+        (run / "config.json").write_text(json.dumps(wrong))
+        assert "run/config.json" in fails(train.main, arguments(data, run, "--resume"))
+
+
 def test_resuming_another_run_is_refused_in_one_line(trained, data, tmp_path, fails):
     for flag in ("--width=64", "--decouple=off", "--seed=5", "--mix=0.5", "--batch_size=8", "--adam_lr=1"):
         assert flag[2:].split("=")[0] in fails(

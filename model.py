@@ -20,6 +20,7 @@ Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (Sy
 import dataclasses
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,15 @@ class Config:
                     "this checkpoint is of format 1 and uses parts that are gone; run it with version e6a1aa6"
                 )
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Config":
+        """The model's share of a checkpoint's config.json; UserError names the file."""
+        config = read_checkpoint_config(folder)
+        try:
+            return cls.pick(config)
+        except UserError as error:
+            raise UserError(f"{folder}/config.json: {error}") from None
 
 
 RENAMED = {
@@ -1191,7 +1201,7 @@ def save_policy(
         path.write_text(policy.tokenizer.dumps(), encoding="utf-8")
     with atomic_path(folder / "model.safetensors") as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-        path.chmod(0o644)  # safetensors writes for the owner alone
+        shutil.copymode(folder / "tokenizer.json", path)  # safetensors writes for the owner alone
     write_json(folder / "config.json", config | {"format": FORMAT, "torch": torch.__version__})
 
 
@@ -1201,7 +1211,7 @@ def load_policy(folder: str | Path, device: torch.device | str = "cpu") -> SyVLA
     Raises UserError where there is none.
     """
     folder = Path(folder)
-    cfg = Config.pick(read_checkpoint_config(folder))
+    cfg = Config.read(folder)
     if cfg.backbone:
         from extras.backbones import load_backbone
 

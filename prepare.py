@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,10 +36,12 @@ from common import (
     UserError,
     atomic_path,
     check_options,
+    lock_folder,
     opt,
     parse_config,
     read_json,
     run_program,
+    terminable,
     write_json,
 )
 from data import read_meta, statistics
@@ -355,6 +358,7 @@ SCENES = {  # seeds by kind of shard: no scene has two uses
     "questions": range(400_000, 1_000_000),
     "questions_val": SEEDS["val"],
 }
+SHARD_FILE = re.compile(r"(_\d{7}_\d+\.npz|\.npz\.tmp|settings\.json\.tmp)$")  # in <out>/parts
 SHARD_SIZE = {"demo": 10, "start": 50, "questions": 100, "questions_val": 100}  # scenes per shard
 EPISODES = ("demo", "start", "lerobot")  # kinds of shards; the other two hold questions
 
@@ -539,9 +543,9 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
         print(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are there already")
     if not missing:
         return
-    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, this process ends the others
     with (
-        multiprocessing.Pool(cfg.workers or None, signal.signal, ignore_interrupts) as pool,
+        terminable(),
+        multiprocessing.Pool(cfg.workers or None, leave_signals) as pool,
         tqdm(total=len(missing), unit="shard", disable=None) as bar,
     ):
         processes = multiprocessing.active_children()
@@ -559,6 +563,12 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
                         "a process was killed, perhaps for lack of memory; run the same command again with "
                         "fewer --workers, it goes on where it stopped"
                     ) from None
+
+
+def leave_signals() -> None:
+    """In a process of the pool: Ctrl-C is for the first process, which then ends the others by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -628,8 +638,8 @@ def merge_questions(
         )
     for camera in cameras:
         write_array(folder / f"{camera}.npy", parts, rows, len(texts))
-    (folder / "questions.json").write_text(json.dumps(texts))
-    (folder / "meta.json").write_text(json.dumps(common, indent=1))
+    write_json(folder / "questions.json", texts)
+    write_json(folder / "meta.json", common)
     shutil.rmtree(Path(cfg.out, name), ignore_errors=True)  # of a run killed after this point
     os.replace(folder, Path(cfg.out, name))
     asked = sum(map(len, texts))
@@ -691,13 +701,47 @@ def is_whole(cfg: PrepareConfig, saved: Path, settings: dict[str, Any]) -> bool:
     if cfg.lerobot or not cfg.questions_from:
         name, content = "meta.json", "a data set"
     result = Path(cfg.out, name)  # what appears last
+    if saved.is_file():
+        lock_folder(cfg.out, "prepare.py")
     if saved.is_file() and read_json(saved) != settings:
         raise UserError(
             f"{cfg.out} holds parts made with other settings; delete {saved.parent} or choose another --out"
         )
     if result.exists() and not saved.is_file():
         raise UserError(f"{cfg.out} already holds {content}; delete {result} or choose another --out")
+    if not saved.is_file():
+        check_free(cfg)
     return result.exists()
+
+
+def check_free(cfg: PrepareConfig) -> None:
+    """UserError if a new data set would take the place of files in <out> that this program has not made."""
+    asked = ["questions", "questions_val", "questions.tmp", "questions_val.tmp"]
+    foreign = []
+    for path in sorted(Path(cfg.out).glob("[!.]*")):
+        if path.name == "parts":
+            foreign += [part for part in path.iterdir() if not SHARD_FILE.search(part.name)]
+        elif cfg.questions_from and not cfg.lerobot and path.name not in asked:
+            continue  # the demonstrations that the questions are for
+        elif cfg.lerobot and not cfg.questions_from and path.name in asked:
+            continue  # the questions that the demonstrations are for
+        elif path.is_dir() or path.is_file():
+            foreign.append(path)
+    if foreign:
+        raise UserError(f"{foreign[0]} is in the way and is left as it is; choose another --out")
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove the files of the shards, and what a kill left of them; the settings last: without them, shards
+    could be taken for another data set's.
+    """
+    for path in sorted(folder.iterdir()):
+        if SHARD_FILE.search(path.name):
+            path.unlink()
+    (folder / "settings.json").unlink()
+    if any(folder.iterdir()):
+        return print(f"{folder} holds files that are not prepare.py's: it stays")
+    folder.rmdir()
 
 
 def check_disk(cfg: PrepareConfig, pictures: int) -> None:
@@ -727,15 +771,13 @@ def prepare(cfg: PrepareConfig) -> None:
         print(f"{cfg.out} is whole already; its parts are cleared away")
     else:
         shards, common, pictures = make_plan(cfg)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        lock_folder(cfg.out, "prepare.py")
         write_json(saved, settings)  # not earlier: a mistake found in planning leaves nothing behind
         check_disk(cfg, pictures)
         make_shards(cfg, shards)
         merge(cfg, shards, common)
-    for path in saved.parent.glob("*.npz"):
-        path.unlink()
-    shutil.rmtree(
-        saved.parent
-    )  # the settings last: without them, shards could be taken for another data set's
+    clear_parts(saved.parent)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -48,6 +48,7 @@ from common import (
     atomic_path,
     check_options,
     choose_device,
+    claim_folder,
     fast_cpu,
     join_processes,
     mark,
@@ -64,10 +65,12 @@ from common import (
 )
 from data import Episodes, flow_times
 from evaluate import (
+    EVAL,
     SEEDS,
     Episode,
     VecEnv,
     camera_indices,
+    check_evaluation,
     check_families,
     evaluate,
     policy_fn,
@@ -83,7 +86,7 @@ from model import (
     save_policy,
     timesteps,
 )
-from train import average_gradients, averaged_weights
+from train import average_gradients, averaged_weights, reading_state
 
 Batch = dict[str, Tensor]
 
@@ -162,10 +165,10 @@ class RLConfig:
         "[0, inf)",
     )
     eval_episodes: int = opt(
-        150, "validation episodes per family, which choose the policy kept; 0: the last is kept", "[0, inf)"
+        150, "validation episodes per family, which choose the policy kept; 0: the last is kept", EVAL
     )
     eval: int = opt(
-        100, "report episodes per family and split for the tables before and after; 0 for none", "[0, inf)"
+        100, "report episodes per family and split for the tables before and after; 0 for none", EVAL
     )
     seed: int = opt(0, "seed of scenes and noise", "[0, inf)")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
@@ -610,12 +613,13 @@ class Learner:
 
     def load(self, path: Path) -> int:
         """Read what save() wrote -> the number of iterations that are done."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema = state["ema"]
-        self.best = state["best"]
-        return state["iteration"]
+        with reading_state(path):
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema = {name: state["ema"][name] for name in self.ema}
+            self.best = float(state["best"])
+            return int(state["iteration"])
 
 
 def update(learner: Learner, batch: Batch, iteration: int) -> dict[str, float]:
@@ -829,15 +833,19 @@ def settle(cfg: RLConfig) -> RLConfig:
     begun = Path(cfg.out, "train_state.pt").is_file()
     if cfg.resume and not begun:
         raise UserError(f"nothing to resume in {cfg.out}; leave --resume out")
+    if rank_and_world()[0] == 0:
+        claim_folder(cfg.out, "rl.py")
     if begun and not cfg.resume:
         raise UserError(f"{cfg.out} already holds a run; add --resume to go on, or choose another --out")
     if cfg.resume:
         saved = read_checkpoint_config(cfg.out)
-        settings = saved.get("rl", {}) | {"format": saved.get("format")}
+        if not isinstance(saved.get("rl"), dict):
+            raise UserError(f"{cfg.out}/config.json is not what rl.py writes; choose another --out")
+        settings = saved["rl"] | {"format": saved.get("format")}
         cfg = resumed_config(cfg, settings, MAY_CHANGE)
     trained = read_checkpoint_config(cfg.init_from)
     for name in ("data", "families", "env"):
-        setattr(cfg, name, getattr(cfg, name) or trained[name])
+        setattr(cfg, name, getattr(cfg, name) or trained.get(name, ""))
     if cfg.env != "real":
         check_families(cfg.family_names, cfg.env)
     return cfg
@@ -872,6 +880,10 @@ def train_rl(cfg: RLConfig) -> None:
     print0(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
     print0(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es)")
     out = Path(cfg.out)
+    if cfg.env != "real":
+        check_evaluation(policy, cfg.family_names, cfg.env)
+    if rank == 0:
+        claim_folder(out, "rl.py", create=True)
     with connect(policy, cfg) as vec:
         first = 0
         if cfg.resume:

@@ -20,7 +20,6 @@ import contextlib
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -40,6 +39,7 @@ from common import (
     append_log,
     atomic_path,
     choose_device,
+    claim_folder,
     fast_cpu,
     has_bf16,
     join_processes,
@@ -52,6 +52,7 @@ from common import (
     read_checkpoint_config,
     read_json,
     resumed_config,
+    run_child,
     run_program,
     trim_log,
     wait_for_all,
@@ -91,7 +92,7 @@ class TrainConfig(Config):
     freeze_vision: bool = opt(False, "leave the vision tower as it is; its connector still learns")
     checkpointing: bool = opt(False, "keep only every block's input: less memory, a third more work")
     seed: int = opt(0, "seed of weights, batches and noise", "[0, inf)")
-    eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", "[0, inf)")
+    eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL)
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
     threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, inf)")
     save_every: int = opt(250, "steps between checkpoints", "[1, inf)")
@@ -398,7 +399,7 @@ def make_data(cfg: TrainConfig) -> None:
         raise UserError(f"no data set in {cfg.data}; run: {command} --out={cfg.data}")
     print(f"no data set in {cfg.data} yet: running {command}", flush=True)
     program = Path(__file__).with_name("prepare.py")
-    if subprocess.run([sys.executable, program, "--config", preset]).returncode:
+    if run_child([sys.executable, program, "--config", preset]):
         raise UserError(f"prepare.py failed; run: {command}")
 
 
@@ -420,7 +421,7 @@ EXPERT = {"motors", "state", "fps", "expert_width", "expert_depth", "expert_head
 
 def inherit_shapes(cfg: TrainConfig) -> None:
     """Take the model's fields of --init_from; typed ones may differ where they shape no weights."""
-    saved = Config.pick(read_checkpoint_config(cfg.init_from))
+    saved = Config.read(cfg.init_from)
     may_differ = BEHAVIOUR | (EXPERT if cfg.new_expert else set())
     for field in fields(Config):
         name, value = field.name, getattr(saved, field.name)
@@ -576,21 +577,29 @@ def save_checkpoint(run: Run) -> None:
 def load_checkpoint(run: Run) -> None:
     """Bring a fresh run to where the one in --out was saved."""
     out = Path(run.cfg.out)
-    try:
+    with reading_state(out / "train_state.pt"):
         saved = torch.load(out / "train_state.pt", map_location=run.device, weights_only=True)
         run.policy.load_weights(out / "model.safetensors")  # frozen weights stand there alone
-        run.policy.load_state_dict(saved["model"], strict=False)
-        for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+        run.policy.load_state_dict({name: saved["model"][name] for name in run.ema}, strict=False)
+        for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        run.ema = {name: average.to(run.ema[name].device) for name, average in saved["ema"].items()}
-        run.step = saved["step"]
+        for name, average in run.ema.items():
+            average.copy_(saved["ema"][name])
+        run.step = int(saved["step"])
+
+
+@contextlib.contextmanager
+def reading_state(path: Path) -> Iterator[None]:
+    """Inside, whatever is wrong with a train_state.pt becomes a UserError that names it."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # torch raises a dozen kinds
-        reason = str(error).splitlines()[0][:150]
-        raise UserError(
-            f"{out}/train_state.pt cannot be read ({reason}); start anew with another --out"
-        ) from None
+        reason = (str(error).splitlines() or ["it is empty"])[0][:150]
+        if isinstance(error, KeyError):
+            reason = f"it lacks {reason}"
+        raise UserError(f"{path} cannot be read ({reason}); start anew with another --out") from None
 
 
 @contextlib.contextmanager
@@ -638,8 +647,13 @@ def settle(cfg: TrainConfig) -> TrainConfig:
     begun = (out / "train_state.pt").is_file()
     if cfg.resume and not begun:
         raise UserError(f"nothing to resume in {out}; leave --resume out")
-    if begun and not (cfg.resume or cfg.bench or cfg.plan):
-        raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    if not (cfg.bench or cfg.plan):
+        if rank_and_world()[0] == 0:
+            claim_folder(out, "train.py")
+        if begun and not cfg.resume:
+            raise UserError(
+                f"{out} already holds a run; add --resume to go on with it, or choose another --out"
+            )
     if cfg.resume:
         return resumed_config(cfg, read_checkpoint_config(out), MAY_CHANGE)
     if cfg.init_from:
@@ -684,11 +698,14 @@ def train(cfg: TrainConfig) -> None:
         cache_query_states(run)
     if cfg.bench:
         return bench(run)
+    families = families_to_evaluate(run) if cfg.eval else []
     train_loop(run)
     wait_for_all()
     leave_processes()  # the others need not wait for the evaluation
-    if cfg.eval and rank == 0:
-        evaluate_run(run)
+    if families and rank == 0:
+        with averaged_weights(run.policy, run.ema):
+            results = evaluate.evaluate(run.policy, families, cfg.eval, env=cfg.env)
+        evaluate.report(results, Path(cfg.out, "eval.json"))
 
 
 def train_loop(run: Run) -> None:
@@ -696,7 +713,7 @@ def train_loop(run: Run) -> None:
     cfg, out = run.cfg, Path(run.cfg.out)
     is_first = rank_and_world()[0] == 0
     if is_first:
-        out.mkdir(parents=True, exist_ok=True)
+        claim_folder(out, "train.py", create=True)
         trim_log(
             out / "log.jsonl", "step", run.step
         )  # also in a new run: a kill before the first checkpoint leaves lines
@@ -785,18 +802,21 @@ def report_questions(run: Run, when: str) -> None:
     write_json(path, history | {when: result})
 
 
-def evaluate_run(run: Run) -> None:
-    """Closed-loop success on report seeds: the printed table and eval.json."""
+def families_to_evaluate(run: Run) -> list[str]:
+    """The task families that the closed-loop evaluation will play, told before the training, as is a policy
+    that does not fit the environment.
+    """
     cfg = run.cfg
     known = evaluate.environment_class(cfg.env).families
     families = [family for family in cfg.family_names if family in known]
     if not families:
-        return print0(
-            f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(known)})"
-        )
-    with averaged_weights(run.policy, run.ema):
-        results = evaluate.evaluate(run.policy, families, cfg.eval, env=cfg.env)
-    evaluate.report(results, Path(cfg.out, "eval.json"))
+        print0(f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(known)})")
+        return []
+    try:
+        evaluate.check_evaluation(run.policy, families, cfg.env)
+    except UserError as error:
+        raise UserError(f"{error}; --eval=0 trains without an evaluation") from None
+    return families
 
 
 def bench(run: Run) -> None:

@@ -58,7 +58,7 @@ from common import (
     wait_for_all,
     write_json,
 )
-from data import Episodes, Questions, Tokenizer, data_id, read_meta
+from data import Episodes, Questions, Tokenizer, data_id, open_images_of, read_meta
 from model import Config, SyVLA, all_presets, save_policy
 
 
@@ -73,40 +73,63 @@ class TrainConfig(Config):
     init_from: str = opt("", "checkpoint folder whose weights, shapes and tokenizer start this run")
     resume: bool = opt(False, "go on with the run in --out, with its settings")
     new_expert: bool = opt(
-        False, "finetune: keep the VLM frozen; a new adapter and expert learn from random weights"
+        False,
+        "finetune: keep the VLM frozen; a new adapter and expert learn from random weights",
+        needs="stage=finetune",
     )
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
-    families: str = opt("place,calculate,sequence", "task families to train on and to evaluate")
-    ground_steps: int = opt(1800, "steps of phase 1, questions only", "[0, inf)")
-    steps: int = opt(4900, "steps of phase 2, actions", "[0, inf)")
-    batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, inf)")
-    mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0: no mixed data", "[0, 1)")
-    accumulate: int = opt(1, "micro-batches per step and process", "[1, inf)")
+    families: str = opt("place,calculate,sequence", "task families to train on and to evaluate", many=True)
+    ground_steps: int = opt(
+        1800, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
+    )
+    steps: int = opt(4900, "steps of phase 2, actions", "[0, 1000000000]")
+    batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, 65536]")
+    mix: float = opt(
+        0.3,
+        "share of question samples in phase 2 (paper: ~30 %); 0: no mixed data",
+        "[0, 1)",
+        needs="not new_expert",
+    )
+    accumulate: int = opt(1, "micro-batches per step and process", "[1, 65536]")
     adam_lr: float = opt(
-        2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, inf)"
+        2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, 1]"
     )
-    muon_lr: float = opt(4e-3, "Muon learning rate: matrices of blocks, connector and adapter", "(0, inf)")
+    muon_lr: float = opt(
+        4e-3,
+        "Muon learning rate: matrices of blocks, connector and adapter",
+        "(0, 1]",
+        needs="not backbone_lr",
+    )
     backbone_lr: float = opt(
-        0.0, "AdamW for all, this rate for the VLM and adam_lr for the rest; 0: Muon", "[0, inf)"
+        0.0,
+        "AdamW for all, this rate for the VLM and adam_lr for the rest; 0: Muon",
+        "[0, 1]",
+        needs="backbone|init_from",
     )
-    freeze_vision: bool = opt(False, "leave the vision tower as it is; its connector still learns")
-    checkpointing: bool = opt(False, "keep only every block's input: less memory, a third more work")
-    seed: int = opt(0, "seed of weights, batches and noise", "[0, inf)")
+    freeze_vision: bool = opt(
+        False, "leave the vision tower as it is; its connector still learns", needs="backbone|init_from"
+    )
+    checkpointing: bool = opt(
+        False, "keep only every block's input: less memory, a third more work", needs="not new_expert"
+    )
+    seed: int = opt(0, "seed of weights, batches and noise", "[0, 4294967295]")
     eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL)
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
-    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, inf)")
+    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, 1024]")
     save_every: int = opt(250, "steps between checkpoints", "[1, inf)")
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
     plan: bool = opt(False, "print parameters, predicted memory and work, and stop")
-    bench: bool = opt(False, "time 20 steps of each phase by part, print the split and stop")
+    bench: bool = opt(
+        False, "time 20 steps of each phase by part, print the split and stop", needs="not plan"
+    )
 
     # Set by presets
-    question_tokens: int = opt(64)  # room for the questions packed behind one picture
-    warmup: int = opt(50)  # steps of linear warm-up of each phase
-    weight_decay: float = opt(0.01)  # decoupled, on matrices
-    max_grad_norm: float = opt(1.0)
-    ema: float = opt(0.995)  # decay of the weight average that is saved, evaluated and run
-    log_every: int = opt(25)  # steps
+    question_tokens: int = opt(64, allowed="[1, 4096]")  # room for the questions packed behind one picture
+    warmup: int = opt(50, allowed="[1, inf)")  # steps of linear warm-up of each phase
+    weight_decay: float = opt(0.01, allowed="[0, 1]")  # decoupled, on matrices
+    max_grad_norm: float = opt(1.0, allowed="(0, inf)")
+    ema: float = opt(0.995, allowed="[0, 1)")  # decay of the weight average that is saved and run
+    log_every: int = opt(25, allowed="[1, inf)")  # steps
     data_id: str = opt("")  # of the data set that the run was begun with
 
     def __post_init__(self):
@@ -116,13 +139,11 @@ class TrainConfig(Config):
         if self.stage == "finetune":
             self.ground_steps = 0
             if not self.init_from and not self.resume:
-                raise UserError("stage finetune needs weights to start from: add --init_from=out/small")
-        elif self.new_expert:
-            raise UserError("a new expert needs a trained VLM: add --stage=finetune --init_from=out/small")
+                raise UserError("--stage=finetune needs weights to start from: add --init_from=out/small")
         if self.new_expert:
             self.mix = 0.0  # questions teach the VLM, which is frozen
         if self.ground_steps + self.steps == 0:
-            raise UserError("ground_steps and steps are both 0: there is nothing to train")
+            raise UserError("--ground_steps and --steps are both 0: there is nothing to train")
 
     @property
     def family_names(self) -> list[str]:
@@ -443,9 +464,9 @@ def describe_robot(cfg: TrainConfig) -> None:
         cfg.state = ",".join(meta.get("state", ()))
         cfg.fps = meta["fps"]
     if not cfg.init_from:
-        camera = Path(cfg.data, f"{cfg.camera_names[0]}.npy")
-        if camera.is_file():
-            cfg.image_size = np.load(camera, mmap_mode="r").shape[1]
+        missing = [camera for camera in cfg.camera_names if camera not in meta["cameras"]]
+        if not missing:  # else open_images() will tell
+            cfg.image_size = open_images_of(cfg.data, cfg.camera_names[0]).shape[1]
     cfg.__post_init__()
 
 
@@ -586,6 +607,9 @@ def load_checkpoint(run: Run) -> None:
         for name, average in run.ema.items():
             average.copy_(saved["ema"][name])
         run.step = int(saved["step"])
+    total = run.cfg.ground_steps + run.cfg.steps
+    if not 0 <= run.step <= total:
+        raise UserError(f"{out} has done {run.step} steps, more than --ground_steps and --steps: {total}")
 
 
 @contextlib.contextmanager
@@ -655,6 +679,7 @@ def settle(cfg: TrainConfig) -> TrainConfig:
                 f"{out} already holds a run; add --resume to go on with it, or choose another --out"
             )
     if cfg.resume:
+        Config.read(out)
         return resumed_config(cfg, read_checkpoint_config(out), MAY_CHANGE)
     if cfg.init_from:
         inherit_shapes(cfg)
@@ -713,6 +738,7 @@ def train_loop(run: Run) -> None:
     cfg, out = run.cfg, Path(run.cfg.out)
     is_first = rank_and_world()[0] == 0
     if is_first:
+        question_history(out)  # complain of a damaged file now, not at the end
         claim_folder(out, "train.py", create=True)
         trim_log(
             out / "log.jsonl", "step", run.step
@@ -787,12 +813,21 @@ class TrainLog:
         self.restart()
 
 
+def question_history(out: str | Path) -> dict:
+    """What questions.json of a run says so far."""
+    path = Path(out, "questions.json")
+    history = read_json(path) if path.is_file() else {}
+    if not isinstance(history, dict):
+        raise UserError(f"{path} is not what train.py writes; delete it to measure anew")
+    return history
+
+
 def report_questions(run: Run, when: str) -> None:
     """Accuracy on held-out questions, printed and kept in questions.json under `when`: the paper's forgetting
     test.
     """
     path = Path(run.cfg.out, "questions.json")
-    history = read_json(path) if path.is_file() else {}
+    history = question_history(run.cfg.out)
     if not run.held_out or when in history:  # a resumed run measured it already
         return
     with averaged_weights(run.policy, run.ema):

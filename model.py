@@ -911,6 +911,17 @@ class SyVLA(nn.Module):
         limit = getattr(self, f"{name}_limit")
         return torch.minimum(torch.maximum(x, -limit), limit)
 
+    def clipped(self, actions: np.ndarray) -> str:
+        """Which share of recorded actions (N, A) lies beyond the limits, as in "wrist_roll 45.0 %", or "none".
+
+        Training would teach the limit in their place.
+        """
+        limit = self.action_limit.cpu()
+        scaled = self.scale(torch.tensor(actions).to(self.action_limit), "action").cpu()  # (N, A)
+        share = (scaled.abs() > limit * (1 + 1e-4)).float().mean(0).tolist()
+        names = self.cfg.motor_names
+        return ", ".join(f"{name} {part:.1%}" for name, part in zip(names, share) if part) or "none"
+
     def normalise(self, x: Tensor, name: str) -> Tensor:
         """State or action in LeRobot units -> scaled and clipped."""
         return self.clip(self.scale(x, name), name)

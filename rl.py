@@ -395,6 +395,8 @@ class ExpertSamples:
         self.cfg = cfg
         self.policy_cfg = policy.cfg
         recorded = Episodes(cfg.data, policy.cfg, cfg.family_names)
+        recorded.check_tasks(policy.tokenizer)
+        print0(f"expert samples of {cfg.data}; clipped targets: {policy.clipped(recorded.action)}")
         shuffled = np.random.default_rng(0).permutation(len(recorded))  # (all frames,)
         frames = np.sort(shuffled[: cfg.index_frames])  # (N,), in the order in which they lie on disk
         table = load_table(policy, recorded, frames, cfg)
@@ -408,7 +410,7 @@ class ExpertSamples:
         decisions_left = []  # to the end of the demonstration
         for i in frames:
             episode = recorded.episodes[recorded.episode_of[i]]
-            families.append(episode["family"])
+            families.append(episode.get("family", ""))
             steps_left = episode["start"] + episode["length"] - recorded.frames[i]
             decisions_left.append(math.ceil(steps_left / policy.cfg.n_action_steps))
         self.families = np.array(families)  # (N,)

@@ -296,6 +296,7 @@ def compare_modes(policy: SyVLA, cfg: SampleConfig) -> None:
 def replay(policy: SyVLA, cfg: SampleConfig) -> None:
     """Open-loop error per joint on recorded frames: the first thing to look at when a policy does nothing."""
     episodes = Episodes(read_checkpoint_config(cfg.run)["data"], policy.cfg)
+    episodes.check_tasks(policy.tokenizer)
     rng = np.random.default_rng(0)
     n = min(400, len(episodes))
     frames = rng.choice(len(episodes), n, replace=False)

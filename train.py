@@ -515,7 +515,7 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     policy.to(device)
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
-        start_from_checkpoint(policy, cfg, episodes.meta["statistics"])
+        start_from_checkpoint(policy, cfg, episodes)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     host = torch.device("cpu") if cfg.backbone else device  # a large model's average needs no room on the GPU
     ema = {name: p.detach().to(host, copy=True) for name, p in trained.items()}
@@ -524,13 +524,14 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     return Run(cfg, policy, forward, episodes, questions, held_out, optimizers, ema, device, autocast)
 
 
-def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, statistics: dict) -> None:
+def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -> None:
     """Load --init_from.
 
     Its expert has learnt a scale: fine-tuning keeps it, with wider limits where needed.
     """
     policy.load_weights(Path(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else "")
     policy.check_statistics()
+    statistics = episodes.meta["statistics"]
     if cfg.stage == "pretrain" or cfg.new_expert:
         policy.set_statistics(statistics)
         return
@@ -538,7 +539,10 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, statistics: dict) -> 
     if replaced:
         print0(f"the scale of {cfg.init_from} does not reach {', '.join(replaced)}: taken from {cfg.data}")
     limits = ", ".join(f"{limit:.1f}" for limit in policy.action_limit.tolist())
-    print0(f"clipped targets: none; they reach {limits} half ranges of the scale of {cfg.init_from}")
+    print0(
+        f"clipped targets: {policy.clipped(episodes.action)}; they reach {limits} half ranges of the scale of "
+        f"{cfg.init_from}"
+    )
 
 
 def freeze(policy: SyVLA, cfg: TrainConfig) -> None:

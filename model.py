@@ -912,7 +912,7 @@ class SyVLA(nn.Module):
         return torch.minimum(torch.maximum(x, -limit), limit)
 
     def clipped(self, actions: np.ndarray) -> str:
-        """Which share of recorded actions (N, A) lies beyond the limits, as in "wrist_roll 45.0 %", or "none".
+        """Which share of recorded actions (N, A) lies beyond the limits, as in "gripper 45.0 %", or "none".
 
         Training would teach the limit in their place.
         """
@@ -1251,7 +1251,8 @@ class SyVLA(nn.Module):
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} is {tensor.dtype}; weights must be floating-point numbers")
             if not torch.isfinite(tensor).all():
-                raise UserError(f"{path}: {name} is not finite; choose a checkpoint that train.py wrote")
+                what = "weight" if "." in name else "normalisation statistics"
+                raise UserError(f"{path}: {what} {name} not finite; choose a checkpoint that train.py wrote")
         for name in {"state", "action"} if not part else ():
             low, high, limit = (loaded[f"{name}_{side}"] for side in ("low", "high", "limit"))
             if not ((low <= high) & (limit > 0)).all():

@@ -540,7 +540,7 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -
         print0(f"the scale of {cfg.init_from} does not reach {', '.join(replaced)}: taken from {cfg.data}")
     limits = ", ".join(f"{limit:.1f}" for limit in policy.action_limit.tolist())
     print0(
-        f"clipped targets: {policy.clipped(episodes.action)}; they reach {limits} half ranges of the scale of "
+        f"clipped targets: {policy.clipped(episodes.action)}; they reach {limits} half ranges of the "
         f"{cfg.init_from}"
     )
 

@@ -40,6 +40,7 @@ from common import (
     UserError,
     atomic_path,
     check_options,
+    choose_device,
     mark,
     opt,
     read_checkpoint_config,
@@ -1158,9 +1159,10 @@ class SyVLA(nn.Module):
         noise = torch.randn(len(state), self.cfg.chunk_size, self.cfg.action_dim, generator=generator)
         noise = self.cfg.temperature * noise.to(device)
         if age is not None:
-            age = to_tensor("age", age, device).nan_to_num(self.cfg.stale).long().clamp(0, self.cfg.stale)
-            if tuple(age.shape) not in ((1,), (len(state),)):
+            age = to_tensor("age", age, device)
+            if tuple(age.shape) not in ((1,), (len(state),)) or not torch.isfinite(age).all():
                 raise UserError(f"age must be ({len(state)},) control steps; got {tuple(age.shape)}")
+            age = age.long().clamp(0, self.cfg.stale)
         if not self.cfg.stale:
             age = None
         chain = self.denoise(
@@ -1241,13 +1243,11 @@ class SyVLA(nn.Module):
         if loaded.keys() != own.keys():
             missing = sorted(own.keys() - loaded.keys())[:3]
             unknown = sorted(loaded.keys() - own.keys())[:3]
-            raise UserError(f"{path} does not fit: missing {missing}, unknown {unknown}")
+            raise UserError(f"{path} does not fit its config.json: missing {missing}, unknown {unknown}")
         for name, tensor in loaded.items():
             if tensor.shape != own[name].shape:
-                there = tuple(tensor.shape)
-                raise UserError(
-                    f"{path} does not fit: {name} is {there} there, {tuple(own[name].shape)} here"
-                )
+                sizes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+                raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} is {tensor.dtype}; weights must be floating-point numbers")
             if not torch.isfinite(tensor).all():
@@ -1317,6 +1317,8 @@ def load_policy(folder: str | Path, device: torch.device | str = "cpu") -> SyVLA
     Raises UserError where there is none.
     """
     folder = Path(folder)
+    if isinstance(device, str):
+        device, *_ = choose_device(device)
     cfg = Config.read(folder)
     if cfg.backbone:
         from extras.backbones import load_backbone

@@ -63,7 +63,6 @@ from sim_env import (
     VAGUE_NAMES,
     VERBS,
     SO100Env,
-    check_task,
     inverse,
     number_of,
     pinch_x,
@@ -375,7 +374,7 @@ class PrepareConfig:
     config: str = opt("small", "preset")
     out: str = opt("", "data set folder (default data/<config>)")
     families: str = opt(
-        "place,calculate,sequence", "task families to demonstrate", needs=SIMULATED, many=True
+        "place,calculate,sequence", "task families to demonstrate", tuple(LIMIT), SIMULATED, True
     )
     demos: int = opt(600, "demonstrations per family", "[0, 200000]", needs=SIMULATED)
     starts: int = opt(
@@ -436,13 +435,14 @@ class PrepareConfig:
         needs=("not lerobot|questions_from", "not export"),
     )
     check_expert: int = opt(
-        0, "only print the scripted expert's success on so many seeds, film it in out/expert", "[0, 100000]"
+        0,
+        "only print the scripted expert's success on so many seeds, film it in out/expert",
+        "[0, 100000]",
+        SIMULATED,
     )
 
     def __post_init__(self):
         check_options(self)
-        for family in self.families.split(","):
-            check_task(family, "id")
         for kind, count in self.counts().items():
             if self.seed + count > len(SCENES[kind]):
                 raise UserError(

@@ -868,6 +868,7 @@ def settle(cfg: RLConfig) -> RLConfig:
             raise UserError(f"{cfg.out}/config.json is not what rl.py writes; choose another --out")
         settings = saved["rl"] | {"format": saved.get("format")}
         cfg = resumed_config(cfg, settings, MAY_CHANGE)
+    Config.read(cfg.init_from)
     trained = read_checkpoint_config(cfg.init_from)
     for name in ("data", "families", "env"):
         setattr(cfg, name, getattr(cfg, name) or trained.get(name, ""))

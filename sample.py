@@ -46,7 +46,9 @@ class SampleConfig:
 
     config: str = opt("", "preset whose run is used (default: the newest policy under out/)", needs="not run")
     run: str = opt("", "checkpoint folder (default: out/<config>)")
-    env: str = opt("", "sim, real or package.module:Class (default: as trained for)")
+    env: str = opt(
+        "", "sim, real or package.module:Class (default: as trained for)", needs=("not replay", "not image")
+    )
     # what is played
     task: str = opt(
         "",

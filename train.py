@@ -61,6 +61,8 @@ from common import (
 from data import Episodes, Questions, Tokenizer, data_id, open_images_of, read_meta
 from model import Config, SyVLA, all_presets, save_policy
 
+TRAINING = ("not plan", "not bench")  # what options that need a training need, see common.check_needs()
+
 
 @dataclass
 class TrainConfig(Config):
@@ -113,10 +115,12 @@ class TrainConfig(Config):
         False, "keep only every block's input: less memory, a third more work", needs="not new_expert"
     )
     seed: int = opt(0, "seed of weights, batches and noise", "[0, 4294967295]")
-    eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL)
+    eval: int = opt(
+        100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL, TRAINING
+    )
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
     threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, 1024]")
-    save_every: int = opt(250, "steps between checkpoints", "[1, inf)")
+    save_every: int = opt(250, "steps between checkpoints", "[1, 1000000000]", TRAINING)
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
     plan: bool = opt(False, "print parameters, predicted memory and work, and stop")
     bench: bool = opt(
@@ -202,6 +206,10 @@ def samples_of_step(step: int, cfg: TrainConfig) -> tuple[int, int]:
 
 def check_split(cfg: TrainConfig, world: int) -> None:
     """UserError, before any work, where a phase's samples do not divide by processes and micro-batches."""
+    if cfg.mix > 0 and not samples_of_step(cfg.ground_steps, cfg)[0]:
+        raise UserError(
+            f"--mix={cfg.mix} of --batch_size={cfg.batch_size} is not one question: raise one or add --mix=0"
+        )
     parts = world * cfg.accumulate
     for step in {0, cfg.ground_steps}:
         for name, n in zip(("question", "action"), samples_of_step(step, cfg)):
@@ -541,7 +549,7 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -
     limits = ", ".join(f"{limit:.1f}" for limit in policy.action_limit.tolist())
     print0(
         f"clipped targets: {policy.clipped(episodes.action)}; they reach {limits} half ranges of the "
-        f"{cfg.init_from}"
+        f"scale of {cfg.init_from}"
     )
 
 
@@ -613,7 +621,10 @@ def load_checkpoint(run: Run) -> None:
         run.step = int(saved["step"])
     total = run.cfg.ground_steps + run.cfg.steps
     if not 0 <= run.step <= total:
-        raise UserError(f"{out} has done {run.step} steps, more than --ground_steps and --steps: {total}")
+        raise UserError(
+            f"{out}/train_state.pt has done {run.step} steps, --ground_steps and --steps are {total}: "
+            "raise --steps"
+        )
 
 
 @contextlib.contextmanager
@@ -707,7 +718,7 @@ def train(cfg: TrainConfig) -> None:
         plan_memory(cfg, device, world, freeze, make_optimizers)
         if cfg.plan:
             return
-    if cfg.eval:  # complain of a wrong name now, not after the training
+    if cfg.eval or "env" in cfg.typed:  # complain of a wrong name now, not after the training
         evaluate.environment_class(cfg.env)
     join_processes(device)
     if rank == 0:

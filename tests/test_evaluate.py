@@ -236,7 +236,7 @@ def glide(reach):
         top, state, action = map(np.stack, zip(*seen))
         episode = {"images": {"top": top}, "state": state, "action": action, "task": obs["task"]}
         episodes.append(episode | {"family": "reach"})
-    with pytest.raises(ValueError, match=r"\(frames, 2\) numbers for \['x', 'y'\]; it is \(\d+, 3\)"):
+    with pytest.raises(ValueError, match=r"\(frames, 2\) float32 for \['x', 'y'\]; it is \(\d+, 3\)"):
         save_episodes("data/glide", episodes, env.cameras, env.motors)
     save_episodes("data/glide", episodes, env.cameras, env.motors, state=env.state)
     return module

@@ -365,7 +365,7 @@ def test_a_finished_folder_and_foreign_parts_are_refused(data, tmp_path, fails):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--families=plaice"], "unknown family"),
+        (["--families=plaice"], "--families must be one of place"),
         (["--seed=200000"], "seeds of that kind"),
         (["--families=place,place"], "--families must list different words"),
         (["--held_out_scenes=100000000"], "--held_out_scenes must lie in"),

@@ -53,7 +53,7 @@ class SampleConfig:
     task: str = opt(
         "",
         "instruction; without one the environment draws it",
-        needs=(*MOVING, "not interactive", "not eval|env=real"),
+        needs=("not replay", "not interactive", "not ask|env=real", "not eval|env=real"),
     )
     seed: int = opt(
         SEEDS["report"].start,

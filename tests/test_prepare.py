@@ -380,7 +380,7 @@ def test_a_finished_folder_and_foreign_parts_are_refused(data, tmp_path, fails):
         (["--fit=zoom"], "stretch, crop"),
         (["--lerobot=x", "--out=x", "--convention=percent"], "--calibration=FILE"),
         (["--lerobot=x", "--out=x", "--calibration=arm.json"], "--calibration=FILE"),
-        (["--calibration=arm.json"], "--calibration does nothing without --lerobot"),
+        (["--cameras=front=top"], "--cameras does nothing without --lerobot"),
         (["--start_steps=3"], "unknown option"),
         (["--export=data/small", "--lerobot=x", "--out=x"], "leave out --lerobot"),
         (["--lerobot=x"], "--out="),

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sim_env
-from common import Stopwatch, UserError, write_json
+from common import Stopwatch, UserError, check_names, write_json
 from sim_env import FPS, SEEDS, SPLITS
 
 EVAL = f"[0, {len(SEEDS['report'])}]"  # options that count episodes: there are as many scenes
@@ -76,8 +76,8 @@ def environment_class(name: str) -> type:
         raise UserError(
             f"--env={name}: the class attribute families must be {{task family: most control steps}}"
         )
-    if not isinstance(state_names(cls), (tuple, list)):
-        raise UserError(f"--env={name}: the class attribute state must be a tuple of names, as motors is")
+    for attribute in ("cameras", "motors", "state"):
+        check_names(f"--env={name}: the class attribute {attribute}", getattr(cls, attribute, cls.motors))
     return cls
 
 
@@ -89,6 +89,7 @@ def state_names(cls: type) -> Sequence[str]:
 def check_families(families: Sequence[str], env: str) -> None:
     """UserError for task families that an environment does not have."""
     known = environment_class(env).families
+    check_names("families", families)
     unknown = [family for family in families if family not in known]
     if unknown:
         raise UserError(
@@ -110,13 +111,28 @@ class ChunkedEnv:
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         family = (options or {}).get("family")
         self.limit = self.env.families.get(family, max(self.env.families.values()))
-        self.obs, info = self.env.reset(seed=seed, options=options)
+        _, info = self._keep("reset", self.env.reset(seed=seed, options=options), 2)
         self.steps = 0
-        missing = [key for key in ("images", "state", "task") if key not in self.obs]
-        missing = missing or [camera for camera in self.env.cameras if camera not in self.obs["images"]]
-        if missing:
-            raise UserError(f"{type(self.env).__name__}.reset() gives an observation without {missing}")
         return self.obs, self._info(info, False, 0)
+
+    def _keep(self, method: str, returned: Any, n: int) -> tuple:
+        """What the environment's method returned, if it is what Gymnasium's does; its observation is kept."""
+        where = f"{type(self.env).__name__}.{method}()"
+        if not isinstance(returned, tuple) or len(returned) != n or not isinstance(returned[-1], dict):
+            raise UserError(
+                f"{where} must return {n} values, the first an observation, the last an info dict"
+            )
+        obs = returned[0]
+        if not isinstance(obs, dict):
+            raise UserError(f"{where} must give a dict as observation, not {type(obs).__name__}")
+        missing = [key for key in ("images", "state", "task") if key not in obs]
+        missing = missing or [camera for camera in self.env.cameras if camera not in obs["images"]]
+        if missing:
+            raise UserError(f"{where} gives an observation without {missing}")
+        if not isinstance(obs["task"], str) or not obs["task"].strip():
+            raise UserError(f"{where} gives no instruction: its task is {obs['task']!r}")
+        self.obs = obs
+        return returned
 
     def _info(self, info: dict, terminated: bool, executed: int) -> dict:
         success = bool(info.get("success", info.get("is_success", terminated)))
@@ -130,16 +146,20 @@ class ChunkedEnv:
         actions = np.asarray(actions, np.float32)[: self.limit - self.steps]
         before = self.steps
         if hasattr(self.env, "step_chunk"):
-            self.obs, total, terminated, truncated, info = self.env.step_chunk(actions)
+            returned = self._keep("step_chunk", self.env.step_chunk(actions), 5)
+            _, total, terminated, truncated, info = returned
             self.steps += info.get("executed", len(actions))
         else:
             total = 0.0
             for action in actions:
-                self.obs, reward, terminated, truncated, info = self.env.step(action)
+                returned = self._keep("step", self.env.step(action), 5)
+                _, reward, terminated, truncated, info = returned
                 self.steps += 1
                 total += float(reward)
                 if terminated or truncated:
                     break
+        if not math.isfinite(total):
+            raise UserError(f"{type(self.env).__name__} gives a reward of {total}; it must be finite")
         truncated = bool(truncated) or (self.steps >= self.limit and not terminated)
         info = self._info(info, bool(terminated), self.steps - before)
         return self.obs, float(total), bool(terminated), truncated, info
@@ -291,9 +311,9 @@ class VecEnv:
                     )
                 self.images[arm, view] = image
         state = np.asarray(obs["state"])
-        if state.shape != self.state.shape[1:]:
+        if state.shape != self.state.shape[1:] or state.dtype.kind not in "fiub":
             raise UserError(
-                f"the environment's state has shape {state.shape}, "
+                f"the environment's state is {state.shape} {state.dtype}, "
                 f"its class names {self.state.shape[1]} numbers"
             )
         if not np.isfinite(state).all():
@@ -575,10 +595,14 @@ def evaluate(
     successful episodes), "ms_per_chunk" (at batch 1), "ms_by_stage"}}}; target_at_0 and reasoning are None
     for a policy that does not reason.
     """
-    if n > len(SEEDS[seeds]):
-        raise UserError(f"there are {len(SEEDS[seeds])} {seeds} seeds, not {n}")
+    if seeds not in SEEDS or not 1 <= n <= len(SEEDS[seeds]):
+        raise UserError(
+            f"n must lie in [1, {len(SEEDS['report'])}] and seeds in {list(SEEDS)}: {n} {seeds!r}"
+        )
     check_families(families, env)
     known = getattr(environment_class(env), "splits", ("id",))
+    if not set(splits) & set(known):
+        raise UserError(f"--env={env} has no split {', '.join(splits)}: set --splits to some of {known}")
     results = {}
     for family in families:
         results[family] = {}

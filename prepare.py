@@ -63,7 +63,6 @@ from sim_env import (
     VAGUE_NAMES,
     VERBS,
     SO100Env,
-    check_task,
     inverse,
     number_of,
     pinch_x,
@@ -363,52 +362,87 @@ SHARD_SIZE = {"demo": 10, "start": 50, "questions": 100, "questions_val": 100}  
 EPISODES = ("demo", "start", "lerobot")  # kinds of shards; the other two hold questions
 
 
+# What some options need: the simulation's demonstrations, questions, see common.check_needs()
+SIMULATED = ("not lerobot", "not questions_from", "not export")
+QUESTIONS = ("not lerobot|questions_from", "not export")
+
+
 @dataclass
 class PrepareConfig:
     """The options of prepare.py. A data set keeps them in its meta.json as "made_by"."""
 
     config: str = opt("small", "preset")
     out: str = opt("", "data set folder (default data/<config>)")
-    families: str = opt("place,calculate,sequence", "task families to demonstrate")
-    demos: int = opt(600, "demonstrations per family", "[0, inf)")
-    starts: int = opt(2000, "start episodes per family: a few steps amid work, from any arm pose", "[0, inf)")
-    start_steps: int = opt(6)  # control steps of a start episode
-    scenes: int = opt(26000, "pictures with questions for training; 0 for none", "[0, inf)")
-    held_out_scenes: int = opt(300, "pictures with questions never trained on", "[0, inf)")
-    image_size: int = opt(96, "pixels per side", "[8, 1024]")
+    families: str = opt(
+        "place,calculate,sequence", "task families to demonstrate", tuple(LIMIT), SIMULATED, True
+    )
+    demos: int = opt(600, "demonstrations per family", "[0, 200000]", needs=SIMULATED)
+    starts: int = opt(
+        2000,
+        "start episodes per family: a few steps amid work, from any arm pose",
+        "[0, 200000]",
+        needs=SIMULATED,
+    )
+    start_steps: int = opt(6, allowed="[1, 1000]")  # control steps of a start episode
+    scenes: int = opt(
+        26000, "pictures with questions for training; 0 for none", "[0, 600000]", needs=QUESTIONS
+    )
+    held_out_scenes: int = opt(
+        300, "pictures with questions never trained on", "[0, 1000000]", needs=QUESTIONS
+    )
+    image_size: int = opt(96, "pixels per side", "[8, 1024]", needs="not export")
     lerobot: str = opt("", "LeRobot data set to read instead of simulating: a folder or a name on the hub")
-    cameras: str = opt("", "role=camera,... of --lerobot, as in front=top,wrist=wrist (default: all)")
-    fps: int = opt(0, "frames per second to keep of --lerobot, a divisor of its own; 0 for all", "[0, inf)")
+    cameras: str = opt(
+        "", "role=camera,... of --lerobot, as in front=top,wrist=wrist (default: all)", needs="lerobot"
+    )
+    fps: int = opt(
+        0, "frames per second to keep of --lerobot, a divisor of its own; 0 for all", "[0, 10000]", "lerobot"
+    )
     fit: str = opt(
         "stretch",
         "how a brought picture becomes square; crop: its middle, in proportion",
         ("stretch", "crop"),
+        needs="lerobot|questions_from",
     )
     convention: str = opt(
         "auto",
         "joint angles of --lerobot from an SO arm; old: zero is the arm stretched out, percent: -100..100",
         ("auto", "new", "old", "percent"),
+        needs="lerobot",
     )
-    calibration: str = opt("", "LeRobot's calibration file of the recording arm, for --convention=percent")
+    calibration: str = opt(
+        "", "LeRobot's calibration file of the recording arm, for --convention=percent", needs="lerobot"
+    )
     questions_from: str = opt(
         "",
         "image-text sets (columns images, texts), comma-separated: folders or hub names, also with /PART",
     )
     longest: int = opt(
-        300, "characters of a brought question or answer; longer ones are left out", "[1, inf)"
+        300,
+        "characters of a brought question or answer; longer ones are left out",
+        "[1, 100000]",
+        needs="questions_from",
     )
     export: str = opt("", "data set folder to write to --out as a LeRobot data set")
-    video: str = opt("", "codec of --export (default: PNG pictures, without loss)", ("", "h264", "av1"))
-    workers: int = opt(0, "processes; 0 for one per core", "[0, inf)")
-    seed: int = opt(0, "first training scene; the choice of pictures of --questions_from", "[0, inf)")
+    video: str = opt(
+        "", "codec of --export (default: PNG pictures, without loss)", ("", "h264", "av1"), "export"
+    )
+    workers: int = opt(0, "processes; 0 for one per core", "[0, 1024]")
+    seed: int = opt(
+        0,
+        "first training scene; the choice of pictures of --questions_from",
+        "[0, 1000000]",
+        needs=("not lerobot|questions_from", "not export"),
+    )
     check_expert: int = opt(
-        0, "only print the scripted expert's success on so many seeds, film it in out/expert", "[0, inf)"
+        0,
+        "only print the scripted expert's success on so many seeds, film it in out/expert",
+        "[0, 100000]",
+        SIMULATED,
     )
 
     def __post_init__(self):
         check_options(self)
-        for family in self.families.split(","):
-            check_task(family, "id")
         for kind, count in self.counts().items():
             if self.seed + count > len(SCENES[kind]):
                 raise UserError(
@@ -419,7 +453,10 @@ class PrepareConfig:
             raise UserError("say where the result goes: --out=FOLDER, for example --out=data/mine")
         self.out = self.out or f"data/{self.config}"
         if self.export and (self.lerobot or self.questions_from):
-            raise UserError("--export writes a finished data set; read the other one in a command of its own")
+            raise UserError(
+                "--export writes a finished data set; leave out --lerobot and --questions_from, "
+                "which read another one"
+            )
         if (self.convention == "percent") != bool(self.calibration):
             raise UserError(
                 "--convention=percent and --calibration=FILE go together: the file tells the degrees of 100 %"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -183,6 +184,25 @@ def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
     assert "--families" in tell("--families=push") and "--families" in tell("--eval=2", "--families=push")
 
 
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("state", [math.nan, 0], "state is not finite"),
+        ("state", ["a", "b"], "state is (2,) <U1"),
+        ("images", {"top": np.zeros((32, 32, 3))}, "camera top gives (32, 32, 3) float64"),
+        ("images", {"top": np.zeros((33, 32, 3), np.uint8)}, "camera top gives (33, 32, 3) uint8"),
+        ("images", {}, "gives an observation without ['top']"),
+        ("task", "", "gives no instruction"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_observations_that_cannot_be_are_told_not_scored(reach, monkeypatch, key, value, said):
+    env = SingleEnv(evaluate.make_env("glide:Odd", 32), 32, ("top",), 2)
+    monkeypatch.setattr(type(env.env.env), "spoil", staticmethod(lambda obs: obs.update({key: value})))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        env.reset([0], [1], [{"family": "reach"}])
+
+
 def test_an_environments_own_exception_keeps_its_traceback(reach):
     actions = {0: np.zeros((1, 2))}
     with VecEnv(1, 1, "glide:Broken", 32) as vec:
@@ -216,7 +236,7 @@ def glide(reach):
         top, state, action = map(np.stack, zip(*seen))
         episode = {"images": {"top": top}, "state": state, "action": action, "task": obs["task"]}
         episodes.append(episode | {"family": "reach"})
-    with pytest.raises(ValueError, match=r"\(frames, 2\) numbers for \['x', 'y'\]; it is \(\d+, 3\)"):
+    with pytest.raises(ValueError, match=r"\(frames, 2\) float32 for \['x', 'y'\]; it is \(\d+, 3\)"):
         save_episodes("data/glide", episodes, env.cameras, env.motors)
     save_episodes("data/glide", episodes, env.cameras, env.motors, state=env.state)
     return module

@@ -385,7 +385,13 @@ class PrepareConfig:
         "joint angles of --lerobot from an SO arm; old: zero is the arm stretched out, percent: -100..100",
         ("auto", "new", "old", "percent"),
     )
-    calibration: str = opt("", "LeRobot's calibration file of the recording arm, for --convention=percent")
+    calibration: str = opt(
+        "", "LeRobot's calibration file of the recording arm, for --convention=percent (default: nominal)"
+    )
+    episodes: str = opt("", "episodes of --lerobot to read, as in 0-9,12 (default: all)")
+    rename: str = opt(
+        "", "features of --lerobot by other names, as in observation.state=state,action=actions"
+    )
     questions_from: str = opt(
         "",
         "image-text sets (columns images, texts), comma-separated: folders or hub names, also with /PART",
@@ -394,6 +400,7 @@ class PrepareConfig:
         300, "characters of a brought question or answer; longer ones are left out", "[1, inf)"
     )
     export: str = opt("", "data set folder to write to --out as a LeRobot data set")
+    kinds: str = opt("", "kinds of episodes to --export, as in demo (default: all, start episodes too)")
     video: str = opt("", "codec of --export (default: PNG pictures, without loss)", ("", "h264", "av1"))
     workers: int = opt(0, "processes; 0 for one per core", "[0, inf)")
     seed: int = opt(0, "first training scene; the choice of pictures of --questions_from", "[0, inf)")
@@ -416,10 +423,8 @@ class PrepareConfig:
         self.out = self.out or f"data/{self.config}"
         if self.export and (self.lerobot or self.questions_from):
             raise UserError("--export writes a finished data set; read the other one in a command of its own")
-        if (self.convention == "percent") != bool(self.calibration):
-            raise UserError(
-                "--convention=percent and --calibration=FILE go together: the file tells the degrees of 100 %"
-            )
+        if self.calibration and self.convention != "percent":
+            raise UserError("--calibration=FILE tells the degrees of 100 %: add --convention=percent")
 
     def counts(self) -> dict[str, int]:
         """Scenes to simulate by kind of shard, those of episodes for each family."""
@@ -498,8 +503,7 @@ def make_shard(cfg: PrepareConfig, shard: Shard) -> None:
         from extras import lerobot_io
 
         if shard.kind == "lerobot":
-            arrays, info = lerobot_io.read_episodes(cfg, shard.source)
-            left_out = {}
+            arrays, info, left_out = lerobot_io.read_episodes(cfg, shard.source)
         else:
             arrays, info, left_out = lerobot_io.read_questions(cfg, shard.source, shard.first, shard.n)
     with atomic_path(shard.path(cfg.out)) as temporary, open(temporary, "wb") as file:
@@ -645,7 +649,8 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     filled = [part for part, info in zip(parts, infos) if info]  # of some all demonstrations may have failed
     episodes = sum(infos, [])
     if not episodes:
-        raise UserError(f"not one demonstration succeeded ({dict(failures)}); set --demos to more")
+        hint = "; choose another set" if cfg.lerobot else "; set --demos to more"
+        raise UserError(f"not one episode can be used ({dict(failures)}){hint}")
     frames = 0
     for episode in episodes:
         episode["start"] = frames
@@ -660,13 +665,13 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     }
     write_json(out / "meta.json", meta)
     kinds = Counter(f"{episode['family']} {episode['kind']}" for episode in episodes)
-    print(f"{out}: {frames} frames of {dict(kinds)}; failed demonstrations: {dict(failures) or 'none'}")
+    said = f"failed demonstrations: {dict(failures) or 'none'}"
     if cfg.lerobot:
-        from extras import lerobot_io
-
-        note = lerobot_io.unit_note(cfg, meta)
-        if note:
-            print(note)
+        failed = [episode["seed"] for episode in episodes if not episode["success"]]
+        said = (
+            f"failed, kept but not taught: {failed or 'none'}; left out or late: {dict(failures) or 'none'}"
+        )
+    print(f"{out}: {frames} frames of {dict(kinds)}; {said}")
 
 
 def merge(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:

@@ -621,7 +621,10 @@ def merge_questions(
     hashes = set()
     for part, info in zip(parts, infos):
         with np.load(part) as arrays:
-            found = [hashlib.sha1(picture).digest() for picture in arrays[cameras[0]]]
+            pictures = arrays[cameras[0]]
+            # Blank pictures of different sizes are different pictures.
+            sizes = arrays["size"].tolist() if "size" in arrays else [0] * len(pictures)
+            found = [(hashlib.sha1(one).digest(), str(size)) for one, size in zip(pictures, sizes)]
         chosen = [i for i, picture in enumerate(found) if picture not in held_out]
         rows.append(chosen)
         texts += [info[i] for i in chosen]
@@ -744,7 +747,10 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_config(PrepareConfig, PRESETS, sys.argv[1:] if argv is None else argv)
+    presets = {name: {**preset} for name, preset in PRESETS.items()}
+    for preset in presets.values():
+        preset.pop("episodes", None)  # a number for rl.py
+    cfg = parse_config(PrepareConfig, presets, sys.argv[1:] if argv is None else argv)
     run_program(prepare, cfg)
 
 

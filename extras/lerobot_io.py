@@ -449,7 +449,7 @@ def name_cameras(features: list) -> dict:
 
 
 def match_cameras(cfg: Config, features: dict) -> tuple[dict, list]:
-    """--cameras, by default all that show colours -> {role: feature}, features of depth that are not taken."""
+    """--cameras, by default all that show colours -> {role: feature}, and depth that is not taken."""
     there = [name for name, feature in features.items() if feature.get("dtype") in ("image", "video")]
     depth = [name for name in there if is_depth(name, features[name])]
     colour = [name for name in there if name not in depth]
@@ -757,7 +757,10 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, 
             arrays[role] = read_film(cfg, source.path(episode, feature), at, source.fps, kept)
         else:
             with naming(f"{place}, a picture of {role}"):
-                pictures = [read_picture(cfg, cell, source.root) for cell in table[feature].to_pylist()]
+                pictures = []
+                for cell in table[feature].to_pylist():
+                    picture = open_picture(cell, source.root)
+                    pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
                 arrays[role] = np.stack(pictures)  # (kept, px, px, 3)
     return arrays, entries, note
 
@@ -815,20 +818,17 @@ def is_true(cell: Any) -> bool:
     return bool(np.nan_to_num(np.array(cell, np.float32)).any())
 
 
-def read_picture(cfg: Config, cell: Any, root: Path) -> ndarray:
-    """A picture in a parquet file -> (px, px, 3) uint8: {"bytes", "path"}, bytes, the path of a file, or rows
-    of pixels.
-    """
+def open_picture(cell: Any, root: Path) -> Image.Image:
+    """A picture of a parquet file, in RGB: {"bytes", "path"}, bytes, a file's path, or rows of pixels."""
     if isinstance(cell, list):
-        pixels = np.array(cell, np.uint8)
-        return resize_image(Image.fromarray(pixels), cfg.image_size, cfg.fit)
+        return to_rgb(Image.fromarray(np.array(cell, np.uint8)))
     if not isinstance(cell, dict):
         cell = {"path": cell} if isinstance(cell, str) else {"bytes": cell}
     file = io.BytesIO(cell["bytes"]) if cell.get("bytes") else root / cell["path"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file) as picture:
-            return resize_image(to_rgb(picture), cfg.image_size, cfg.fit)
+            return to_rgb(picture)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -927,13 +927,15 @@ def find_parquet_files(cfg: Config) -> list[Path]:
 def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict, list, Counter]:
     """Rows first .. first + n of a row group.
 
-    -> {camera: (pictures, px, px, 3) uint8}; [kind, question, answer] of each picture; what was left out.
+    -> {camera: (pictures, px, px, 3) uint8, "size" (pictures, 2) as they came}; [kind, question, answer] of
+    each picture; what was left out.
     """
     path, group, camera = source  # one row group is the least that parquet reads
     parquet = require("pyarrow.parquet", "pyarrow")
     with naming(path):
         table = parquet.ParquetFile(path).read_row_group(group, columns=["images", "texts"])
     pictures = []
+    sizes = []
     texts = []
     left_out = Counter()
     for row in table.slice(first, n).to_pylist():
@@ -948,12 +950,15 @@ def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict
         try:
             with naming(path):
                 (cell,) = row["images"] if questions else ()  # ValueError unless there is exactly one
-                pictures.append(read_picture(cfg, cell, path.parent))
+                picture = open_picture(cell, path.parent)
+                pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
+            sizes.append(picture.size)
             texts.append(questions)
         except UserError:
             left_out["rows without a question or without exactly one readable picture"] += 1
     images = np.array(pictures, np.uint8)  # (pictures, px, px, 3); (0,) if there are none
-    return {camera: images.reshape(-1, cfg.image_size, cfg.image_size, 3)}, texts, left_out
+    images = images.reshape(-1, cfg.image_size, cfg.image_size, 3)
+    return {camera: images, "size": np.array(sizes, int).reshape(-1, 2)}, texts, left_out
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -2,15 +2,13 @@
 
 A data set is a folder that numpy alone can read:
 
-    data/<name>/meta.json     cameras, motors, fps, statistics, state (names, where it is not the motors'
-    positions), what
-                              made it, and one entry per episode:
-                              {start, length, task, reason: [[first step, text], ...], success, seed, family,
-                              kind, disturbed: [[first step, end], ...]}: while the arm did not obey the
-                              actions
-    data/<name>/front.npy     (frames, px, px, 3) uint8, one file per camera
-    data/<name>/state.npy     (frames, S) float32, LeRobot units (degrees, gripper 0..100)
-    data/<name>/action.npy    (frames, A) float32, target positions in the same units
+    meta.json     cameras, motors, state (names, where it is not the motors' positions), fps, statistics, what
+                  made it, and for every episode start, length, task, success, seed, family, kind,
+                  reason [[first step, text], ...] and disturbed [[first step, end], ...], the spans in
+                  which the arm did not obey the actions
+    front.npy     (frames, px, px, 3) uint8, one file per camera
+    state.npy     (frames, S) float32, LeRobot units (degrees, gripper 0..100)
+    action.npy    (frames, A) float32, target positions in the same units
 
 A question set has the camera files and `questions.json`: per image a list of [kind, question, answer]. Where
 a question comes with a single picture, meta.json lists the other views as "grey": they have no file and are

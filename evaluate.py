@@ -612,7 +612,7 @@ def draw_frame(
     y = px + 4
     shown = f"<reason> {reasoning} </reason>" if reasoning else ""
     for text, colour in ((task, (20, 20, 20)), (shown, (170, 60, 20))):
-        for line in textwrap.wrap(text, width=px // 3)[:3]:
+        for line in textwrap.wrap(text, width=2 * px // 7)[:3]:
             pen.text((6, y), line, fill=colour, font=font)
             y += 16
     # a bar for every feature query state: how much the chosen chunk depends on it

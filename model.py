@@ -1,18 +1,18 @@
-"""SyVLA in plain PyTorch: a small VLM that reasons in text, 20 feature query tokens, a flow-matching action
-expert.
+"""SyVLA in plain PyTorch: a small VLM that reasons in text, feature queries, a flow-matching action expert.
 
     images, instruction -> VLM writes <reason> ... </reason> -> the 20 query tokens follow the reasoning
-    -> their last hidden states ("feature query states") -> MLP adapter -> flow-matching action expert ->
-    action chunk
+    -> their last hidden states ("feature query states") -> MLP adapter -> action expert -> action chunk
 
 Read it in this order: Config and PRESETS, VisionEncoder, LanguageModel, VLM (its attention mask is the
 interesting part), ActionExpert, then SyVLA: `forward` is training with intention decoupling, `act` is
 inference.
 
-Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, H action chunk (horizon),
-A action dim, S state dim, D width, De expert width, M noise samples per observation, K denoising steps, N = P
-+ T + Q, nh heads, hd head dim. Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity
-u = eps - a, Euler step x <- x - v/K.
+Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, N = P + T + Q, D width,
+nh heads, hd head dim, H action chunk (horizon), A action dim, S state dim, De expert width, M noise samples
+per observation, K denoising steps.
+
+Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity u = eps - a, Euler step
+x <- x - v/K.
 
 Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (SyVLA), arXiv 2606.09009.
 """
@@ -274,8 +274,7 @@ def all_presets() -> dict[str, dict]:
 
 
 class VisionEncoder(nn.Module):
-    """Patches of one image by two convolutions, then SmolVLM's connector: pixel shuffle and a projection to
-    width D.
+    """Two convolutions make patches of an image, SmolVLM's connector makes visual tokens of them.
 
     The overlapping filters learn to see far sooner than SigLIP's single filter a patch (Xiao et al. 2021,
     arXiv 2106.14881). No Transformer blocks follow: from random weights the language model's attention does
@@ -287,6 +286,7 @@ class VisionEncoder(nn.Module):
         self.shuffle = cfg.pixel_shuffle
         half = cfg.patch_size // 2
         width = cfg.vision_width
+        # The first filter halves the picture, the second makes one vector of every patch.
         self.patch = nn.Sequential(
             nn.Conv2d(3, width // 2, 3, stride=2, padding=1),
             nn.ReLU(),
@@ -302,7 +302,8 @@ class VisionEncoder(nn.Module):
         x = self.patch(images)  # (n, vision_width, side, side)
         x = x.flatten(2).transpose(1, 2)  # (n, side*side, vision_width)
         x = self.norm(x + self.position)
-        return self.connector(pixel_shuffle(x, self.shuffle))
+        x = pixel_shuffle(x, self.shuffle)  # (n, side*side / k^2, k*k*vision_width)
+        return self.connector(x)
 
 
 def pixel_shuffle(x: Tensor, k: int) -> Tensor:
@@ -315,13 +316,12 @@ def pixel_shuffle(x: Tensor, k: int) -> Tensor:
 
 
 def rotation(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (..., n) and frequencies (hd/2,) -> cos, sin (..., n, hd) of the rotary embedding, as rope()
-    takes them.
-    """
+    """Positions (..., n) and frequencies (hd/2,) -> the tables cos, sin (..., n, hd) that rope() takes."""
     angle = positions[..., None] * frequency  # (..., n, hd/2)
     cos = angle.cos()
     sin = angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # 2 x (..., n, hd)
+    # both halves of a head turn by the same angles
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -343,6 +343,7 @@ class LanguageBlock(nn.Module):
         self.hd = cfg.width // cfg.heads
         self.norm1 = nn.RMSNorm(cfg.width, cfg.norm_eps)
         self.norm2 = nn.RMSNorm(cfg.width, cfg.norm_eps)
+        # neighbouring query heads share a key and value head: nh queries, nkv keys, nkv values
         self.qkv = nn.Linear(cfg.width, (self.nh + 2 * self.nkv) * self.hd, bias=False)
         self.proj = nn.Linear(cfg.width, cfg.width, bias=False)
         self.gate_up = nn.Linear(cfg.width, 2 * cfg.mlp_width, bias=False)
@@ -357,7 +358,7 @@ class LanguageBlock(nn.Module):
         B, n, D = x.shape
         qkv = self.qkv(self.norm1(x))  # (B, n, (nh + 2 nkv) hd)
         qkv = qkv.view(B, n, -1, self.hd).transpose(1, 2)  # (B, nh + 2 nkv, n, hd)
-        qk, v = qkv.split([self.nh + self.nkv, self.nkv], dim=1)
+        qk, v = qkv.split([self.nh + self.nkv, self.nkv], dim=1)  # (B, nh + nkv, n, hd), (B, nkv, n, hd)
         if self.qk_gain is not None:
             qk = F.rms_norm(qk, (self.hd,)) * self.qk_gain
         qk = rope(qk, cos, sin)
@@ -367,9 +368,8 @@ class LanguageBlock(nn.Module):
                 k = torch.cat((cache[0], k), dim=2)  # (B, nkv, past + n, hd)
                 v = torch.cat((cache[1], v), dim=2)
             cache[:] = [k, v]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=self.nh != self.nkv
-        )  # (B, nh, n, hd)
+        grouped = self.nh != self.nkv
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)  # (B, nh, n, hd)
         y = y.transpose(1, 2).reshape(B, n, D)
         x = x + self.proj(y)
 
@@ -386,9 +386,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(LanguageBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(cfg.width, cfg.norm_eps)
         self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self.checkpointing = (
-            False  # keep only every block's input, compute the rest again in the backward pass
-        )
+        self.checkpointing = False  # see VLM.enable_checkpointing()
         hd = cfg.width // cfg.heads
         exponent = torch.arange(0, hd, 2) / hd
         self.register_buffer("frequency", cfg.rope_theta**-exponent, persistent=False)  # (hd/2,)
@@ -396,7 +394,7 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, caches: list | None = None) -> Tensor:
         """x (B, n, D), positions (B, n), mask (B, n, past + n) bool -> hidden states (B, n, D)."""
         cos, sin = rotation(positions[:, None], self.frequency.float())  # 2 x (B, 1, n, hd)
-        cos = cos.to(x.dtype)
+        cos = cos.to(x.dtype)  # angles need fp32, the tables do not
         sin = sin.to(x.dtype)
         mask = mask[:, None]  # (B, 1, n, past + n)
         for i, block in enumerate(self.blocks):
@@ -461,8 +459,9 @@ class VLM(nn.Module):
         return self.vision(x).view(B, V, -1, self.queries.shape[-1])  # (B, V, n, D)
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Visual tokens (B, V, n, D) -> embeddings (B, P, D), their positions (P,), position of the first
-        text token.
+        """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
+
+        -> embeddings (B, P, D), their positions (P,), the position of the first text token.
         """
         x = visual.flatten(1, 2)  # (B, V*n, D)
         if len(self.start) or len(self.image_open):
@@ -472,7 +471,7 @@ class VLM(nn.Module):
                 for ids in (self.start, self.image_open, self.image_close)
             )
             parts = [start]
-            for view in visual.unbind(1):
+            for view in visual.unbind(1):  # (B, n, D)
                 parts += [before, view, behind]
             x = torch.cat(parts, dim=1)  # (B, P, D)
         P = x.shape[1]
@@ -504,11 +503,10 @@ class VLM(nn.Module):
     def forward(
         self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor, with_queries: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """visual (B, V, n, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D), queries
-        (B, Q, D) or None.
+        """Hidden states of the text (B, T, D), and of the queries (B, Q, D) if asked for, else None.
 
-        positions count within a segment from 0: every segment starts right behind the images, as if it were
-        alone.
+        visual (B, V, n, D); tokens, segments, positions (B, T). positions count within a segment from 0:
+        every segment starts right behind the images, as if it were alone.
         """
         prefix, prefix_positions, first = self.prefix(visual)
         B, P, _ = prefix.shape
@@ -524,7 +522,8 @@ class VLM(nn.Module):
             position.append(first + length + torch.arange(Q, device=tokens.device))
         positions = self.join_positions(prefix_positions, torch.cat(position, dim=1))  # (B, N)
         mask = self.attention_mask(torch.cat(segment, dim=1))  # (B, N, N)
-        hidden = self.lm(torch.cat(x, dim=1), positions, mask)  # (B, N, D)
+        x = torch.cat(x, dim=1)  # (B, N, D)
+        hidden = self.lm(x, positions, mask)  # (B, N, D)
         return hidden[:, P : P + T], hidden[:, P + T :] if with_queries else None
 
     @torch.inference_mode()
@@ -553,6 +552,7 @@ class VLM(nn.Module):
         hidden = self.lm(x, positions, self.attention_mask(segments), caches)
         last = hidden[torch.arange(B, device=device), P + length - 1]  # (B, D) of every prompt's last token
 
+        # One token a step; rows that have ended write padding, which nobody sees.
         past = segments >= 0  # (B, P + T): what every later token sees
         written = [[] for _ in range(B)]
         alive = torch.ones(B, dtype=torch.bool, device=device)
@@ -562,7 +562,7 @@ class VLM(nn.Module):
                 token = torch.full_like(token, stop)
             for row in (alive & (token != stop)).nonzero()[:, 0].tolist():
                 written[row].append(int(token[row]))
-            past = torch.cat((past, alive[:, None]), dim=1)  # rows that ended write padding
+            past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
             x = self.lm.embed(token)[:, None]  # (B, 1, D)
             last = self.lm(x, (first + length)[:, None], past[:, None], caches)[:, 0]  # (B, D)
             length = length + alive
@@ -572,6 +572,7 @@ class VLM(nn.Module):
         if not with_queries:
             return written, None
 
+        # The feature queries see everything that was written, and each other causally.
         Q = len(self.queries)
         positions = (first + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
         causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
@@ -601,8 +602,9 @@ def timesteps(K: int, device: torch.device | None = None) -> Tensor:
 
 
 class ExpertBlock(nn.Module):
-    """Self-attention over the chunk, cross-attention to the query states, MLP; flow time modulates each
-    (adaLN-zero, DiT).
+    """Self-attention over the chunk, cross-attention to the query states, MLP.
+
+    Flow time shifts, scales and gates each of them (adaLN-zero, DiT, arXiv 2212.09748).
     """
 
     def __init__(self, width: int, heads: int):
@@ -618,8 +620,9 @@ class ExpertBlock(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def keys_values(self, query_states: Tensor) -> Tensor:
-        """Adapted query states (B, Q, De) -> keys, values (2, B, nh, Q, hd): once a chunk, for all noise
-        samples and steps.
+        """Adapted query states (B, Q, De) -> keys and values (2, B, nh, Q, hd).
+
+        They are the same for all noise samples and denoising steps of a chunk.
         """
         B, Q, _ = query_states.shape
         kv = self.cross_kv(query_states).view(B, Q, 2, self.heads, -1)
@@ -635,13 +638,15 @@ class ExpertBlock(nn.Module):
         B, M, L, De = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.chunk(9, dim=-1)
 
+        # the joint state and the actions of one chunk see each other
         y = F.layer_norm(x, (De,)) * (1 + scale1) + shift1
         qkv = self.qkv(y).view(B * M, L, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B*M, nh, L, hd)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B*M, nh, L, hd)
         y = y.transpose(1, 2).reshape(B, M, L, De)
         x = x + gate1 * self.proj(y)
 
+        # they look at the feature query states
         y = F.layer_norm(x, (De,)) * (1 + scale2) + shift2
         q = self.cross_q(y).view(B, M * L, self.heads, -1)
         q = q.transpose(1, 2)  # (B, nh, M*L, hd): all noise samples share keys and values
@@ -678,14 +683,13 @@ class ActionExpert(nn.Module):
         return [block.keys_values(query_states) for block in self.blocks]
 
     def modulation(self, t: Tensor, age: Tensor | None = None) -> list[Tensor]:
-        """Flow times (B, M) -> adaLN shifts, scales and gates of every block (B, M, 1, 9 De) and of the
-        output (B, M, 1, 2 De).
+        """Flow times (B, M) -> adaLN numbers of the blocks (B, M, 1, 9 De) and the output (B, M, 1, 2 De).
 
         age: control steps since the pictures behind the query states, int64, broadcasts with (B, M); None: 0.
         """
         De = self.time[0].in_features
         embedding = time_embedding(t, De)[:, :, None]  # (B, M, 1, De)
-        c = self.time(embedding.to(self.position.dtype))
+        c = self.time(embedding.to(self.position.dtype))  # (B, M, 1, De)
         if self.age is not None:
             if age is None:
                 age = torch.zeros(1, 1, dtype=torch.long, device=t.device)
@@ -769,8 +773,9 @@ class SyVLA(nn.Module):
         self._init_weights(own_vlm=vlm is None)
 
     def _init_weights(self, own_vlm: bool) -> None:
-        """Normal weights of variance 1 / fan-in; residual branches, gates and outputs start at zero: blocks
-        begin as identities.
+        """Normal weights of variance 1 / fan-in.
+
+        Residual branches, gates and output layers start at zero, so that every block begins as the identity.
         """
         modules = self.modules() if own_vlm else [*self.adapter.modules(), *self.expert.modules()]
         for module in modules:
@@ -870,8 +875,7 @@ class SyVLA(nn.Module):
         age: Tensor | None = None,
         attention: list | None = None,
     ) -> Tensor:
-        """Conditional flow matching -> (B, M), the mean over valid steps and joints of every noise sample,
-        fp32.
+        """Conditional flow matching: fp32 losses (B, M), means over the valid steps and the joints.
 
         query_states (B, Q, D), state (B, S) and actions (B, H, A) normalised, valid (B, H) bool (False:
         behind the episode's end), eps (B, M, H, A), t (B, M), age (B,) of the query states in control steps.
@@ -882,13 +886,13 @@ class SyVLA(nn.Module):
         keys_values = self.expert.condition(self.adapter(query_states))
         modulation = self.expert.modulation(t, None if age is None else age[:, None])
         v = self.expert(x_t, modulation, state, keys_values, attention)
-        error = (v.float() - (eps - clean)).square().mean(-1)  # (B, M, H)
+        target = eps - clean  # (B, M, H, A), the velocity from data to noise
+        error = (v.float() - target).square().mean(-1)  # (B, M, H)
         weight = valid[:, None].float()  # (B, 1, H)
         return (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
 
     def gradient_norms(self, query_states: Tensor, *flow_args: Tensor | None) -> Tensor:
-        """|| d loss / d h_i || of every feature query state, the paper's measure of what it contributes ->
-        (B, Q).
+        """|| d loss / d h_i || (B, Q), the paper's measure of what a feature query state contributes.
 
         flow_args: the further arguments of flow_loss. Only the expert is walked through, no weight gradient
         is made.
@@ -999,12 +1003,11 @@ class SyVLA(nn.Module):
         step: DenoisingStep,
         age: Tensor | None = None,
     ) -> Tensor:
-        """The sampler: K steps from noise (B, H, A) at t=1 to actions at t=0 -> all of the chain (B, K+1, H,
-        A), normalised.
+        """The sampler: K steps from noise (B, H, A) at t=1 to actions at t=0 -> the chain (B, K+1, H, A).
 
-        query_states (B, Q, D), state (B, S) normalised, age (B,) of the query states. step(k, x, v) makes the
-        next chunk of the present one and its velocity: euler_step() to act, a noisy step in RL, a pulled one
-        in real time.
+        query_states (B, Q, D), state (B, S) and actions normalised, age (B,) of the query states. step(k, x,
+        v) makes the next chunk of the present one and its velocity: euler_step() to act, a noisy step in RL,
+        a pulled one in real time.
         """
         K = self.cfg.denoise_steps
         t = timesteps(K, noise.device)[:, None]  # (K, 1)
@@ -1044,8 +1047,9 @@ class SyVLA(nn.Module):
     def act(
         self, images: Any, state: Any, task: list[str], seed: int = 0, reasoning: list[str] | None = None
     ) -> tuple[np.ndarray, list[str]]:
-        """Images (B, V, px, px, 3) uint8, state (B, S) in LeRobot units, B tasks -> chunk (B, H, A) in
-        LeRobot units, B reasoning texts.
+        """What to do next: B observations and tasks -> chunk (B, H, A) float32, B reasoning texts.
+
+        images (B, V, px, px, 3) uint8; state (B, S) and the chunk in LeRobot units.
 
         Arrays or tensors. The same seed gives the same chunk, at temperature 0 every seed does. reasoning:
         texts in place of the policy's own. Raises UserError for inputs of other shapes or types.
@@ -1063,8 +1067,7 @@ class SyVLA(nn.Module):
         age: Any = None,
         step: DenoisingStep | None = None,
     ) -> np.ndarray:
-        """The expert alone: query states (B, Q, D) of reason(), joint state (B, S) of now -> chunk (B, H, A)
-        float32.
+        """The expert alone: query states (B, Q, D), joint state (B, S) of now -> chunk (B, H, A) float32.
 
         State and chunk in LeRobot units. age (B,) of the query states in control steps; an expert that learnt
         from fresh ones only is not told. step: as denoise() takes it, by default Euler's.
@@ -1151,9 +1154,7 @@ class SyVLA(nn.Module):
         self.load_state_dict(self.state_dict() | loaded)
 
     def fingerprint(self, *words: Any) -> str:
-        """Twelve hex digits that name the VLM's weights and `words`: for files of what a frozen VLM made of
-        something.
-        """
+        """Twelve hex digits that name the VLM's weights and `words`, for files made with a frozen VLM."""
         digest = hashlib.sha256(" ".join(map(str, words)).encode())
         for tensor in self.vlm.state_dict().values():
             digest.update(tensor.float().cpu().numpy().tobytes())

@@ -1,12 +1,11 @@
 """Imitation: one command from nothing to a policy with a success table.
 
-    python train.py --config small                                        # data if missing, grounding,
-    actions, evaluation python train.py --config small --resume                               # go on after a
-    kill, to the same bits python train.py --stage=finetune --init_from=out/small --families=sequence
-    --out=out/seq torchrun --standalone --nproc_per_node=2 train.py --config small      # same global batch,
-    split over processes python train.py --config base --data=data/small                       # on a
-    pretrained VLM (pip install tokenizers) python train.py --config paper --data=data/small --plan
-    # parameters, memory and work; trains nothing
+    python train.py --config small                # data if missing, grounding, actions, evaluation
+    python train.py --config small --resume       # go on after a kill, to the same bits
+    python train.py --stage=finetune --init_from=out/small --families=sequence --out=out/sequence
+    torchrun --standalone --nproc_per_node=2 train.py --config small    # same batches, split over processes
+    python train.py --config base --data=data/small                     # on a pretrained VLM
+    python train.py --config paper --data=data/small --plan             # memory and work; trains nothing
 
 Stage `pretrain` has two phases. 1. Grounding: only questions about pictures, because from random weights the
 obstacle is what the words mean, not control. 2. Actions: demonstrations with their chain of thought, and ~30
@@ -179,39 +178,49 @@ def samples_of_step(step: int, cfg: TrainConfig) -> tuple[int, int]:
 
 
 def check_split(cfg: TrainConfig, world: int) -> None:
-    """UserError, before any work, where a phase's samples do not divide by processes and micro-batches."""
+    """UserError, before any work, where a phase has fewer samples than processes times micro-batches."""
     parts = world * cfg.accumulate
     for step in {0, cfg.ground_steps}:
         for name, n in zip(("question", "action"), samples_of_step(step, cfg)):
-            if n % parts:
+            if 0 < n < parts:
                 raise UserError(
-                    f"{n} {name} samples do not divide by {world} processes x {cfg.accumulate} "
+                    f"{n} {name} samples are not enough for {world} processes x {cfg.accumulate} "
                     "micro-batches: change --batch_size, --mix or --accumulate"
                 )
 
 
-def batches(run: Run, step: int) -> list[list[dict[str, Tensor]]]:
+Micro = list[tuple[float, dict[str, Tensor]]]  # a micro-batch: weight of the loss and batch, one or two
+
+
+def batches(run: Run, step: int) -> list[Micro]:
     """The micro-batches of one step, each a question batch, an action batch or both.
 
     A pure function of seed and step: every process draws the same global batch and takes its own rows of it.
+    Where the rows do not divide, parts have different numbers of them. The weight (near 1) makes the mean
+    over parts the mean over rows.
     """
     cfg = run.cfg
+    tokenizer = run.policy.tokenizer
     rank, world = rank_and_world()
+    parts = world * cfg.accumulate
     n_questions, n_actions = samples_of_step(step, cfg)
     micro = []
     for i in range(cfg.accumulate):
-        rows = slice(rank * cfg.accumulate + i, None, world * cfg.accumulate)
-        parts = []
+        rows = slice(rank * cfg.accumulate + i, None, parts)
+        drawn = []  # (size of the global batch, our rows of it)
         if n_questions:
             rng = np.random.default_rng([cfg.seed, step, 0])
             kinds = curriculum(step, cfg)
-            parts.append(
-                run.questions.batch(run.policy.tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
-            )
+            questions = run.questions.batch(tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
+            drawn.append((n_questions, questions))
         if n_actions:
             rng = np.random.default_rng([cfg.seed, step, 1])
-            parts.append(run.episodes.batch(run.policy.tokenizer, rng, n_actions, rows))
-        micro.append([to_device(part, run.device) for part in parts])
+            drawn.append((n_actions, run.episodes.batch(tokenizer, rng, n_actions, rows)))
+        weighted = []
+        for n, batch in drawn:
+            weight = len(range(n)[rows]) * parts / n
+            weighted.append((weight, to_device(batch, run.device)))
+        micro.append(weighted)
     return micro
 
 
@@ -220,25 +229,24 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def train_step(run: Run, step: int, micro: list[list[dict[str, Tensor]]]) -> dict[str, float]:
-    """Forward, backward, clip, update -> {"question", "text", "action", "kept", "gnorm"}, means over
-    micro-batches.
+def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
+    """Forward, backward, clip, update -> means over micro-batches of the losses, "kept" and "gnorm".
 
     Text of questions, text of reasoning and the action loss weigh the same. Raises UserError on non-finite
     numbers.
     """
     logs = defaultdict(float)
-    for parts in micro:
+    for weighted in micro:
         loss = 0.0
-        for batch in parts:
+        for weight, batch in weighted:
             with run.autocast():
                 losses = run.forward(batch)
             for name in ("text", "action"):
                 if name in losses:
-                    loss = loss + losses[name]
+                    loss = loss + weight * losses[name]
             for name, value in losses.items():
                 asked = name == "text" and "action" not in losses
-                logs["question" if asked else name] += value.item() / len(micro)
+                logs["question" if asked else name] += weight * value.item() / len(micro)
         (loss / len(micro)).backward()
         mark("backward")
     average_gradients(run.policy)

@@ -83,7 +83,7 @@ def test_overfits_one_batch(data):
     )
     assert last["kept"] == 0.75  # debug: one of four query states is masked
     # the reasoning of the batch can now be generated
-    batch, tokenizer = micro[0][1], run.policy.tokenizer
+    (_, batch), tokenizer = micro[0][1], run.policy.tokenizer
     tasks = []
     for row in batch["tokens"].tolist():
         tasks.append(tokenizer.decode(row[1 : row.index(tokenizer.reason)]))
@@ -228,9 +228,25 @@ def test_two_processes_equal_one(go, data, tmp_path):
     assert differences(weights(one), weights(tmp_path / "two")) < 1e-5
 
 
-def test_samples_that_do_not_divide_are_refused(fails, data, tmp_path):
-    assert "change --batch_size, --mix or --accumulate" in fails(
-        train.main, arguments(data, tmp_path / "a", "--accumulate=3")
+def test_samples_that_do_not_divide_are_weighted(data):
+    """7 rows in 3 micro-batches of 3, 2 and 2: the same gradient as in one."""
+    gradients = []
+    for accumulate in (1, 3):
+        run = build(data=str(data), ground_steps=0, mix=0.5, batch_size=14, accumulate=accumulate)
+        micro = train.batches(run, 0)
+        assert [len(batch["tokens"]) for (_, batch), _ in micro] == ([7] if accumulate == 1 else [3, 2, 2])
+        for weighted in micro:
+            for weight, batch in weighted:
+                losses = run.policy(batch)
+                (weight * (losses["text"] + losses.get("action", 0)) / len(micro)).backward()
+        gradients.append({name: p.grad for name, p in run.policy.named_parameters() if p.grad is not None})
+    assert differences(*gradients) < 1e-5
+
+
+def test_fewer_samples_than_micro_batches_are_refused(fails, data, tmp_path):
+    said = fails(train.main, arguments(data, tmp_path / "a", "--accumulate=3"))
+    assert (
+        "1 question samples are not enough" in said and "change --batch_size, --mix or --accumulate" in said
     )
 
 

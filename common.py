@@ -11,6 +11,9 @@ import importlib.util
 import json
 import math
 import os
+import shlex
+import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -32,13 +35,21 @@ class UserError(ValueError):
 # The command line: a dataclass is a program's options, its fields are declared by opt()
 
 
-def opt(default: Any, help: str = "", allowed: str | Sequence[str] = "") -> Any:
+def opt(
+    default: Any,
+    help: str = "",
+    allowed: str | Sequence[str] = "",
+    needs: str | Sequence[str] = (),
+    many: bool = False,
+) -> Any:
     """A config field: its default, the line that --help prints, and the values that it may take.
 
-    allowed: an interval such as "[0, 1)", or a tuple of words. A field without help is not an option:
-    presets, data sets and checkpoints set it.
+    allowed: an interval such as "[0, 1)", or a tuple of words. many: the field is a list with commas, of
+    different entries that are all allowed. needs: without these other options the field does nothing, see
+    check_needs(). A field without help is not an option: presets, data sets and checkpoints set it.
     """
-    return field(default=default, metadata={"help": help, "allowed": allowed})
+    needs = (needs,) if isinstance(needs, str) else needs
+    return field(default=default, metadata={"help": help, "allowed": allowed, "needs": needs, "many": many})
 
 
 def check_options(config: Any) -> None:
@@ -50,15 +61,67 @@ def check_options(config: Any) -> None:
             raise UserError(f"--{f.name} takes {_kind(f).__name__}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name} must be a finite number, not {value}")
-        if isinstance(allowed, str):
-            if allowed and not _inside(value, allowed):
-                raise UserError(f"--{f.name} must lie in {allowed}, not {value}")
-        elif value not in allowed:
-            raise UserError(f"--{f.name} must be one of {', '.join(filter(None, allowed))}, not {value!r}")
+        values = [value]
+        if f.metadata["many"]:
+            values = value.split(",") if value else []
+            if len(set(values)) < len(values) or any(not word or word != word.strip() for word in values):
+                raise UserError(f"--{f.name} must list different words, as in a,b without spaces: {value!r}")
+        for word in values:
+            if isinstance(allowed, str):
+                if allowed and not _inside(word, allowed):
+                    raise UserError(f"--{f.name} must lie in {allowed}, not {word}")
+            elif word not in allowed:
+                known = ", ".join(filter(None, allowed))
+                raise UserError(f"--{f.name} must be one of {known}, not {word!r}")
 
 
-def _inside(value: float, interval: str) -> bool:
-    """Does a number lie in an interval such as "(0, 1]" or "[0, inf)"?"""
+def check_needs(config: Any) -> None:
+    """Raise UserError for a typed option that does nothing beside the others.
+
+    Each of opt()'s `needs` must hold: "eval" means that --eval is set, "env=real" that --env has this value,
+    "not eval" the opposite, and "a|b" that one of both holds. What is typed as the default is, or as nothing
+    (0, false), asks for nothing and passes.
+    """
+    for f in fields(config):
+        typed = config.typed.get(f.name)
+        if not typed or typed == f.default:
+            continue
+        for need in f.metadata["needs"]:
+            alternatives = need.split("|")
+            if any(_holds(config, condition) for condition in alternatives):
+                continue
+            reasons = [f"without --{condition}" for condition in alternatives]
+            reasons = [reason.replace("without --not ", "with --") for reason in reasons]
+            advice = f"add it or leave --{f.name} out" if "not " not in need else f"leave --{f.name} out"
+            raise UserError(f"--{f.name} does nothing {' and '.join(reasons)}: {advice}")
+
+
+def _holds(config: Any, condition: str) -> bool:
+    """Is a condition such as "eval", "env=real" or "not eval" true of a config?"""
+    if condition.startswith("not "):
+        return not _holds(config, condition.removeprefix("not "))
+    name, equals, value = condition.partition("=")
+    there = getattr(config, name, "")  # a smaller config may lack the other option
+    return there == value if equals else bool(there)
+
+
+def check_names(where: str, names: Any) -> None:
+    """UserError unless `names` is a list of different words.
+
+    They are joined with commas and name files, so they hold neither commas nor slashes.
+    """
+    listed = isinstance(names, (list, tuple)) and len(names) > 0
+    words = listed and all(isinstance(name, str) and name.strip() for name in names)
+    if not words or any(set(name) & set(",/\\\0") for name in names) or len(set(names)) < len(names):
+        raise UserError(f"{where} must be a list of different names without commas and slashes: {names!r}")
+
+
+def _inside(value: float | str, interval: str) -> bool:
+    """Does a number, or a whole number's digits, lie in an interval such as "(0, 1]" or "[0, inf)"?"""
+    if isinstance(value, str):
+        if not (value.isascii() and value.isdigit()):
+            return False
+        value = int(value)
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
@@ -75,7 +138,7 @@ def parse_config(cls: type, presets: dict[str, dict], argv: Sequence[str], posit
     """
     options = {f.name: f for f in fields(cls) if f.metadata["help"]}
     if "--help" in argv or "-h" in argv:
-        _print_help(options, presets)
+        run_program(lambda _: _print_help(options, presets), None)
         raise SystemExit(0)
     try:
         typed = _read_words(options, presets, list(argv), positional)
@@ -83,10 +146,12 @@ def parse_config(cls: type, presets: dict[str, dict], argv: Sequence[str], posit
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in preset.items() if name in known}
         config = cls(**values | typed)
+        config.typed = typed
+        if not typed.get("resume"):  # resumed_config() checks a run that goes on
+            check_needs(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    config.typed = typed
     return config
 
 
@@ -138,6 +203,8 @@ def _kind(option: Field) -> type:
 
 
 def _convert(name: str, kind: type, text: str) -> Any:
+    if not text.strip():
+        raise UserError(f"--{name} is empty; give it a value or leave it out")
     try:
         if kind is bool:
             return BOOLEANS[text.lower()]
@@ -169,8 +236,12 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
             )
     known = {f.name: saved[f.name] for f in fields(config) if f.name in saved}
     changed = {name: value for name, value in config.typed.items() if name in may_change}
-    resumed = type(config)(**known | changed)
+    try:
+        resumed = type(config)(**known | changed)
+    except UserError as error:
+        raise UserError(f"{config.out}/config.json: {error}") from None
     resumed.typed = config.typed
+    check_needs(resumed)
     return resumed
 
 
@@ -180,13 +251,18 @@ def run_program(program: Callable[[Any], None], config: Any) -> None:
 
     Exit status 2 for a mistake, 130 for Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a letter that a terminal lacks must not end a program
+            stream.reconfigure(errors="replace")
     try:
         program(config)
+        if sys.stdout:
+            sys.stdout.flush()  # now a full disk can still be told
     except KeyboardInterrupt:
-        print("stopped; --resume goes on where there is a checkpoint", file=sys.stderr)
+        if rank_and_world()[0] == 0:
+            print(f"stopped; to go on, type: {_again(config)}", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
         line = explain(error)
@@ -195,16 +271,42 @@ def run_program(program: Callable[[Any], None], config: Any) -> None:
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
+        _drop_output()
+        release_folders()
         leave_processes()
+
+
+def _again(config: Any) -> str:
+    """The command that goes on with what this one has begun."""
+    words = ["python", *sys.argv]
+    saves = hasattr(config, "resume") and Path(config.out, "train_state.pt").is_file()
+    if saves and not config.resume:
+        words.append("--resume")
+    if rank_and_world()[1] > 1:
+        words[0] = f"torchrun --standalone --nproc_per_node={rank_and_world()[1]}"
+    return f"{words[0]} {shlex.join(words[1:])}"
+
+
+def _drop_output() -> None:
+    """Forget words that cannot be written, or Python would complain of them when it exits."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def explain(error: Exception) -> str:
     """One line for an error that a person can put right, else an empty string."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in FULL:
         return "the disk is full; free some space and run the same command again"
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR):
+    if isinstance(error, OSError) and error.errno in CLOSED and error.filename:
         return f"{error.filename} cannot be written or read ({error.strerror}); choose another folder"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("extras"):
         return f"this needs {error.name.replace('.', '/')} of the repository, which is not there"
@@ -252,22 +354,25 @@ def read_json(path: str | Path) -> Any:
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; the last one is left out if a kill cut it short."""
-    whole = path.read_text().rpartition("\n")[0] if path.is_file() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
+    try:
+        return [dict(json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to go on without") from None
 
 
 def trim_log(path: Path, key: str, last: int) -> None:
     """Drop the lines of a log.jsonl behind the checkpoint that a run resumes from: they will be written
     again.
     """
-    kept = [line for line in read_log(path) if line[key] <= last]
+    kept = [line for line in read_log(path) if line.get(key, math.inf) <= last]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def append_log(path: Path, line: dict) -> None:
     """Add one line to a log.jsonl."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -279,7 +384,71 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
             f"{folder} is no checkpoint (needs config.json and model.safetensors); "
             f"run: python train.py --config small --out={folder}"
         )
-    return read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    words = ("cameras", "motors", "state", "data", "env", "families")
+    if not isinstance(config, dict) or any(type(config.get(word, "")) is not str for word in words):
+        raise UserError(f"{folder}/config.json is not what train.py writes; choose another checkpoint")
+    return config
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Folders. A program writes into a folder that is new, empty or its own, and is alone in it.
+
+LOCK = ".lock"  # names the program that made a folder, and is locked while one is at work there
+held: dict[Path, int] = {}  # folder -> descriptor of its lock
+
+
+def claim_folder(folder: str | Path, program: str, create: bool = False) -> None:
+    """Make sure that --out is this program's, and keep all others out until it ends.
+
+    UserError for a folder that holds what another program or a person has put there, and for one that a
+    running program has claimed. A folder that is not there yet is claimed when it is to be created.
+    """
+    folder = Path(folder)
+    if create:
+        folder.mkdir(parents=True, exist_ok=True)
+    if folder.absolute() in held or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --out")
+    lock = folder / LOCK
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    owner = program if "train_state.pt" in there else ""  # runs from before there were locks
+    if lock.is_file():
+        owner = lock.read_text(encoding="utf-8").strip()
+    if there and owner != program:
+        made = f"was made by {owner}" if owner else f"holds other things ({', '.join(there[:3])})"
+        raise UserError(f"{folder} {made} and is left as it is; choose another --out")
+    lock_folder(folder, program)
+
+
+def lock_folder(folder: str | Path, program: str) -> None:
+    """Keep other programs out of a folder until this process ends, however it ends."""
+    key = Path(folder).absolute()
+    if key in held:
+        return
+    lock = os.open(key / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.suppress(ImportError):  # Windows has no fcntl: two programs there are not kept apart
+        import fcntl
+
+        try:
+            # Unlike flock(), a lock of this kind is this process's alone: its children do not keep it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # else it is a file system without locks
+                os.close(lock)
+                raise UserError(
+                    f"another program is at work in {folder}; wait for it, or choose another --out"
+                ) from None
+    held[key] = lock
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{program}\n".encode())
+
+
+def release_folders() -> None:
+    """Let other programs into the folders again."""
+    while held:
+        os.close(held.popitem()[1])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -402,6 +571,35 @@ def leave_processes() -> None:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM ends the program by an exception, so that its other processes are ended, too."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_child(command: Sequence[str | Path]) -> int:
+    """Run another program -> its exit status. It ends when this one is stopped."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child keeps this: we end it after Ctrl-C
+    try:
+        child = subprocess.Popen(command)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with terminable():
+        try:
+            return child.wait()
+        finally:
+            child.terminate()  # nothing happens to one that has ended
+            child.wait()
 
 
 class Stopwatch:

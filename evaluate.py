@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,8 +30,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sim_env
-from common import Stopwatch, UserError, write_json
+from common import Stopwatch, UserError, check_names, write_json
 from sim_env import FPS, SEEDS, SPLITS
+
+EVAL = f"[0, {len(SEEDS['report'])}]"  # options that count episodes: there are as many scenes
 
 # -----------------------------------------------------------------------------------------------------------
 # Environments by name
@@ -59,15 +62,22 @@ def environment_class(name: str) -> type:
     if os.getcwd() not in sys.path:  # the user's own file lies where the command is typed
         sys.path.append(os.getcwd())
     try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        cls = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
         raise UserError(f"--env={name} cannot be imported: {error}") from None
+    if cls is None:
+        raise UserError(f"--env={name} cannot be imported: {module} has no {attribute}")
     needed = ("cameras", "motors", "families", "reset", "step", "close")
     missing = [need for need in needed if not hasattr(cls, need)]
     if missing:
         raise UserError(f"--env={name} is no environment: the class lacks {', '.join(missing)}")
-    if not isinstance(state_names(cls), (tuple, list)):
-        raise UserError(f"--env={name}: the class attribute state must be a tuple of names, as motors is")
+    limits = cls.families.values() if isinstance(cls.families, dict) else ()
+    if not limits or any(type(limit) is not int or limit < 1 for limit in limits):
+        raise UserError(
+            f"--env={name}: the class attribute families must be {{task family: most control steps}}"
+        )
+    for attribute in ("cameras", "motors", "state"):
+        check_names(f"--env={name}: the class attribute {attribute}", getattr(cls, attribute, cls.motors))
     return cls
 
 
@@ -79,6 +89,7 @@ def state_names(cls: type) -> Sequence[str]:
 def check_families(families: Sequence[str], env: str) -> None:
     """UserError for task families that an environment does not have."""
     known = environment_class(env).families
+    check_names("families", families)
     unknown = [family for family in families if family not in known]
     if unknown:
         raise UserError(
@@ -87,16 +98,41 @@ def check_families(families: Sequence[str], env: str) -> None:
 
 
 class ChunkedEnv:
-    """An environment that only has step(), played in chunks as SO100Env is."""
+    """An environment of one's own, played in chunks as SO100Env is.
+
+    An episode that the environment does not end is cut off at the step limit of its family.
+    """
 
     def __init__(self, env: Any):
         self.env = env
         self.steps = 0
+        self.limit = max(env.families.values())
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        self.obs, info = self.env.reset(seed=seed, options=options)
+        family = (options or {}).get("family")
+        self.limit = self.env.families.get(family, max(self.env.families.values()))
+        _, info = self._keep("reset", self.env.reset(seed=seed, options=options), 2)
         self.steps = 0
         return self.obs, self._info(info, False, 0)
+
+    def _keep(self, method: str, returned: Any, n: int) -> tuple:
+        """What the environment's method returned, if it is what Gymnasium's does; its observation is kept."""
+        where = f"{type(self.env).__name__}.{method}()"
+        if not isinstance(returned, tuple) or len(returned) != n or not isinstance(returned[-1], dict):
+            raise UserError(
+                f"{where} must return {n} values, the first an observation, the last an info dict"
+            )
+        obs = returned[0]
+        if not isinstance(obs, dict):
+            raise UserError(f"{where} must give a dict as observation, not {type(obs).__name__}")
+        missing = [key for key in ("images", "state", "task") if key not in obs]
+        missing = missing or [camera for camera in self.env.cameras if camera not in obs["images"]]
+        if missing:
+            raise UserError(f"{where} gives an observation without {missing}")
+        if not isinstance(obs["task"], str) or not obs["task"].strip():
+            raise UserError(f"{where} gives no instruction: its task is {obs['task']!r}")
+        self.obs = obs
+        return returned
 
     def _info(self, info: dict, terminated: bool, executed: int) -> dict:
         success = bool(info.get("success", info.get("is_success", terminated)))
@@ -107,16 +143,26 @@ class ChunkedEnv:
         return self.step_chunk(np.asarray(action)[None])
 
     def step_chunk(self, actions: np.ndarray) -> tuple:
-        total = 0.0
-        executed = 0
-        for action in np.asarray(actions, np.float32):
-            self.obs, reward, terminated, truncated, info = self.env.step(action)
-            self.steps += 1
-            executed += 1
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return self.obs, total, bool(terminated), bool(truncated), self._info(info, terminated, executed)
+        actions = np.asarray(actions, np.float32)[: self.limit - self.steps]
+        before = self.steps
+        if hasattr(self.env, "step_chunk"):
+            returned = self._keep("step_chunk", self.env.step_chunk(actions), 5)
+            _, total, terminated, truncated, info = returned
+            self.steps += info.get("executed", len(actions))
+        else:
+            total = 0.0
+            for action in actions:
+                returned = self._keep("step", self.env.step(action), 5)
+                _, reward, terminated, truncated, info = returned
+                self.steps += 1
+                total += float(reward)
+                if terminated or truncated:
+                    break
+        if not math.isfinite(total):
+            raise UserError(f"{type(self.env).__name__} gives a reward of {total}; it must be finite")
+        truncated = bool(truncated) or (self.steps >= self.limit and not terminated)
+        info = self._info(info, bool(terminated), self.steps - before)
+        return self.obs, float(total), bool(terminated), truncated, info
 
     def instruct(self, task: str) -> dict:
         self.obs = self.env.instruct(task)
@@ -138,11 +184,14 @@ class ChunkedEnv:
 def make_env(name: str, px: int = 96, **options: Any) -> Any:
     """An environment by its name, with step_chunk(), render() and seconds() whatever it brings itself."""
     env = environment_class(name)(px=px, **options)
-    return env if hasattr(env, "step_chunk") else ChunkedEnv(env)
+    return env if isinstance(env, sim_env.SO100Env) else ChunkedEnv(env)
 
 
 # -----------------------------------------------------------------------------------------------------------
 # Many environments at once
+
+
+ANSWER_SECONDS = 600  # a worker that is silent for so long has an environment that blocks
 
 
 def serve() -> None:
@@ -152,20 +201,24 @@ def serve() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what an environment prints must not end up among the answers
     n, name, options = pickle.load(requests)
-    envs = [make_env(name, **options) for _ in range(n)]
-    while True:
-        try:
+    envs = []
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the program has ended
+        while True:
             method, calls = pickle.load(requests)
-        except EOFError:
-            return
-        try:
-            answer = {arm: getattr(envs[arm], method)(**arguments) for arm, arguments in calls.items()}
-        except UserError as error:
-            answer = error
-        except Exception:
-            answer = RuntimeError(f"an environment failed in a worker process:\n{traceback.format_exc()}")
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+            try:
+                envs = envs or [make_env(name, **options) for _ in range(n)]
+                answer = {arm: getattr(envs[arm], method)(**arguments) for arm, arguments in calls.items()}
+                answer = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+            except UserError as error:
+                answer = pickle.dumps(error)
+            except Exception:
+                said = f"--env={name} failed in a worker process:\n{traceback.format_exc()}"
+                answer = pickle.dumps(RuntimeError(said))
+            answers.write(answer)
+            answers.flush()
+    for env in envs:
+        env.close()
+    os._exit(0)  # without complaints about the closed pipe
 
 
 class VecEnv:
@@ -179,6 +232,7 @@ class VecEnv:
 
     def __init__(self, n: int, workers: int = 2, env: str = "sim", px: int = 96, **options: Any):
         cls = environment_class(env)  # complain here, not in a worker
+        self.name = env
         self._allocate(n, px, cls.cameras, len(state_names(cls)))
         self.groups = np.array_split(np.arange(n), min(workers, n))  # arms of each worker
         here = os.path.dirname(os.path.abspath(__file__))
@@ -186,9 +240,12 @@ class VecEnv:
         command = [sys.executable, "-c", "import evaluate; evaluate.serve()"]
         self.workers = []
         for group in self.groups:
-            worker = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            self._send(worker, (len(group), env, options | {"px": px}))
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # In a session of their own Ctrl-C does not reach them; they end when their pipes close.
+            worker = subprocess.Popen(command, env=variables, start_new_session=True, **pipes)
             self.workers.append(worker)
+            with contextlib.suppress(BrokenPipeError):  # _call() will tell
+                self._send(worker, (len(group), env, options | {"px": px}))
 
     def _allocate(self, n: int, px: int, cameras: Sequence[str], S: int) -> None:
         self.n = n
@@ -213,17 +270,26 @@ class VecEnv:
 
     def _call(self, method: str, calls: dict[int, dict]) -> dict[int, Any]:
         """Run env.method(**arguments) for {arm: arguments} in all workers at once -> {arm: result}."""
+        began = time.monotonic()
+        watchdog = threading.Timer(ANSWER_SECONDS, self.kill)
+        watchdog.start()
         busy = []
-        for worker, group in zip(self.workers, self.groups):
-            mine = {arm - group[0]: arguments for arm, arguments in calls.items() if arm in group}
-            if mine:
-                self._send(worker, (method, mine))
-                busy.append((worker, group[0]))
         try:
+            for worker, group in zip(self.workers, self.groups):
+                mine = {arm - group[0]: arguments for arm, arguments in calls.items() if arm in group}
+                if mine:
+                    self._send(worker, (method, mine))
+                    busy.append((worker, group[0]))
             # Read every answer before raising one: an unread answer would be taken for the next request's.
             answers = [(pickle.load(worker.stdout), first) for worker, first in busy]
-        except EOFError:
-            raise UserError("a simulation worker died: its message is above") from None
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            if time.monotonic() - began > ANSWER_SECONDS:
+                said = f"has not answered {method} for {ANSWER_SECONDS} seconds: it blocks"
+            else:
+                said = "died in a worker process: its message is above, or memory ran out"
+            raise UserError(f"--env={self.name} {said}") from None
+        finally:
+            watchdog.cancel()
         results = {}
         for answer, first in answers:
             if isinstance(answer, Exception):
@@ -232,15 +298,26 @@ class VecEnv:
         return results
 
     def _store(self, arm: int, obs: dict, info: dict) -> None:
+        """Keep an observation; UserError where it is not what the environment's class says."""
+        shape = self.images.shape[2:]  # (px, px, 3)
         for view, camera in enumerate(self.cameras):
             if camera in obs["images"]:  # a real arm may have one alone
-                self.images[arm, view] = obs["images"][camera]
-        if np.shape(obs["state"]) != self.state.shape[1:]:
+                image = np.asarray(obs["images"][camera])
+                if image.shape != shape or image.dtype != np.uint8:
+                    raise UserError(
+                        f"the environment's camera {camera} gives {image.shape} {image.dtype}, "
+                        f"it must be {shape} uint8"
+                    )
+                self.images[arm, view] = image
+        state = np.asarray(obs["state"])
+        if state.shape != self.state.shape[1:] or state.dtype.kind not in "fiub":
             raise UserError(
-                f"the environment's state has shape {np.shape(obs['state'])}, "
+                f"the environment's state is {state.shape} {state.dtype}, "
                 f"its class names {self.state.shape[1]} numbers"
             )
-        self.state[arm] = obs["state"]
+        if not np.isfinite(state).all():
+            raise UserError(f"the environment's state is not finite: {state}")
+        self.state[arm] = state
         self.task[arm] = obs["task"]
         self.infos[arm] = info
 
@@ -275,12 +352,21 @@ class VecEnv:
         stages = ("physics", "rendering")
         return {stage: sum(arm.get(stage, 0.0) for arm in arms) / len(self.workers) for stage in stages}
 
+    def kill(self) -> None:
+        """End the workers at once."""
+        for worker in self.workers:
+            worker.kill()
+
     def close(self) -> None:
         for worker in self.workers:
-            with contextlib.suppress(OSError):  # it may have died already
-                worker.stdin.close()
-            worker.wait()
-            worker.stdout.close()
+            for pipe in (worker.stdin, worker.stdout):
+                with contextlib.suppress(OSError):  # it may have died already
+                    pipe.close()
+        try:
+            for worker in self.workers:
+                worker.wait(10)  # an environment may have something to put away
+        except subprocess.TimeoutExpired:
+            self.kill()
 
 
 class SingleEnv(VecEnv):
@@ -291,7 +377,10 @@ class SingleEnv(VecEnv):
         self.env = env
 
     def _call(self, method: str, calls: dict[int, dict]) -> dict[int, Any]:
-        return {arm: getattr(self.env, method)(**arguments) for arm, arguments in calls.items()}
+        try:
+            return {arm: getattr(self.env, method)(**arguments) for arm, arguments in calls.items()}
+        except (OSError, ModuleNotFoundError) as error:  # the environment's own, no mistake of this command
+            raise RuntimeError("the environment failed") from error
 
     def seconds(self) -> dict[str, float]:
         return {}
@@ -472,10 +561,7 @@ def latency(policy: Any, family: str, env: str = "sim", n: int = 30) -> dict[str
     "total": ms}.
     """
     decide = policy_fn(policy, env)
-    cls = environment_class(env)
-    vec = SingleEnv(
-        make_env(env, policy.cfg.image_size), policy.cfg.image_size, cls.cameras, policy.cfg.state_dim
-    )
+    vec = VecEnv(1, 1, env, policy.cfg.image_size)
     samples = []
     with vec:
         # the first five warm up: they are left out below
@@ -508,10 +594,14 @@ def evaluate(
     successful episodes), "ms_per_chunk" (at batch 1), "ms_by_stage"}}}; target_at_0 and reasoning are None
     for a policy that does not reason.
     """
-    if n > len(SEEDS[seeds]):
-        raise UserError(f"there are {len(SEEDS[seeds])} {seeds} seeds, not {n}")
+    if seeds not in SEEDS or not 1 <= n <= len(SEEDS[seeds]):
+        raise UserError(
+            f"n must lie in [1, {len(SEEDS['report'])}] and seeds in {list(SEEDS)}: {n} {seeds!r}"
+        )
     check_families(families, env)
     known = getattr(environment_class(env), "splits", ("id",))
+    if not set(splits) & set(known):
+        raise UserError(f"--env={env} has no split {', '.join(splits)}: set --splits to some of {known}")
     results = {}
     for family in families:
         results[family] = {}
@@ -524,6 +614,17 @@ def evaluate(
                 episodes = run_episodes(vec, jobs, policy_fn(policy, env, teacher), f"{family} {split}")
             results[family][split] = summarise(episodes) | {"ms_per_chunk": total, "ms_by_stage": stages}
     return results
+
+
+def check_evaluation(policy: Any, families: Sequence[str], env: str = "sim") -> None:
+    """UserError where an environment does not fit the policy, before the work whose end is an evaluation."""
+    check_families(families, env)
+    camera_indices(policy, env)
+    if env in ("sim", "real"):
+        return
+    with VecEnv(1, 1, env, policy.cfg.image_size) as vec:
+        vec.reset([0], SEEDS["val"][:1], [{"family": families[0], "split": "id"}])
+        policy.tokenizer.prompt(vec.task[0], policy.cfg.reasoning)
 
 
 def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:

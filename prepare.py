@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -35,10 +36,12 @@ from common import (
     UserError,
     atomic_path,
     check_options,
+    lock_folder,
     opt,
     parse_config,
     read_json,
     run_program,
+    terminable,
     write_json,
 )
 from data import read_meta, statistics
@@ -355,8 +358,14 @@ SCENES = {  # seeds by kind of shard: no scene has two uses
     "questions": range(400_000, 1_000_000),
     "questions_val": SEEDS["val"],
 }
+SHARD_FILE = re.compile(r"(_\d{7}_\d+\.npz|\.npz\.tmp|settings\.json\.tmp)$")  # in <out>/parts
 SHARD_SIZE = {"demo": 10, "start": 50, "questions": 100, "questions_val": 100}  # scenes per shard
 EPISODES = ("demo", "start", "lerobot")  # kinds of shards; the other two hold questions
+
+
+# What some options need: the simulation's demonstrations, questions, see common.check_needs()
+SIMULATED = ("not lerobot", "not questions_from", "not export")
+QUESTIONS = ("not lerobot|questions_from", "not export")
 
 
 @dataclass
@@ -365,47 +374,80 @@ class PrepareConfig:
 
     config: str = opt("small", "preset")
     out: str = opt("", "data set folder (default data/<config>)")
-    families: str = opt("place,calculate,sequence", "task families to demonstrate")
-    demos: int = opt(600, "demonstrations per family", "[0, inf)")
-    starts: int = opt(2000, "start episodes per family: a few steps amid work, from any arm pose", "[0, inf)")
-    start_steps: int = opt(6)  # control steps of a start episode
-    scenes: int = opt(26000, "pictures with questions for training; 0 for none", "[0, inf)")
-    held_out_scenes: int = opt(300, "pictures with questions never trained on", "[0, inf)")
-    image_size: int = opt(96, "pixels per side", "[8, 1024]")
+    families: str = opt(
+        "place,calculate,sequence", "task families to demonstrate", needs=SIMULATED, many=True
+    )
+    demos: int = opt(600, "demonstrations per family", "[0, 200000]", needs=SIMULATED)
+    starts: int = opt(
+        2000,
+        "start episodes per family: a few steps amid work, from any arm pose",
+        "[0, 200000]",
+        needs=SIMULATED,
+    )
+    start_steps: int = opt(6, allowed="[1, 1000]")  # control steps of a start episode
+    scenes: int = opt(
+        26000, "pictures with questions for training; 0 for none", "[0, 600000]", needs=QUESTIONS
+    )
+    held_out_scenes: int = opt(
+        300, "pictures with questions never trained on", "[0, 1000000]", needs=QUESTIONS
+    )
+    image_size: int = opt(96, "pixels per side", "[8, 1024]", needs="not export")
     lerobot: str = opt("", "LeRobot data set to read instead of simulating: a folder or a name on the hub")
-    cameras: str = opt("", "role=camera,... of --lerobot, as in front=top,wrist=wrist (default: all)")
-    fps: int = opt(0, "frames per second to keep of --lerobot, a divisor of its own; 0 for all", "[0, inf)")
+    cameras: str = opt(
+        "", "role=camera,... of --lerobot, as in front=top,wrist=wrist (default: all)", needs="lerobot"
+    )
+    fps: int = opt(
+        0, "frames per second to keep of --lerobot, a divisor of its own; 0 for all", "[0, 10000]", "lerobot"
+    )
     fit: str = opt(
         "stretch",
         "how a brought picture becomes square; crop: its middle, in proportion",
         ("stretch", "crop"),
+        needs="lerobot|questions_from",
     )
     convention: str = opt(
         "auto",
         "joint angles of --lerobot from an SO arm; old: zero is the arm stretched out, percent: -100..100",
         ("auto", "new", "old", "percent"),
+        needs="lerobot",
     )
     calibration: str = opt(
-        "", "LeRobot's calibration file of the recording arm, for --convention=percent (default: nominal)"
+        "",
+        "LeRobot's calibration file of the recording arm, for --convention=percent (default: nominal)",
+        needs="lerobot",
     )
-    episodes: str = opt("", "episodes of --lerobot to read, as in 0-9,12 (default: all)")
+    episodes: str = opt("", "episodes of --lerobot to read, as in 0-9,12 (default: all)", needs="lerobot")
     rename: str = opt(
-        "", "features of --lerobot by other names, as in observation.state=state,action=actions"
+        "",
+        "features of --lerobot by other names, as in observation.state=state,action=actions",
+        needs="lerobot",
     )
     questions_from: str = opt(
         "",
         "image-text sets (columns images, texts), comma-separated: folders or hub names, also with /PART",
     )
     longest: int = opt(
-        300, "characters of a brought question or answer; longer ones are left out", "[1, inf)"
+        300,
+        "characters of a brought question or answer; longer ones are left out",
+        "[1, 100000]",
+        needs="questions_from",
     )
     export: str = opt("", "data set folder to write to --out as a LeRobot data set")
-    kinds: str = opt("", "kinds of episodes to --export, as in demo (default: all, start episodes too)")
-    video: str = opt("", "codec of --export (default: PNG pictures, without loss)", ("", "h264", "av1"))
-    workers: int = opt(0, "processes; 0 for one per core", "[0, inf)")
-    seed: int = opt(0, "first training scene; the choice of pictures of --questions_from", "[0, inf)")
+    kinds: str = opt(
+        "", "kinds of episodes to --export, as in demo (default: all, start episodes too)", needs="export"
+    )
+    video: str = opt(
+        "", "codec of --export (default: PNG pictures, without loss)", ("", "h264", "av1"), "export"
+    )
+    workers: int = opt(0, "processes; 0 for one per core", "[0, 1024]")
+    seed: int = opt(
+        0,
+        "first training scene; the choice of pictures of --questions_from",
+        "[0, 1000000]",
+        needs=("not lerobot|questions_from", "not export"),
+    )
     check_expert: int = opt(
-        0, "only print the scripted expert's success on so many seeds, film it in out/expert", "[0, inf)"
+        0, "only print the scripted expert's success on so many seeds, film it in out/expert", "[0, 100000]"
     )
 
     def __post_init__(self):
@@ -422,7 +464,10 @@ class PrepareConfig:
             raise UserError("say where the result goes: --out=FOLDER, for example --out=data/mine")
         self.out = self.out or f"data/{self.config}"
         if self.export and (self.lerobot or self.questions_from):
-            raise UserError("--export writes a finished data set; read the other one in a command of its own")
+            raise UserError(
+                "--export writes a finished data set; leave out --lerobot and --questions_from, "
+                "which read another one"
+            )
         if self.calibration and self.convention != "percent":
             raise UserError("--calibration=FILE tells the degrees of 100 %: add --convention=percent")
 
@@ -543,9 +588,9 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
         print(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are there already")
     if not missing:
         return
-    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, this process ends the others
     with (
-        multiprocessing.Pool(cfg.workers or None, signal.signal, ignore_interrupts) as pool,
+        terminable(),
+        multiprocessing.Pool(cfg.workers or None, leave_signals) as pool,
         tqdm(total=len(missing), unit="shard", disable=None) as bar,
     ):
         processes = multiprocessing.active_children()
@@ -563,6 +608,12 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
                         "a process was killed, perhaps for lack of memory; run the same command again with "
                         "fewer --workers, it goes on where it stopped"
                     ) from None
+
+
+def leave_signals() -> None:
+    """In a process of the pool: Ctrl-C is for the first process, which then ends the others by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -635,8 +686,8 @@ def merge_questions(
         )
     for camera in cameras:
         write_array(folder / f"{camera}.npy", parts, rows, len(texts))
-    (folder / "questions.json").write_text(json.dumps(texts))
-    (folder / "meta.json").write_text(json.dumps(common, indent=1))
+    write_json(folder / "questions.json", texts)
+    write_json(folder / "meta.json", common)
     shutil.rmtree(Path(cfg.out, name), ignore_errors=True)  # of a run killed after this point
     os.replace(folder, Path(cfg.out, name))
     asked = sum(map(len, texts))
@@ -699,13 +750,47 @@ def is_whole(cfg: PrepareConfig, saved: Path, settings: dict[str, Any]) -> bool:
     if cfg.lerobot or not cfg.questions_from:
         name, content = "meta.json", "a data set"
     result = Path(cfg.out, name)  # what appears last
+    if saved.is_file():
+        lock_folder(cfg.out, "prepare.py")
     if saved.is_file() and read_json(saved) != settings:
         raise UserError(
             f"{cfg.out} holds parts made with other settings; delete {saved.parent} or choose another --out"
         )
     if result.exists() and not saved.is_file():
         raise UserError(f"{cfg.out} already holds {content}; delete {result} or choose another --out")
+    if not saved.is_file():
+        check_free(cfg)
     return result.exists()
+
+
+def check_free(cfg: PrepareConfig) -> None:
+    """UserError if a new data set would take the place of files in <out> that this program has not made."""
+    asked = ["questions", "questions_val", "questions.tmp", "questions_val.tmp"]
+    foreign = []
+    for path in sorted(Path(cfg.out).glob("[!.]*")):
+        if path.name == "parts":
+            foreign += [part for part in path.iterdir() if not SHARD_FILE.search(part.name)]
+        elif cfg.questions_from and not cfg.lerobot and path.name not in asked:
+            continue  # the demonstrations that the questions are for
+        elif cfg.lerobot and not cfg.questions_from and path.name in asked:
+            continue  # the questions that the demonstrations are for
+        elif path.is_dir() or path.is_file():
+            foreign.append(path)
+    if foreign:
+        raise UserError(f"{foreign[0]} is in the way and is left as it is; choose another --out")
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove the files of the shards, and what a kill left of them; the settings last: without them, shards
+    could be taken for another data set's.
+    """
+    for path in sorted(folder.iterdir()):
+        if SHARD_FILE.search(path.name):
+            path.unlink()
+    (folder / "settings.json").unlink()
+    if any(folder.iterdir()):
+        return print(f"{folder} holds files that are not prepare.py's: it stays")
+    folder.rmdir()
 
 
 def check_disk(cfg: PrepareConfig, pictures: int) -> None:
@@ -735,15 +820,13 @@ def prepare(cfg: PrepareConfig) -> None:
         print(f"{cfg.out} is whole already; its parts are cleared away")
     else:
         shards, common, pictures = make_plan(cfg)
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        lock_folder(cfg.out, "prepare.py")
         write_json(saved, settings)  # not earlier: a mistake found in planning leaves nothing behind
         check_disk(cfg, pictures)
         make_shards(cfg, shards)
         merge(cfg, shards, common)
-    for path in saved.parent.glob("*.npz"):
-        path.unlink()
-    shutil.rmtree(
-        saved.parent
-    )  # the settings last: without them, shards could be taken for another data set's
+    clear_parts(saved.parent)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

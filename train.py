@@ -19,7 +19,6 @@ import contextlib
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -39,6 +38,7 @@ from common import (
     append_log,
     atomic_path,
     choose_device,
+    claim_folder,
     fast_cpu,
     has_bf16,
     join_processes,
@@ -51,12 +51,13 @@ from common import (
     read_checkpoint_config,
     read_json,
     resumed_config,
+    run_child,
     run_program,
     trim_log,
     wait_for_all,
     write_json,
 )
-from data import Episodes, Questions, Tokenizer, data_id, read_meta
+from data import Episodes, Questions, Tokenizer, data_id, open_images_of, read_meta
 from model import Config, SyVLA, all_presets, save_policy
 
 
@@ -71,40 +72,63 @@ class TrainConfig(Config):
     init_from: str = opt("", "checkpoint folder whose weights, shapes and tokenizer start this run")
     resume: bool = opt(False, "go on with the run in --out, with its settings")
     new_expert: bool = opt(
-        False, "finetune: keep the VLM frozen; a new adapter and expert learn from random weights"
+        False,
+        "finetune: keep the VLM frozen; a new adapter and expert learn from random weights",
+        needs="stage=finetune",
     )
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
-    families: str = opt("place,calculate,sequence", "task families to train on and to evaluate")
-    ground_steps: int = opt(1800, "steps of phase 1, questions only", "[0, inf)")
-    steps: int = opt(4900, "steps of phase 2, actions", "[0, inf)")
-    batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, inf)")
-    mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0: no mixed data", "[0, 1)")
-    accumulate: int = opt(1, "micro-batches per step and process", "[1, inf)")
+    families: str = opt("place,calculate,sequence", "task families to train on and to evaluate", many=True)
+    ground_steps: int = opt(
+        1800, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
+    )
+    steps: int = opt(4900, "steps of phase 2, actions", "[0, 1000000000]")
+    batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, 65536]")
+    mix: float = opt(
+        0.3,
+        "share of question samples in phase 2 (paper: ~30 %); 0: no mixed data",
+        "[0, 1)",
+        needs="not new_expert",
+    )
+    accumulate: int = opt(1, "micro-batches per step and process", "[1, 65536]")
     adam_lr: float = opt(
-        2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, inf)"
+        2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, 1]"
     )
-    muon_lr: float = opt(4e-3, "Muon learning rate: matrices of blocks, connector and adapter", "(0, inf)")
+    muon_lr: float = opt(
+        4e-3,
+        "Muon learning rate: matrices of blocks, connector and adapter",
+        "(0, 1]",
+        needs="not backbone_lr",
+    )
     backbone_lr: float = opt(
-        0.0, "AdamW for all, this rate for the VLM and adam_lr for the rest; 0: Muon", "[0, inf)"
+        0.0,
+        "AdamW for all, this rate for the VLM and adam_lr for the rest; 0: Muon",
+        "[0, 1]",
+        needs="backbone|init_from",
     )
-    freeze_vision: bool = opt(False, "leave the vision tower as it is; its connector still learns")
-    checkpointing: bool = opt(False, "keep only every block's input: less memory, a third more work")
-    seed: int = opt(0, "seed of weights, batches and noise", "[0, inf)")
-    eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", "[0, inf)")
+    freeze_vision: bool = opt(
+        False, "leave the vision tower as it is; its connector still learns", needs="backbone|init_from"
+    )
+    checkpointing: bool = opt(
+        False, "keep only every block's input: less memory, a third more work", needs="not new_expert"
+    )
+    seed: int = opt(0, "seed of weights, batches and noise", "[0, 4294967295]")
+    eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL)
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
-    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, inf)")
+    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, 1024]")
     save_every: int = opt(250, "steps between checkpoints", "[1, inf)")
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
     plan: bool = opt(False, "print parameters, predicted memory and work, and stop")
-    bench: bool = opt(False, "time 20 steps of each phase by part, print the split and stop")
+    bench: bool = opt(
+        False, "time 20 steps of each phase by part, print the split and stop", needs="not plan"
+    )
 
     # Set by presets
-    question_tokens: int = opt(64)  # room for the questions packed behind one picture
-    warmup: int = opt(50)  # steps of linear warm-up of each phase
-    weight_decay: float = opt(0.01)  # decoupled, on matrices
-    max_grad_norm: float = opt(1.0)
-    ema: float = opt(0.995)  # decay of the weight average that is saved, evaluated and run
-    log_every: int = opt(25)  # steps
+    question_tokens: int = opt(64, allowed="[1, 4096]")  # room for the questions packed behind one picture
+    warmup: int = opt(50, allowed="[1, inf)")  # steps of linear warm-up of each phase
+    weight_decay: float = opt(0.01, allowed="[0, 1]")  # decoupled, on matrices
+    max_grad_norm: float = opt(1.0, allowed="(0, inf)")
+    ema: float = opt(0.995, allowed="[0, 1)")  # decay of the weight average that is saved and run
+    log_every: int = opt(25, allowed="[1, inf)")  # steps
     data_id: str = opt("")  # of the data set that the run was begun with
 
     def __post_init__(self):
@@ -114,13 +138,11 @@ class TrainConfig(Config):
         if self.stage == "finetune":
             self.ground_steps = 0
             if not self.init_from and not self.resume:
-                raise UserError("stage finetune needs weights to start from: add --init_from=out/small")
-        elif self.new_expert:
-            raise UserError("a new expert needs a trained VLM: add --stage=finetune --init_from=out/small")
+                raise UserError("--stage=finetune needs weights to start from: add --init_from=out/small")
         if self.new_expert:
             self.mix = 0.0  # questions teach the VLM, which is frozen
         if self.ground_steps + self.steps == 0:
-            raise UserError("ground_steps and steps are both 0: there is nothing to train")
+            raise UserError("--ground_steps and --steps are both 0: there is nothing to train")
 
     @property
     def family_names(self) -> list[str]:
@@ -406,7 +428,7 @@ def make_data(cfg: TrainConfig) -> None:
         raise UserError(f"no data set in {cfg.data}; run: {command} --out={cfg.data}")
     print(f"no data set in {cfg.data} yet: running {command}", flush=True)
     program = Path(__file__).with_name("prepare.py")
-    if subprocess.run([sys.executable, program, "--config", preset]).returncode:
+    if run_child([sys.executable, program, "--config", preset]):
         raise UserError(f"prepare.py failed; run: {command}")
 
 
@@ -428,7 +450,7 @@ EXPERT = {"motors", "state", "fps", "expert_width", "expert_depth", "expert_head
 
 def inherit_shapes(cfg: TrainConfig) -> None:
     """Take the model's fields of --init_from; typed ones may differ where they shape no weights."""
-    saved = Config.pick(read_checkpoint_config(cfg.init_from))
+    saved = Config.read(cfg.init_from)
     may_differ = BEHAVIOUR | (EXPERT if cfg.new_expert else set())
     for field in fields(Config):
         name, value = field.name, getattr(saved, field.name)
@@ -450,9 +472,9 @@ def describe_robot(cfg: TrainConfig) -> None:
         cfg.state = ",".join(meta.get("state", ()))
         cfg.fps = meta["fps"]
     if not cfg.init_from:
-        camera = Path(cfg.data, f"{cfg.camera_names[0]}.npy")
-        if camera.is_file():
-            cfg.image_size = np.load(camera, mmap_mode="r").shape[1]
+        missing = [camera for camera in cfg.camera_names if camera not in meta["cameras"]]
+        if not missing:  # else open_images() will tell
+            cfg.image_size = open_images_of(cfg.data, cfg.camera_names[0]).shape[1]
     cfg.__post_init__()
 
 
@@ -501,7 +523,7 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     policy.to(device)
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
-        start_from_checkpoint(policy, cfg, episodes.meta["statistics"])
+        start_from_checkpoint(policy, cfg, episodes)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     host = torch.device("cpu") if cfg.backbone else device  # a large model's average needs no room on the GPU
     ema = {name: p.detach().to(host, copy=True) for name, p in trained.items()}
@@ -510,13 +532,14 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     return Run(cfg, policy, forward, episodes, questions, held_out, optimizers, ema, device, autocast)
 
 
-def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, statistics: dict) -> None:
+def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -> None:
     """Load --init_from.
 
     Its expert has learnt a scale: fine-tuning keeps it, with wider limits where needed.
     """
     policy.load_weights(Path(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else "")
     policy.check_statistics()
+    statistics = episodes.meta["statistics"]
     if cfg.stage == "pretrain" or cfg.new_expert:
         policy.set_statistics(statistics)
         return
@@ -524,7 +547,10 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, statistics: dict) -> 
     if replaced:
         print0(f"the scale of {cfg.init_from} does not reach {', '.join(replaced)}: taken from {cfg.data}")
     limits = ", ".join(f"{limit:.1f}" for limit in policy.action_limit.tolist())
-    print0(f"clipped targets: none; they reach {limits} half ranges of the scale of {cfg.init_from}")
+    print0(
+        f"clipped targets: {policy.clipped(episodes.action)}; they reach {limits} half ranges of the scale of "
+        f"{cfg.init_from}"
+    )
 
 
 def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
@@ -584,21 +610,32 @@ def save_checkpoint(run: Run) -> None:
 def load_checkpoint(run: Run) -> None:
     """Bring a fresh run to where the one in --out was saved."""
     out = Path(run.cfg.out)
-    try:
+    with reading_state(out / "train_state.pt"):
         saved = torch.load(out / "train_state.pt", map_location=run.device, weights_only=True)
         run.policy.load_weights(out / "model.safetensors")  # frozen weights stand there alone
-        run.policy.load_state_dict(saved["model"], strict=False)
-        for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+        run.policy.load_state_dict({name: saved["model"][name] for name in run.ema}, strict=False)
+        for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        run.ema = {name: average.to(run.ema[name].device) for name, average in saved["ema"].items()}
-        run.step = saved["step"]
+        for name, average in run.ema.items():
+            average.copy_(saved["ema"][name])
+        run.step = int(saved["step"])
+    total = run.cfg.ground_steps + run.cfg.steps
+    if not 0 <= run.step <= total:
+        raise UserError(f"{out} has done {run.step} steps, more than --ground_steps and --steps: {total}")
+
+
+@contextlib.contextmanager
+def reading_state(path: Path) -> Iterator[None]:
+    """Inside, whatever is wrong with a train_state.pt becomes a UserError that names it."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # torch raises a dozen kinds
-        reason = str(error).splitlines()[0][:150]
-        raise UserError(
-            f"{out}/train_state.pt cannot be read ({reason}); start anew with another --out"
-        ) from None
+        reason = (str(error).splitlines() or ["it is empty"])[0][:150]
+        if isinstance(error, KeyError):
+            reason = f"it lacks {reason}"
+        raise UserError(f"{path} cannot be read ({reason}); start anew with another --out") from None
 
 
 @contextlib.contextmanager
@@ -646,9 +683,15 @@ def settle(cfg: TrainConfig) -> TrainConfig:
     begun = (out / "train_state.pt").is_file()
     if cfg.resume and not begun:
         raise UserError(f"nothing to resume in {out}; leave --resume out")
-    if begun and not (cfg.resume or cfg.bench or cfg.plan):
-        raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+    if not (cfg.bench or cfg.plan):
+        if rank_and_world()[0] == 0:
+            claim_folder(out, "train.py")
+        if begun and not cfg.resume:
+            raise UserError(
+                f"{out} already holds a run; add --resume to go on with it, or choose another --out"
+            )
     if cfg.resume:
+        Config.read(out)
         return resumed_config(cfg, read_checkpoint_config(out), MAY_CHANGE)
     if cfg.init_from:
         inherit_shapes(cfg)
@@ -692,11 +735,14 @@ def train(cfg: TrainConfig) -> None:
         cache_query_states(run)
     if cfg.bench:
         return bench(run)
+    families = families_to_evaluate(run) if cfg.eval else []
     train_loop(run)
     wait_for_all()
     leave_processes()  # the others need not wait for the evaluation
-    if cfg.eval and rank == 0:
-        evaluate_run(run)
+    if families and rank == 0:
+        with averaged_weights(run.policy, run.ema):
+            results = evaluate.evaluate(run.policy, families, cfg.eval, env=cfg.env)
+        evaluate.report(results, Path(cfg.out, "eval.json"))
 
 
 def train_loop(run: Run) -> None:
@@ -704,7 +750,8 @@ def train_loop(run: Run) -> None:
     cfg, out = run.cfg, Path(run.cfg.out)
     is_first = rank_and_world()[0] == 0
     if is_first:
-        out.mkdir(parents=True, exist_ok=True)
+        question_history(out)  # complain of a damaged file now, not at the end
+        claim_folder(out, "train.py", create=True)
         trim_log(
             out / "log.jsonl", "step", run.step
         )  # also in a new run: a kill before the first checkpoint leaves lines
@@ -778,12 +825,21 @@ class TrainLog:
         self.restart()
 
 
+def question_history(out: str | Path) -> dict:
+    """What questions.json of a run says so far."""
+    path = Path(out, "questions.json")
+    history = read_json(path) if path.is_file() else {}
+    if not isinstance(history, dict):
+        raise UserError(f"{path} is not what train.py writes; delete it to measure anew")
+    return history
+
+
 def report_questions(run: Run, when: str) -> None:
     """Accuracy on held-out questions, printed and kept in questions.json under `when`: the paper's forgetting
     test.
     """
     path = Path(run.cfg.out, "questions.json")
-    history = read_json(path) if path.is_file() else {}
+    history = question_history(run.cfg.out)
     if not run.held_out or when in history:  # a resumed run measured it already
         return
     with averaged_weights(run.policy, run.ema):
@@ -793,18 +849,21 @@ def report_questions(run: Run, when: str) -> None:
     write_json(path, history | {when: result})
 
 
-def evaluate_run(run: Run) -> None:
-    """Closed-loop success on report seeds: the printed table and eval.json."""
+def families_to_evaluate(run: Run) -> list[str]:
+    """The task families that the closed-loop evaluation will play, told before the training, as is a policy
+    that does not fit the environment.
+    """
     cfg = run.cfg
     known = evaluate.environment_class(cfg.env).families
     families = [family for family in cfg.family_names if family in known]
     if not families:
-        return print0(
-            f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(known)})"
-        )
-    with averaged_weights(run.policy, run.ema):
-        results = evaluate.evaluate(run.policy, families, cfg.eval, env=cfg.env)
-    evaluate.report(results, Path(cfg.out, "eval.json"))
+        print0(f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(known)})")
+        return []
+    try:
+        evaluate.check_evaluation(run.policy, families, cfg.env)
+    except UserError as error:
+        raise UserError(f"{error}; --eval=0 trains without an evaluation") from None
+    return families
 
 
 def bench(run: Run) -> None:

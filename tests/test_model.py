@@ -668,8 +668,8 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
         ((images.float(), state, ["x"]), ("uint8", "float32")),
         ((images, state * float("nan"), ["x"]), ("finite", "nan")),
         ((images, state[:, :5], ["x"]), ("(B, 6)", "(1, 5)", "gripper")),
-        ((images, state, "a string"), ("one task a row",)),
-        ((images, state, ["x", "y"]), ("one task a row",)),
+        ((images, state, "a string"), ("tasks", "one for each row")),
+        ((images, state, ["x", "y"]), ("tasks", "one for each row")),
     ):
         with pytest.raises(ValueError) as caught:
             policy.act(*arguments)

@@ -229,7 +229,7 @@ def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
         root, info, fps, features, cameras, films, columns, convention, stride, numbers, episodes, tasks
     )
     print(f"{cfg.lerobot}: {len(episodes)} episodes; {cameras}; {common}{said}")
-    check_films(found)
+    check_lists(found)
     check_units(cfg, found)
     pictures = len(cameras) * sum(math.ceil(episode["length"] / stride) for episode in episodes)
     # Episodes of mean length that fill a shard.
@@ -306,8 +306,8 @@ def find_features(cfg: Config, features: dict) -> dict:
             found[kind] = theirs
         elif kind in FEATURES:
             raise UserError(
-                f"{cfg.lerobot} has no {name}; it has {', '.join(features)}: add --rename={name}=NAME with "
-                "its name there"
+                f"{cfg.lerobot} has no {name}; it has {', '.join(features) or 'none'}: add "
+                f"--rename={name}=NAME with its name there"
             )
     return found
 
@@ -373,10 +373,10 @@ def read_lists(root: Path, info: dict, films: list) -> tuple[list, dict]:
                 if isinstance(value, float) and not key.endswith("timestamp") and value.is_integer():
                     row[key] = int(value)
         rows.sort(key=lambda row: row["episode_index"])
-        numbers = Counter(int(row["episode_index"]) for row in rows if row["length"] > 0)
-    twice = [number for number, count in numbers.items() if count > 1]
-    if twice or len(numbers) < len(rows):
-        raise UserError(f"{meta}: the list of episodes has {twice or 'one of no frames'} twice or in vain")
+        numbers = [int(row["episode_index"]) for row in rows]
+    twice = [one for one, other in zip(numbers, numbers[1:]) if one == other]
+    if twice:
+        raise UserError(f"{meta}: the list of episodes has episode {twice[0]} twice; delete one of them")
     # In v3.0, the text is the index of a pandas frame, which may have another name or none.
     texts = {}
     for row in tasks:
@@ -385,8 +385,14 @@ def read_lists(root: Path, info: dict, films: list) -> tuple[list, dict]:
     return rows, texts
 
 
-def check_films(found: LeRobotSet) -> None:
-    """UserError where two episodes have the same frames of a film: one has the wrong file index."""
+def check_lists(found: LeRobotSet) -> None:
+    """UserError where an episode has no frames, or two have the same ones of a film by a wrong file index."""
+    for episode in found.episodes:
+        if not isinstance(episode["length"], int) or episode["length"] < 1:
+            raise UserError(
+                f"{found.root}/meta gives episode {episode['episode_index']} {episode['length']} frames"
+                f"{found.without(episode)}"
+            )
     spans = []  # (film, begin, end, episode)
     for feature in found.films:
         for episode in found.episodes:
@@ -521,8 +527,9 @@ def number_names(feature: dict, kind: str) -> list:
     """A name for each number of a feature; state_0, state_1, ... where the set has none, or one for all."""
     shape = feature.get("shape") or [1]
     n = math.prod(shape) if isinstance(shape, list) else int(shape)
-    names = flat_names(feature.get("names"))
-    if len(names) != n:
+    # Our lists of names are joined with commas.
+    names = [re.sub(r"[,/\\\0]", "_", name).strip() for name in flat_names(feature.get("names"))]
+    if len(names) != n or not all(names):
         return [f"{kind}_{i}" for i in range(n)]
     count = Counter(names)
     return [f"{name}_{i}" if count[name] > 1 else name for i, name in enumerate(names)]
@@ -709,17 +716,18 @@ def check_clock(source: LeRobotSet, table: Any, place: str) -> tuple[float, str]
     steps = np.diff(times) * source.fps  # (frames - 1,) in frames
     median = np.median(steps)
     if abs(median - 1) > 0.05:
-        rate = f"at {source.fps / median:.4g}" if median > 0 else "by a clock that does not run, not at"
+        rate = f"at {source.fps / median:.4g} frames per second"
         raise UserError(
-            f"{place} was recorded {rate} frames per second, meta/info.json says {source.fps:g}; write the "
-            'right "fps" there'
+            f"{place} was recorded {rate if median > 0 else 'with a clock that does not run'}, "
+            f'meta/info.json says {source.fps:g}; write the right "fps" there'
         )
     begin = round(times[0] * source.fps) / source.fps
-    late = np.abs(steps - 1)
-    if late.max() < 0.25:
+    off = np.abs(steps - 1)  # (frames - 1,)
+    if off.max() < 0.25:
         return begin, ""
-    words = f"frame {late.argmax() + 1} comes {1000 * (steps[late.argmax()] - 1) / source.fps:.0f} ms late"
-    return begin, words if late.max() < 1 else f"left out, {words}"
+    first = (off > 0.25).argmax()
+    words = f"frame {first + 1} comes {1000 * steps[first] / source.fps:.0f} ms after the one before"
+    return begin, words if off.max() < 1 else f"left out, {words}"
 
 
 def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, list, str]:
@@ -754,7 +762,9 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, 
     for role, feature in source.cameras.items():
         if feature in source.films:
             at = begin + (episode.get(f"videos/{feature}/from_timestamp") or 0)
-            arrays[role] = read_film(cfg, source.path(episode, feature), at, source.fps, kept)
+            film = source.path(episode, feature)
+            with naming(f"{film}, episode {index},", require("av").FFmpegError):
+                arrays[role] = read_film(cfg, film, at, source.fps, kept)
         else:
             with naming(f"{place}, a picture of {role}"):
                 pictures = []
@@ -849,8 +859,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def read_film(cfg: Config, path: Path, begin: float, fps: float, kept: range) -> ndarray:
     """Frames of the episode that begins so many seconds into a film -> (kept, px, px, 3) uint8."""
     pictures = {}  # frame of the episode -> (px, px, 3)
-    av = require("av")
-    with naming(path, av.FFmpegError), av.open(str(path)) as film:
+    with require("av").open(str(path)) as film:
         stream = film.streams.video[0]
         # Some films begin later than at 0.
         begin += float((stream.start_time or 0) * stream.time_base)
@@ -864,9 +873,9 @@ def read_film(cfg: Config, path: Path, begin: float, fps: float, kept: range) ->
             if at > kept[-1] - 0.5:
                 break
     if len(pictures) < len(kept):
-        raise UserError(
-            f"{path} ends early or has another frame rate than {fps:g}: {len(pictures)} of {len(kept)} "
-            f"frames are found from {begin:.2f} s on"
+        raise ValueError(
+            f"it ends early or has another frame rate than {fps:g}: {len(pictures)} of {len(kept)} frames "
+            f"are found from {begin:.2f} s on"
         )
     return np.stack([pictures[frame] for frame in kept])
 
@@ -941,6 +950,7 @@ def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict
     for row in table.slice(first, n).to_pylist():
         questions = []
         for turn in row["texts"] or ():
+            turn = turn if isinstance(turn, dict) else {}
             words = [str(turn.get(key) or "").strip() for key in ("user", "assistant")]
             # The model's rows have room for short texts only.
             if all(0 < len(text) <= cfg.longest for text in words):

@@ -725,6 +725,8 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
         said = (
             f"failed, kept but not taught: {failed or 'none'}; left out or late: {dict(failures) or 'none'}"
         )
+        if len(failed) == len(episodes):
+            said += "; if nobody judged them, add --rename=next.success="
     print(f"{out}: {frames} frames of {dict(kinds)}; {said}")
 
 

@@ -292,8 +292,8 @@ def find_features(cfg: Config, features: dict) -> dict:
         # "next.success=" reads no such feature.
         if ours not in known.values() or (theirs and theirs not in features):
             raise UserError(
-                f"--rename: {word!r} is not LeRobot's name = the set's; the former are "
-                f"{', '.join(known.values())}, the latter {', '.join(features)}"
+                f"--rename: {word!r} must be NAME=THEIRS with NAME from {', '.join(known.values())} and "
+                f"THEIRS from {', '.join(features)}"
             )
         renamed[ours] = theirs
     for name in SUCCESS:
@@ -684,6 +684,9 @@ def read_rows(source: LeRobotSet, episode: dict, columns: list) -> Any:
     if version_of(source.info) == "v3" and (table is None or len(table) < episode["length"]):
         # The list of episodes names the wrong file: the rows themselves know their episode.
         table = read_parquet(source.root / "data", **choice)
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}, which meta/info.json describes")
     if len(table) != episode["length"]:
         raise UserError(
             f"{path}, episode {index}: the file holds {len(table)} of the {episode['length']} frames that "

@@ -754,7 +754,10 @@ def is_whole(cfg: PrepareConfig, saved: Path, settings: dict[str, Any]) -> bool:
     result = Path(cfg.out, name)  # what appears last
     if saved.is_file():
         lock_folder(cfg.out, "prepare.py")
-    if saved.is_file() and read_json(saved) != settings:
+    before = read_json(saved) if saved.is_file() else settings
+    # A set goes on without the episode that could not be read: its shards are named after their episodes.
+    may_change = {} if result.exists() else {"episodes": cfg.episodes}
+    if before | may_change != settings:
         raise UserError(
             f"{cfg.out} holds parts made with other settings; delete {saved.parent} or choose another --out"
         )

@@ -193,8 +193,8 @@ def write_spans(numbers: list[int]) -> str:
 def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
     """Check the data set --lerobot against the options.
 
-    -> shards ("lerobot", "episodes", first episode, number, source of read_episodes); cameras, motors, state,
-    fps, fit and convention of the finished meta.json; number of pictures.
+    -> shards ("lerobot", name of its episodes, first, number, source of read_episodes); cameras, motors,
+    state, fps, fit and convention of the finished meta.json; number of pictures.
     """
     root = fetch(cfg.lerobot, ["meta/*"])
     info = read_info(root)
@@ -238,7 +238,8 @@ def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
     # A worker gets the rows of its own episodes only.
     for first in range(0, len(episodes), n):
         some = episodes[first : first + n]
-        shards.append(("lerobot", "episodes", first, len(some), replace(found, episodes=some)))
+        name = f"{zlib.crc32(json.dumps(numbers[first : first + n]).encode()):08x}"
+        shards.append(("lerobot", name, first, len(some), replace(found, episodes=some)))
     return shards, common, pictures
 
 

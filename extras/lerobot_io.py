@@ -1042,7 +1042,7 @@ def create_dataset(video: str, folder: Path, fps: int, features: dict) -> Any:
     """LeRobotDataset.create() of LeRobot 0.4 or 0.6, which choose the codec in different ways."""
     # The AV1 encoder and the datasets package would write lines for every episode.
     os.environ |= {"SVT_LOG": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    create = require("lerobot.datasets.lerobot_dataset", "lerobot").LeRobotDataset.create
+    create = require("lerobot.datasets.lerobot_dataset", "'lerobot[dataset]'").LeRobotDataset.create
     options = {}
     if video:
         options["vcodec"] = video.replace("av1", "libsvtav1")

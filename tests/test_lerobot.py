@@ -197,6 +197,10 @@ def write_set(
     return root
 
 
+def video(codec):
+    return [f"--video={codec}"] if codec else []
+
+
 def read(folder):
     return json.loads((Path(folder) / "meta.json").read_text()), {
         path.stem: np.load(path) for path in Path(folder).glob("*.npy")
@@ -257,7 +261,7 @@ def test_training_on_what_came_back_gives_the_same_bits(lerobot, data, trained, 
 
 @pytest.mark.parametrize("codec", ["h264", "av1"])
 def test_film_comes_back_frame_by_frame(lerobot, ours, tmp_path, codec):
-    prepare.main([f"--export={ours}", f"--out={tmp_path / 'out'}", f"--video={codec}", "--workers=1"])
+    prepare.main([f"--export={ours}", f"--out={tmp_path / 'out'}", *video(codec), "--workers=1"])
     (_, arrays), (meta, back) = read(ours), bring(tmp_path / "out", tmp_path / "back")
     assert (
         np.array_equal(arrays["state"], back["state"])
@@ -296,7 +300,7 @@ def simulated(tmp_path_factory):
 @pytest.mark.parametrize("codec, least", [("", math.inf), ("h264", 27), ("av1", 27)])
 def test_what_films_cost(lerobot, simulated, tmp_path, codec, least):
     """Peak signal to noise in dB of simulated pictures that went out and came back; bytes of a picture."""
-    prepare.main([f"--export={simulated}", f"--out={tmp_path / 'out'}", f"--video={codec}", "--workers=1"])
+    prepare.main([f"--export={simulated}", f"--out={tmp_path / 'out'}", *video(codec), "--workers=1"])
     bring(tmp_path / "out", tmp_path / "back", px=96)
     (meta, before), (_, after) = read(simulated), read(tmp_path / "back")
     size = (
@@ -471,6 +475,38 @@ def test_other_names_go_out_and_come_back(lerobot, tmp_path):
     assert all(again[name] == meta[name] for name in ("state", "motors", "episodes"))
 
 
+def test_one_motor_goes_out_and_comes_back(lerobot, tmp_path):
+    meta, arrays = bring(write_set(tmp_path / "set", names=["slider"]), tmp_path / "new", "--fit=crop")
+    prepare.main([f"--export={tmp_path / 'new'}", f"--out={tmp_path / 'out'}"])
+    theirs = lerobot("someone/set", root=tmp_path / "out")
+    assert theirs[5]["action"].reshape(1).numpy() == arrays["action"][5] and theirs.fps == FPS
+    again, back = bring(tmp_path / "out", tmp_path / "back")
+    assert np.array_equal(arrays["state"], back["state"]) and back["state"].shape == (18, 1)
+    assert again["motors"] == ["slider"] and again["episodes"] == meta["episodes"]
+
+
+def test_success_goes_out_and_start_episodes_stay(lerobot, ours, tmp_path, fails):
+    meta, arrays = read(ours)
+    argv = [f"--export={ours}", f"--out={tmp_path / 'out'}", "--kinds=demo"]
+    assert "has episodes of kind demo, start" in fails(prepare.main, [*argv[:2], "--kinds=rollout"])
+    prepare.main(argv)
+    theirs = lerobot("someone/set", root=tmp_path / "out")
+    chosen = [episode for episode in meta["episodes"] if episode["kind"] == "demo"]
+    assert theirs.num_episodes == len(chosen) == 3
+    ends = np.cumsum([episode["length"] for episode in chosen]) - 1
+    told = [bool(theirs[i]["next.success"]) for i in range(len(theirs))]
+    assert np.flatnonzero(told).tolist() == ends.tolist()
+    again, back = bring(tmp_path / "out", tmp_path / "back")
+    rows = np.concatenate([np.arange(e["start"], e["start"] + e["length"]) for e in chosen])
+    assert np.array_equal(back["front"], arrays["front"][rows])
+    assert [e["seed"] for e in again["episodes"]] == [e["seed"] for e in chosen]
+    # Read like any other set, a failure stays one.
+    prepare.main([f"--export={ours}", f"--out={tmp_path / 'all'}"])
+    (tmp_path / "all" / "meta" / "nanosyvla.json").unlink()
+    again, _ = bring(tmp_path / "all", tmp_path / "plain")
+    assert [e["success"] for e in again["episodes"]] == [e["success"] for e in meta["episodes"]]
+
+
 def test_an_episode_that_changes_its_task_becomes_several(tmp_path):
     root = write_set(tmp_path / "set", lengths=(8,))
     path = next(root.rglob("*.parquet"))
@@ -619,7 +655,9 @@ def test_bad_data_sets_are_one_line(tmp_path, fails, monkeypatch, ours):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert "pip install pyarrow" in go(root)
     monkeypatch.setitem(sys.modules, "lerobot.datasets.lerobot_dataset", None)
-    assert "pip install lerobot" in fails(prepare.main, [f"--export={ours}", f"--out={tmp_path / 'x'}"])
+    assert "pip install 'lerobot[dataset]'" in fails(
+        prepare.main, [f"--export={ours}", f"--out={tmp_path / 'x'}"]
+    )
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
@@ -1230,7 +1268,7 @@ def test_every_frame_of_a_real_lerobot_set(lerobot, tmp_path, codec):
 def test_the_real_lerobot_opens_iterates_and_trains_act_on_ours(lerobot, ours, tmp_path, codec):
     act = pytest.importorskip("lerobot.policies.act.configuration_act")
     factory = pytest.importorskip("lerobot.policies.factory")
-    prepare.main([f"--export={ours}", f"--out={tmp_path / 'out'}", f"--video={codec}", "--workers=1"])
+    prepare.main([f"--export={ours}", f"--out={tmp_path / 'out'}", *video(codec), "--workers=1"])
     meta, arrays = read(ours)
     dataset = lerobot(
         "someone/set",

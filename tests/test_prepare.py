@@ -368,7 +368,7 @@ def test_a_finished_folder_and_foreign_parts_are_refused(data, tmp_path, fails):
         (["--families=plaice"], "unknown family"),
         (["--seed=200000"], "seeds of that kind"),
         (["--seed=-1"], "--seed"),
-        (["--starts=300000"], "seeds of that kind"),
+        (["--starts=300000"], "--starts must lie in"),
         (["--demos=-1"], "--demos"),
         (["--workers=-1"], "--workers"),
         (["--image_size=4"], "--image_size"),
@@ -378,7 +378,7 @@ def test_a_finished_folder_and_foreign_parts_are_refused(data, tmp_path, fails):
         (["--episodes=0-2"], "without --lerobot"),
         (["--kinds=demo"], "without --export"),
         (["--start_steps=3"], "unknown option"),
-        (["--export=data/small", "--lerobot=x", "--out=x"], "a command of its own"),
+        (["--export=data/small", "--lerobot=x", "--out=x"], "leave out --lerobot"),
         (["--lerobot=x"], "--out="),
     ],
 )

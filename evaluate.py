@@ -272,9 +272,10 @@ class VecEnv:
         """Run env.method(**arguments) for {arm: arguments} in all workers at once -> {arm: result}."""
         began = time.monotonic()
         watchdog = threading.Timer(ANSWER_SECONDS, self.kill)
-        watchdog.start()
+        watchdog.daemon = True  # Ctrl-C may come before it is cancelled
         busy = []
         try:
+            watchdog.start()
             for worker, group in zip(self.workers, self.groups):
                 mine = {arm - group[0]: arguments for arm, arguments in calls.items() if arm in group}
                 if mine:

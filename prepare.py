@@ -762,7 +762,8 @@ def is_whole(cfg: PrepareConfig, saved: Path, settings: dict[str, Any]) -> bool:
             f"{cfg.out} holds parts made with other settings; delete {saved.parent} or choose another --out"
         )
     if result.exists() and not saved.is_file():
-        raise UserError(f"{cfg.out} already holds {content}; delete {result} or choose another --out")
+        old = result if content == "questions" else cfg.out
+        raise UserError(f"{cfg.out} already holds {content}; delete {old} or choose another --out")
     if not saved.is_file():
         check_free(cfg)
     return result.exists()

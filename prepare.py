@@ -411,7 +411,15 @@ class PrepareConfig:
         needs="lerobot",
     )
     calibration: str = opt(
-        "", "LeRobot's calibration file of the recording arm, for --convention=percent", needs="lerobot"
+        "",
+        "LeRobot's calibration file of the recording arm, for --convention=percent (default: nominal)",
+        needs="lerobot",
+    )
+    episodes: str = opt("", "episodes of --lerobot to read, as in 0-9,12 (default: all)", needs="lerobot")
+    rename: str = opt(
+        "",
+        "features of --lerobot by other names, as in observation.state=state,action=actions",
+        needs="lerobot",
     )
     questions_from: str = opt(
         "",
@@ -424,6 +432,9 @@ class PrepareConfig:
         needs="questions_from",
     )
     export: str = opt("", "data set folder to write to --out as a LeRobot data set")
+    kinds: str = opt(
+        "", "kinds of episodes to --export, as in demo (default: all, start episodes too)", needs="export"
+    )
     video: str = opt(
         "", "codec of --export (default: PNG pictures, without loss)", ("", "h264", "av1"), "export"
     )
@@ -457,10 +468,8 @@ class PrepareConfig:
                 "--export writes a finished data set; leave out --lerobot and --questions_from, "
                 "which read another one"
             )
-        if (self.convention == "percent") != bool(self.calibration):
-            raise UserError(
-                "--convention=percent and --calibration=FILE go together: the file tells the degrees of 100 %"
-            )
+        if self.calibration and self.convention != "percent":
+            raise UserError("--calibration=FILE tells the degrees of 100 %: add --convention=percent")
 
     def counts(self) -> dict[str, int]:
         """Scenes to simulate by kind of shard, those of episodes for each family."""
@@ -539,8 +548,7 @@ def make_shard(cfg: PrepareConfig, shard: Shard) -> None:
         from extras import lerobot_io
 
         if shard.kind == "lerobot":
-            arrays, info = lerobot_io.read_episodes(cfg, shard.source)
-            left_out = {}
+            arrays, info, left_out = lerobot_io.read_episodes(cfg, shard.source)
         else:
             arrays, info, left_out = lerobot_io.read_questions(cfg, shard.source, shard.first, shard.n)
     with atomic_path(shard.path(cfg.out)) as temporary, open(temporary, "wb") as file:
@@ -664,7 +672,10 @@ def merge_questions(
     hashes = set()
     for part, info in zip(parts, infos):
         with np.load(part) as arrays:
-            found = [hashlib.sha1(picture).digest() for picture in arrays[cameras[0]]]
+            pictures = arrays[cameras[0]]
+            # Blank pictures of different sizes are different pictures.
+            sizes = arrays["size"].tolist() if "size" in arrays else [0] * len(pictures)
+            found = [(hashlib.sha1(one).digest(), str(size)) for one, size in zip(pictures, sizes)]
         chosen = [i for i, picture in enumerate(found) if picture not in held_out]
         rows.append(chosen)
         texts += [info[i] for i in chosen]
@@ -692,7 +703,8 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     filled = [part for part, info in zip(parts, infos) if info]  # of some all demonstrations may have failed
     episodes = sum(infos, [])
     if not episodes:
-        raise UserError(f"not one demonstration succeeded ({dict(failures)}); set --demos to more")
+        hint = "; choose another set" if cfg.lerobot else "; set --demos to more"
+        raise UserError(f"not one episode can be used ({dict(failures)}){hint}")
     frames = 0
     for episode in episodes:
         episode["start"] = frames
@@ -707,13 +719,15 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     }
     write_json(out / "meta.json", meta)
     kinds = Counter(f"{episode['family']} {episode['kind']}" for episode in episodes)
-    print(f"{out}: {frames} frames of {dict(kinds)}; failed demonstrations: {dict(failures) or 'none'}")
+    said = f"failed demonstrations: {dict(failures) or 'none'}"
     if cfg.lerobot:
-        from extras import lerobot_io
-
-        note = lerobot_io.unit_note(cfg, meta)
-        if note:
-            print(note)
+        failed = [episode["seed"] for episode in episodes if not episode["success"]]
+        said = (
+            f"failed, kept but not taught: {failed or 'none'}; left out or late: {dict(failures) or 'none'}"
+        )
+        if len(failed) == len(episodes):
+            said += "; if nobody judged them, add --rename=next.success="
+    print(f"{out}: {frames} frames of {dict(kinds)}; {said}")
 
 
 def merge(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:
@@ -740,7 +754,10 @@ def is_whole(cfg: PrepareConfig, saved: Path, settings: dict[str, Any]) -> bool:
     result = Path(cfg.out, name)  # what appears last
     if saved.is_file():
         lock_folder(cfg.out, "prepare.py")
-    if saved.is_file() and read_json(saved) != settings:
+    before = read_json(saved) if saved.is_file() else settings
+    # A set goes on without the episode that could not be read: its shards are named after their episodes.
+    may_change = {} if result.exists() else {"episodes": cfg.episodes}
+    if before | may_change != settings:
         raise UserError(
             f"{cfg.out} holds parts made with other settings; delete {saved.parent} or choose another --out"
         )
@@ -819,7 +836,10 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_config(PrepareConfig, PRESETS, sys.argv[1:] if argv is None else argv)
+    presets = {name: {**preset} for name, preset in PRESETS.items()}
+    for preset in presets.values():
+        preset.pop("episodes", None)  # a number for rl.py
+    cfg = parse_config(PrepareConfig, presets, sys.argv[1:] if argv is None else argv)
     run_program(prepare, cfg)
 
 

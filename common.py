@@ -129,8 +129,9 @@ def _inside(value: float | str, interval: str) -> bool:
 
 
 def parse_config(cls: type, presets: dict[str, dict], argv: Sequence[str], positional: str = "") -> Any:
-    """Command line -> an instance of the config dataclass `cls`: `--config NAME`, `--key=value`, `--key
-    value`, `--flag`.
+    """Command line -> an instance of the config dataclass `cls`.
+
+    Forms: `--config NAME`, `--key=value`, `--key value`, `--flag`.
 
     presets: one table for all programs; each takes the fields that it knows. positional: the field that takes
     a free word. What was typed is kept as `config.typed`, a dict. A mistake ends in one line and exit status
@@ -171,11 +172,12 @@ def _read_words(
     typed = {}
     while words:
         word = words.pop(0)
+        # an option: its name, and its value here or in the next word
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
             if name not in options:
                 raise UserError(f"unknown option --{name}{_nearest(name, options)}")
-            is_flag = _kind(options[name]) is bool
+            is_flag = _kind(options[name]) is bool  # may stand alone
             if not equals and is_flag:
                 text = words.pop(0) if words and words[0].lower() in BOOLEANS else "true"
             elif not equals:
@@ -208,6 +210,7 @@ def _convert(name: str, kind: type, text: str) -> Any:
     try:
         if kind is bool:
             return BOOLEANS[text.lower()]
+        # int("1e6") fails, and float() would round large integers
         if kind is int and not text.lstrip("+-").isdigit():
             number = float(text)  # 1e6 is an integer, too
             if number != int(number):
@@ -224,9 +227,7 @@ def _nearest(word: str, names: Sequence[str]) -> str:
 
 
 def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> Any:
-    """The config of a run that goes on: every field as it was saved, but for those that were typed and may
-    change.
-    """
+    """The config of a run that goes on: as it was saved, but for fields that were typed and may change."""
     if saved.get("format") != FORMAT:
         raise UserError(f"{config.out} was begun by an older version and cannot go on: choose another --out")
     for name, value in config.typed.items():
@@ -363,9 +364,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def trim_log(path: Path, key: str, last: int) -> None:
-    """Drop the lines of a log.jsonl behind the checkpoint that a run resumes from: they will be written
-    again.
-    """
+    """Drop the lines of a log.jsonl behind the checkpoint of a resumed run: they will be written again."""
     kept = [line for line in read_log(path) if line.get(key, math.inf) <= last]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

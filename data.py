@@ -67,6 +67,7 @@ class Tokenizer:
 
         A piece seen fewer than 20 times stays bytes: its embedding would hardly be trained.
         """
+        # how often every piece occurs
         counts = Counter(piece for text in texts for piece in cls.PIECES.findall(" " + text))
         frequent = [piece for piece in counts if counts[piece] >= 20]
         frequent.sort(key=lambda piece: (-counts[piece], piece))
@@ -100,8 +101,9 @@ class Tokenizer:
         return b"".join(parts).decode("utf-8", "replace").removeprefix(" ")
 
     def encode_user_text(self, text: str, what: str) -> list[int]:
-        """A user's words in the form of the training text (lower case, punctuation apart) -> ids; UserError
-        if unusable.
+        """A user's words -> ids, in the form of the training text: lower case, punctuation apart.
+
+        UserError for words that are empty or too many.
         """
         words = re.findall(r"\w+|[^\w\s]", text.lower())
         ids = self.encode(" ".join(words))
@@ -114,9 +116,7 @@ class Tokenizer:
         return ids
 
     def prompt(self, task: str, reasoning: bool = True) -> list[int]:
-        """Instruction -> the ids that the chain of thought (or, without reasoning, the feature queries)
-        follows.
-        """
+        """Instruction -> the ids that the chain of thought follows; without reasoning the feature queries."""
         ids = [self.task, *self.encode_user_text(task, "instruction")]
         if reasoning:
             ids.append(self.reason)
@@ -185,7 +185,7 @@ def pack(rows: list[list[Segment]]) -> dict[str, np.ndarray]:
             tokens[b, start:end] = prompt + target
             segments[b, start:end] = number
             positions[b, start:end] = np.arange(end - start)
-            labels[b, first_target - 1 : end - 1] = target
+            labels[b, first_target - 1 : end - 1] = target  # what follows the token at this place
             start = end
     return {"tokens": tokens, "segments": segments, "positions": positions, "labels": labels}
 
@@ -283,7 +283,7 @@ class Episodes:
         """
         cfg = self.cfg
         M = cfg.noise_samples
-        picks = np.searchsorted(self.cumulative, rng.random(n))
+        picks = np.searchsorted(self.cumulative, rng.random(n))  # (n,), by the frames' weights
         eps = rng.standard_normal((n, M, cfg.chunk_size, cfg.action_dim), dtype=np.float32)
         t = flow_times(rng, (n, M))
         uniform = rng.random((n, cfg.queries), dtype=np.float32)
@@ -294,8 +294,7 @@ class Episodes:
     def samples(
         self, tokenizer: Tokenizer, picks: Sequence[int], older: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """Frames by index -> images, text, state (B, S), actions (B, H, A), valid (B, H) (False behind the
-        end).
+        """Frames by index -> a batch: images, text, state (B, S), actions (B, H, A), valid (B, H).
 
         older (B,): images and text are those of so many control steps before, or of the episode's start;
         "age" (B,) says how many. Where query states are cached, "query_states" (B, Q, D) stand in place of
@@ -311,10 +310,11 @@ class Episodes:
             )
             batch["age"] = np.minimum(older, since_start)
             seen = picks - batch["age"]
+        # the chunk from each frame on; behind its end the last action is repeated and not valid
         steps = frames[:, None] + np.arange(self.cfg.chunk_size)  # (B, H)
         last = np.array([self.end[i] for i in picks])[:, None] - 1  # (B, 1)
-        batch["state"] = self.state[frames]
-        batch["actions"] = self.action[np.minimum(steps, last)]
+        batch["state"] = self.state[frames]  # (B, S)
+        batch["actions"] = self.action[np.minimum(steps, last)]  # (B, H, A)
         batch["valid"] = steps <= last
         if self.cache is None:
             batch |= self.prompts(tokenizer, seen)
@@ -330,7 +330,7 @@ class Episodes:
             target = tokenizer.reasoning_ids(reasoning) if self.cfg.reasoning else []
             rows.append([(tokenizer.prompt(task, self.cfg.reasoning), target)])
         frames = [self.frames[i] for i in picks]
-        images = np.stack([view[frames] for view in self.images], axis=1)
+        images = np.stack([view[frames] for view in self.images], axis=1)  # (B, V, px, px, 3)
         return pack(rows) | {"images": images}
 
     def cache_query_states(self, path: Path, shape: tuple[int, int], query_states_of: Callable) -> None:
@@ -351,7 +351,7 @@ class Episodes:
     def cached_query_states(self, tokenizer: Tokenizer, picks: np.ndarray) -> np.ndarray:
         """Query states (B, Q, D) float32 of frames by index, computed where the cache has none yet."""
         frames = np.array([self.frames[i] for i in picks])
-        new = np.flatnonzero(~self.cache["known"][frames])
+        new = np.flatnonzero(~self.cache["known"][frames])  # rows of the batch
         if len(new):
             states = self.query_states_of(to_tensors(self.prompts(tokenizer, picks[new])))
             self.cache["states"][frames[new]] = states.cpu().numpy()
@@ -377,9 +377,7 @@ def chunk_end(episode: dict, step: int) -> int:
 
 
 class Questions:
-    """Pictures with questions and answers: the multimodal part of the mix, and the held-out test of language
-    ability.
-    """
+    """Pictures with questions and answers: for the mix, and held out as a test of language ability."""
 
     def __init__(self, folder: str | Path, cfg: Config):
         """Open a question set; UserError shows both sides of what does not fit the model."""
@@ -430,8 +428,7 @@ class Questions:
         kinds: tuple[str, ...] | None = None,
         rows: slice = slice(None),
     ) -> dict[str, Tensor]:
-        """n random pictures, each with as many random questions as fit into `room` tokens (the keys of
-        SyVLA.forward).
+        """n random pictures, each with as many random questions as fit into `room` tokens.
 
         kinds: of question, None for all. Only `rows` of the batch are built.
         """
@@ -446,8 +443,7 @@ class Questions:
         return to_tensors(pack(packed) | {"images": images})
 
     def accuracy(self, answer: Callable, n: int = 2000, batch: int = 50) -> dict[str, dict]:
-        """Exact-match accuracy per kind of question on n fixed random questions; answer(images, questions) ->
-        strings.
+        """Exact-match accuracy per kind, on n fixed random questions; answer(images, questions) -> strings.
 
         -> {kind: {"accuracy", "n"}, ..., "all": ...}
         """
@@ -514,8 +510,9 @@ def read_meta(folder: str | Path, questions: bool = False) -> dict:
 
 
 def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]:
-    """The camera arrays (frames, px, px, 3) of a set, memory-mapped, in the model's order; grey where a set
-    lists a view as grey.
+    """The camera arrays (frames, px, px, 3) of a set, memory-mapped, in the model's order.
+
+    Views that a set lists as grey have no file and are plain grey. UserError shows both sides of a misfit.
     """
     wanted = cfg.camera_names
     missing = [camera for camera in wanted if camera not in meta["cameras"]]
@@ -710,8 +707,9 @@ def check_robot(folder: str | Path, meta: dict, cfg: Config) -> None:
 
 
 def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) -> list[dict]:
-    """The successful episodes of some families; UserError where one has none. (A `start` episode is a few
-    good steps.)
+    """The successful episodes of some families; UserError where one has none.
+
+    A `start` episode is a few good steps and need not succeed.
     """
     usable = [e for e in meta["episodes"] if e["success"] or e.get("kind") == "start"]
     known = sorted({episode.get("family", "") for episode in usable})

@@ -195,9 +195,7 @@ ANSWER_SECONDS = 600  # a worker that is silent for so long has an environment t
 
 
 def serve() -> None:
-    """Body of a worker process: answer pickled requests (method, {arm: arguments}) on standard input until it
-    closes.
-    """
+    """Body of a worker process: answer pickled requests (method, {arm: arguments}) until the input closes."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what an environment prints must not end up among the answers
     n, name, options = pickle.load(requests)
@@ -542,7 +540,7 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a success rate -> (low, high)."""
-    z = 1.959964
+    z = 1.959964  # the normal distribution's 97.5th percentile
     p = successes / n
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -550,17 +548,13 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 def target_of(reasoning: str | None) -> tuple[str, str] | None:
-    """The (cube colour, pad number) that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red",
-    "2").
-    """
+    """The cube and pad that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
     named = re.search(r"is pad (\d) , (\w+) cube", reasoning or "")
     return (named[2], named[1]) if named else None
 
 
 def latency(policy: Any, family: str, env: str = "sim", n: int = 30) -> dict[str, float]:
-    """Median milliseconds of one policy.act on a single observation, over n of them -> {stage: ms, ...,
-    "total": ms}.
-    """
+    """Median milliseconds of one policy.act on a single observation -> {stage: ms, ..., "total": ms}."""
     decide = policy_fn(policy, env)
     vec = VecEnv(1, 1, env, policy.cfg.image_size)
     samples = []
@@ -606,6 +600,7 @@ def evaluate(
     results = {}
     for family in families:
         results[family] = {}
+        # milliseconds first: a policy that does not fit the environment is told within a second
         stages = latency(policy, family, env)
         total = stages.pop("total")
         wanted = ["id"] if family == "tiny" else [split for split in splits if split in known]
@@ -633,6 +628,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
     n = len(episodes)
     won = [episode.steps for episode in episodes if episode.success]
     low, high = wilson(len(won), n)
+    # what the policy and a teacher reasoned about the first picture
     first = [(episode.extras[0], episode.teacher_reasoning) for episode in episodes]
     reasons = any(text for text, _ in first)
     named = float(np.mean([target_of(own) == target_of(teachers) for own, teachers in first]))
@@ -703,9 +699,7 @@ def draw_frame(
     note: str = "",
     px: int = 256,
 ) -> Image.Image:
-    """The first two views with the instruction, the reasoning and a bar per feature query state (0..1)
-    underneath.
-    """
+    """The first two views, and underneath instruction, reasoning and a bar per feature query state (0..1)."""
     frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
     for i, camera in enumerate(cameras[:2]):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
@@ -733,6 +727,7 @@ def save_film(frames: Sequence[Image.Image], folder: str | Path, title: str) -> 
     letters = "".join(c if c.isascii() and c.isalnum() else " " for c in title)
     path = Path(folder) / ("_".join(letters.split())[:60] or "task")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # GIFs have 256 colours; 128 without dithering make small files
     palette = [frame.quantize(128, dither=Image.Dither.NONE) for frame in frames]
     gif = path.with_name(f"{path.name}.gif")
     palette[0].save(gif, save_all=True, append_images=palette[1:], duration=1000 // FPS, loop=0)

@@ -298,14 +298,13 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """One all-reduce over all gradients; parameters without one (the expert, in grounding) take part as
-    zeros.
-    """
+    """One all-reduce over all gradients. Parameters without one, as the expert in grounding, count 0."""
     _, world = rank_and_world()
     if world == 1:
         return
     trained = [p for p in module.parameters() if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    # one vector, so that one call does it
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     flat /= world
@@ -316,6 +315,7 @@ def average_gradients(module: nn.Module) -> None:
 
 def update_average(run: Run, step: int) -> None:
     """Move the weight average towards the weights; early in training it follows them closely."""
+    # from 0.1 at the first step to cfg.ema
     decay = min(run.cfg.ema, (1 + step) / (10 + step))
     weights = dict(run.policy.named_parameters())
     averages = list(run.ema.values())
@@ -359,21 +359,27 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
         update = orthogonalise(torch.stack(nesterov))  # (n, rows, columns)
-        update = update * (0.2 * max(params[0].shape) ** 0.5)
+        update = update * (0.2 * max(params[0].shape) ** 0.5)  # as large as AdamW's steps
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """(n, rows, columns) -> matrices of the same singular vectors with singular values near 1 (quintic
-    Newton-Schulz).
+    """(n, rows, columns) -> matrices with the same singular vectors and singular values near 1.
+
+    A quintic Newton-Schulz iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = (
+        3.4445,
+        -4.7750,
+        2.0315,
+    )  # chosen by Jordan et al. for the steepest rise at small singular values
+    # the smaller of the two Gram matrices
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values of at most 1
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = x @ x.mT  # (n, rows, rows)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
@@ -410,8 +416,9 @@ def make_optimizers(policy: SyVLA, cfg: TrainConfig) -> list[torch.optim.Optimiz
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Factor on the peak rates: each phase warms up linearly, then follows a cosine (grounding to a half,
-    actions to 0).
+    """Factor on the peak rates. Each phase warms up linearly and then follows a cosine.
+
+    Grounding ends at a half of the peak, actions at 0.
     """
     if step < cfg.ground_steps:
         start, length, floor = 0, cfg.ground_steps, 0.5
@@ -508,6 +515,8 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     episodes, questions, held_out = open_data(cfg)
     start = cfg.out if cfg.resume else cfg.init_from  # a checkpoint folder, or ""
     torch.manual_seed(cfg.seed)
+    # The tokenizer, and a pretrained VLM where there is one: of the run or checkpoint that this one goes on
+    # from.
     vlm = None
     if cfg.backbone:
         from extras.backbones import backbone_of_run
@@ -562,9 +571,7 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -
 
 
 def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
-    """Apply --new_expert, --freeze_vision and --checkpointing. (--lora has frozen the language model
-    already.)
-    """
+    """Apply --new_expert, --freeze_vision and --checkpointing; --lora has frozen its part already."""
     if cfg.new_expert:
         policy.vlm.requires_grad_(False)
     if cfg.freeze_vision:
@@ -574,9 +581,7 @@ def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
 
 
 def cache_query_states(run: Run) -> None:
-    """--new_expert: the VLM is frozen, so its query states of a frame are computed once and kept beside the
-    data.
-    """
+    """--new_expert: a frozen VLM's query states of a frame are computed once and kept beside the data."""
     cfg, policy = run.cfg, run.policy
     path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
     size = 2 * cfg.queries * cfg.width * len(run.episodes.state)  # bytes, fp16
@@ -604,6 +609,7 @@ def save_checkpoint(run: Run) -> None:
     """The policy (averaged weights) and train_state.pt: raw trained weights, averages, optimizers, step."""
     policy = run.policy
     save_policy(run.cfg.out, policy, asdict(run.cfg), policy.state_dict() | run.ema)
+    # frozen weights stand in model.safetensors, they do not change
     frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
     state = {
         "step": run.step,
@@ -656,6 +662,7 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
     policy.load_state_dict(ema, strict=False)
     training = policy.training
     policy.eval()  # transformers refuses to cache in training mode with checkpointing
+    # where frozen weights were rounded to bf16, the arithmetic must be, too
     rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
     device_type = policy.vlm.queries.device.type
     autocast = torch.autocast(device_type, torch.bfloat16) if rounded else contextlib.nullcontext()
@@ -687,9 +694,7 @@ MAY_CHANGE = {
 
 
 def settle(cfg: TrainConfig) -> TrainConfig:
-    """Complete a config from what is on disk: the run to resume, the checkpoint to start from, the backbone,
-    the data set.
-    """
+    """Complete a config from the run to resume, the checkpoint to start from, or the backbone."""
     out = Path(cfg.out)
     begun = (out / "train_state.pt").is_file()
     if cfg.resume and not begun:
@@ -782,6 +787,7 @@ def train_loop(run: Run) -> None:
         log.add(train_step(run, run.step, micro))
         update_average(run, run.step)
         run.step += 1
+        # once in a while: a log line, a checkpoint
         if is_first and (run.step % cfg.log_every == 0 or run.step == total):
             log.write(run.step)
         if is_first and (run.step % cfg.save_every == 0 or run.step in (cfg.ground_steps, total)):
@@ -846,9 +852,7 @@ def question_history(out: str | Path) -> dict:
 
 
 def report_questions(run: Run, when: str) -> None:
-    """Accuracy on held-out questions, printed and kept in questions.json under `when`: the paper's forgetting
-    test.
-    """
+    """The paper's forgetting test: accuracy on held-out questions, printed, and kept in questions.json."""
     path = Path(run.cfg.out, "questions.json")
     history = question_history(run.cfg.out)
     if not run.held_out or when in history:  # a resumed run measured it already

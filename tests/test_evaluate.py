@@ -268,11 +268,11 @@ def test_a_state_of_other_numbers_than_the_action(glide, fails):
     assert all(side in fails(train.main, [*DEBUG, *start, "--data=data/reach"]) for side in both)
     assert "class attribute state" in tell("--env=glide:Wrong")
     broken = VecEnv(1, 1, "glide:Short", 32)
-    with broken, pytest.raises(ValueError, match=r"shape \(3,\), its class names 4 numbers"):
+    with broken, pytest.raises(ValueError, match=r"is \(3,\) float32, its class names 4 numbers"):
         broken.reset([0], [1], [{}])
     np.save("data/glide/state.npy", np.load("data/glide/state.npy")[:, :2])
     said = fails(train.main, [*learn, "--out=late"])
-    assert "must be (frames, 3) numbers for ['speed', 'x', 'y']" in said
+    assert "must be (frames, 3) float32 for ['speed', 'x', 'y']" in said
 
 
 def test_an_arm_that_waits_stays_where_its_state_says_that_its_motors_are(glide, fails):

@@ -1,18 +1,18 @@
-"""SyVLA in plain PyTorch: a small VLM that reasons in text, 20 feature query tokens, a flow-matching action
-expert.
+"""SyVLA in plain PyTorch: a small VLM that reasons in text, feature queries, a flow-matching action expert.
 
     images, instruction -> VLM writes <reason> ... </reason> -> the 20 query tokens follow the reasoning
-    -> their last hidden states ("feature query states") -> MLP adapter -> flow-matching action expert ->
-    action chunk
+    -> their last hidden states ("feature query states") -> MLP adapter -> action expert -> action chunk
 
 Read it in this order: Config and PRESETS, VisionEncoder, LanguageModel, VLM (its attention mask is the
 interesting part), ActionExpert, then SyVLA: `forward` is training with intention decoupling, `act` is
 inference.
 
-Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, H action chunk (horizon),
-A action dim, S state dim, D width, De expert width, M noise samples per observation, K denoising steps, N = P
-+ T + Q, nh heads, hd head dim. Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity
-u = eps - a, Euler step x <- x - v/K.
+Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, N = P + T + Q, D width,
+nh heads, hd head dim, H action chunk (horizon), A action dim, S state dim, De expert width, M noise samples
+per observation, K denoising steps.
+
+Flow time.  t=1 is noise, t=0 is data: x_t = t*eps + (1-t)*a, target velocity u = eps - a, Euler step
+x <- x - v/K.
 
 Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (SyVLA), arXiv 2606.09009.
 """
@@ -40,12 +40,13 @@ from common import (
     UserError,
     atomic_path,
     check_options,
+    choose_device,
     mark,
     opt,
     read_checkpoint_config,
     write_json,
 )
-from data import Tokenizer
+from data import Tokenizer, as_array
 
 DenoisingStep = Callable[
     [int, Tensor, Tensor], Tensor
@@ -66,56 +67,71 @@ RMS_EPS = torch.finfo(
 class Config:
     """What shapes the weights or the way a policy acts; every checkpoint keeps it as config.json."""
 
-    cameras: str = opt("", "camera roles, in the order the model sees them (default: the data set's)")
-    patch_size: int = opt(6, "pixels per side of a vision patch", "[1, inf)")
-    pixel_shuffle: int = opt(4, "k: k x k neighbouring patches become one visual token", "[1, inf)")
-    width: int = opt(128, "language model width D", "[1, inf)")
-    depth: int = opt(3, "language model blocks", "[1, inf)")
-    heads: int = opt(4, "language model query heads", "[1, inf)")
+    cameras: str = opt(
+        "", "camera roles, in the order the model sees them (default: the data set's)", many=True
+    )
+    patch_size: int = opt(6, "pixels per side of a vision patch", "[1, 1024]")
+    pixel_shuffle: int = opt(4, "k: k x k neighbouring patches become one visual token", "[1, 64]")
+    width: int = opt(128, "language model width D", "[1, 16384]")
+    depth: int = opt(3, "language model blocks", "[1, 256]")
+    heads: int = opt(4, "language model query heads", "[1, 256]")
     backbone: str = opt(
         "", "pretrained VLM, a hub name or a folder; it fixes the VLM's shapes. Empty: from nothing"
     )
-    lora: int = opt(0, "rank of LoRA on the backbone's frozen language model; 0: trained whole", "[0, inf)")
-    queries: int = opt(20, "Q, feature query tokens (paper: 20)", "[2, inf)")
-    expert_width: int = opt(128, "action expert width", "[1, inf)")
-    expert_depth: int = opt(3, "action expert blocks", "[1, inf)")
-    expert_heads: int = opt(4, "action expert heads", "[1, inf)")
-    chunk_size: int = opt(8, "H, control steps predicted at once", "[1, inf)")
-    n_action_steps: int = opt(4, "control steps executed before looking again", "[1, inf)")
-    denoise_steps: int = opt(5, "K, Euler steps of the flow sampler", "[1, inf)")
+    lora: int = opt(
+        0,
+        "rank of LoRA on the backbone's frozen language model; 0: trained whole",
+        "[0, 4096]",
+        needs="backbone|init_from",
+    )
+    queries: int = opt(20, "Q, feature query tokens (paper: 20)", "[2, 1024]")
+    expert_width: int = opt(128, "action expert width", "[1, 16384]")
+    expert_depth: int = opt(3, "action expert blocks", "[1, 256]")
+    expert_heads: int = opt(4, "action expert heads", "[1, 256]")
+    chunk_size: int = opt(8, "H, control steps predicted at once", "[1, 1024]")
+    n_action_steps: int = opt(4, "control steps executed before looking again", "[1, 1024]")
+    denoise_steps: int = opt(5, "K, Euler steps of the flow sampler", "[1, 1024]")
     temperature: float = opt(
-        0.0, "scale of the sampler's starting noise: 0 acts by its mode, 1 by all of it", "[0, inf)"
+        0.0, "scale of the sampler's starting noise: 0 acts by its mode, 1 by all of it", "[0, 10]"
     )
     reasoning: bool = opt(
         True, "write the chain of thought before the feature queries (paper: think before act)"
     )
-    max_reasoning_tokens: int = opt(24, "longest chain of thought that is generated, tokens", "[0, inf)")
+    max_reasoning_tokens: int = opt(
+        24, "longest chain of thought that is generated, tokens", "[0, 4096]", needs="reasoning"
+    )
     decouple: str = opt("gradient", "intention decoupling, or a control of it", DECOUPLE)
     decouple_percentile: float = opt(
-        5.0, "query states scoring under this percentile are masked to zero", "[0, 100)"
+        5.0,
+        "query states scoring under this percentile are masked to zero",
+        "[0, 100)",
+        needs="not decouple=off",
     )
     decouple_scope: str = opt(
-        "sample", "where the percentile is taken; batch: of one process", ("sample", "batch")
+        "sample",
+        "where the percentile is taken; batch: of one process",
+        ("sample", "batch"),
+        needs="not decouple=off",
     )
-    noise_samples: int = opt(4, "M, noise samples (eps, t) per observation", "[1, inf)")
-    stale: int = opt(0, "the expert learns from query states up to this many control steps old", "[0, inf)")
+    noise_samples: int = opt(4, "M, noise samples (eps, t) per observation", "[1, 1024]")
+    stale: int = opt(0, "the expert learns from query states up to this many control steps old", "[0, 1024]")
 
     # Set by presets, data sets and backbones, not on the command line
     motors: str = opt(
-        "shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper"
+        "shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper", many=True
     )  # what an action moves
-    state: str = opt("")  # names of the state's numbers; empty: the motors' positions
-    fps: int = opt(10)  # control steps a second, as recorded
+    state: str = opt("", many=True)  # names of the state's numbers; empty: the motors' positions
+    fps: int = opt(10, allowed="[1, 10000]")  # control steps a second, as recorded
     fit: str = opt("")  # how camera pictures became square: crop, stretch, or empty: they were
-    image_size: int = opt(96)  # pixels per side of a camera image
-    vision_width: int = opt(48)
-    mlp_width: int = opt(256)  # language model SwiGLU width
-    vocab_size: int = opt(512)  # rows of the token embedding
-    kv_heads: int = opt(2)  # language model key/value heads (grouped queries)
+    image_size: int = opt(96, allowed="[1, 4096]")  # pixels per side of a camera image
+    vision_width: int = opt(48, allowed="[2, 65536]")
+    mlp_width: int = opt(256, allowed="[1, 65536]")  # language model SwiGLU width
+    vocab_size: int = opt(512, allowed="[1, inf)")  # rows of the token embedding
+    kv_heads: int = opt(2, allowed="[1, 256]")  # language model key/value heads (grouped queries)
     qk_norm: bool = opt(True)  # RMS-normalise queries and keys per head
-    norm_eps: float = opt(RMS_EPS)  # language model RMSNorm
+    norm_eps: float = opt(RMS_EPS, allowed="[0, 1]")  # language model RMSNorm
     tied: bool = opt(False)  # the output layer is the token embedding
-    rope_theta: float = opt(10000.0)  # rotary embedding base
+    rope_theta: float = opt(10000.0, allowed="[1, inf)")  # rotary embedding base
 
     typed: ClassVar[dict[str, Any]] = {}  # what stood on the command line
 
@@ -142,8 +158,6 @@ class Config:
             raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size})"
             )
-        if self.lora and not self.backbone:
-            raise UserError("lora adapts a pretrained language model; add --backbone=... or leave --lora out")
 
     @property
     def camera_names(self) -> list[str]:
@@ -175,6 +189,11 @@ class Config:
         for old, new in RENAMED.items():
             if old in values:
                 values[new] = values.pop(old)
+        if values.get("format", 1) not in (1, FORMAT):
+            raise UserError(f"format {values['format']!r} is not known here; update the program")
+        missing = [name for name in ("width", "chunk_size") if name not in values]
+        if missing:
+            raise UserError(f"{', '.join(missing)} is missing; choose a checkpoint that train.py wrote")
         if values.get("format", 1) == 1 and isinstance(config, dict):
             values["norm_eps"] = values.get("norm_eps") or RMS_EPS
             if (
@@ -190,12 +209,25 @@ class Config:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Config":
-        """The model's share of a checkpoint's config.json; UserError names the file."""
+        """The model's share of a checkpoint's config.json; UserError names the file.
+
+        The door for checkpoints: every program comes by here, and by SyVLA.load_weights() for the tensors.
+        """
         config = read_checkpoint_config(folder)
+        path = Path(folder, "tokenizer.json")
+        if not path.is_file():
+            raise UserError(f"{folder} lacks tokenizer.json; copy the whole folder of the checkpoint")
+        if config.get("tokenizer", text_id(path.read_bytes())) != text_id(path.read_bytes()):
+            raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
         try:
             return cls.pick(config)
         except UserError as error:
             raise UserError(f"{folder}/config.json: {error}") from None
+
+
+def text_id(content: bytes) -> str:
+    """Twelve hex digits that name the content of a file."""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 RENAMED = {
@@ -284,8 +316,7 @@ def all_presets() -> dict[str, dict]:
 
 
 class VisionEncoder(nn.Module):
-    """Patches of one image by two convolutions, then SmolVLM's connector: pixel shuffle and a projection to
-    width D.
+    """Two convolutions make patches of an image, SmolVLM's connector makes visual tokens of them.
 
     The overlapping filters learn to see far sooner than SigLIP's single filter a patch (Xiao et al. 2021,
     arXiv 2106.14881). No Transformer blocks follow: from random weights the language model's attention does
@@ -297,6 +328,7 @@ class VisionEncoder(nn.Module):
         self.shuffle = cfg.pixel_shuffle
         half = cfg.patch_size // 2
         width = cfg.vision_width
+        # The first filter halves the picture, the second makes one vector of every patch.
         self.patch = nn.Sequential(
             nn.Conv2d(3, width // 2, 3, stride=2, padding=1),
             nn.ReLU(),
@@ -312,7 +344,8 @@ class VisionEncoder(nn.Module):
         x = self.patch(images)  # (n, vision_width, side, side)
         x = x.flatten(2).transpose(1, 2)  # (n, side*side, vision_width)
         x = self.norm(x + self.position)
-        return self.connector(pixel_shuffle(x, self.shuffle))
+        x = pixel_shuffle(x, self.shuffle)  # (n, side*side / k^2, k*k*vision_width)
+        return self.connector(x)
 
 
 def pixel_shuffle(x: Tensor, k: int) -> Tensor:
@@ -325,13 +358,12 @@ def pixel_shuffle(x: Tensor, k: int) -> Tensor:
 
 
 def rotation(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (..., n) and frequencies (hd/2,) -> cos, sin (..., n, hd) of the rotary embedding, as rope()
-    takes them.
-    """
+    """Positions (..., n) and frequencies (hd/2,) -> the tables cos, sin (..., n, hd) that rope() takes."""
     angle = positions[..., None] * frequency  # (..., n, hd/2)
     cos = angle.cos()
     sin = angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # 2 x (..., n, hd)
+    # both halves of a head turn by the same angles
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -353,6 +385,7 @@ class LanguageBlock(nn.Module):
         self.hd = cfg.width // cfg.heads
         self.norm1 = nn.RMSNorm(cfg.width, cfg.norm_eps)
         self.norm2 = nn.RMSNorm(cfg.width, cfg.norm_eps)
+        # neighbouring query heads share a key and value head: nh queries, nkv keys, nkv values
         self.qkv = nn.Linear(cfg.width, (self.nh + 2 * self.nkv) * self.hd, bias=False)
         self.proj = nn.Linear(cfg.width, cfg.width, bias=False)
         self.gate_up = nn.Linear(cfg.width, 2 * cfg.mlp_width, bias=False)
@@ -367,7 +400,7 @@ class LanguageBlock(nn.Module):
         B, n, D = x.shape
         qkv = self.qkv(self.norm1(x))  # (B, n, (nh + 2 nkv) hd)
         qkv = qkv.view(B, n, -1, self.hd).transpose(1, 2)  # (B, nh + 2 nkv, n, hd)
-        qk, v = qkv.split([self.nh + self.nkv, self.nkv], dim=1)
+        qk, v = qkv.split([self.nh + self.nkv, self.nkv], dim=1)  # (B, nh + nkv, n, hd), (B, nkv, n, hd)
         if self.qk_gain is not None:
             qk = F.rms_norm(qk, (self.hd,)) * self.qk_gain
         qk = rope(qk, cos, sin)
@@ -377,9 +410,8 @@ class LanguageBlock(nn.Module):
                 k = torch.cat((cache[0], k), dim=2)  # (B, nkv, past + n, hd)
                 v = torch.cat((cache[1], v), dim=2)
             cache[:] = [k, v]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=self.nh != self.nkv
-        )  # (B, nh, n, hd)
+        grouped = self.nh != self.nkv
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)  # (B, nh, n, hd)
         y = y.transpose(1, 2).reshape(B, n, D)
         x = x + self.proj(y)
 
@@ -396,9 +428,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(LanguageBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(cfg.width, cfg.norm_eps)
         self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self.checkpointing = (
-            False  # keep only every block's input, compute the rest again in the backward pass
-        )
+        self.checkpointing = False  # see VLM.enable_checkpointing()
         hd = cfg.width // cfg.heads
         exponent = torch.arange(0, hd, 2) / hd
         self.register_buffer("frequency", cfg.rope_theta**-exponent, persistent=False)  # (hd/2,)
@@ -406,7 +436,7 @@ class LanguageModel(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, caches: list | None = None) -> Tensor:
         """x (B, n, D), positions (B, n), mask (B, n, past + n) bool -> hidden states (B, n, D)."""
         cos, sin = rotation(positions[:, None], self.frequency.float())  # 2 x (B, 1, n, hd)
-        cos = cos.to(x.dtype)
+        cos = cos.to(x.dtype)  # angles need fp32, the tables do not
         sin = sin.to(x.dtype)
         mask = mask[:, None]  # (B, 1, n, past + n)
         for i, block in enumerate(self.blocks):
@@ -471,8 +501,9 @@ class VLM(nn.Module):
         return self.vision(x).view(B, V, -1, self.queries.shape[-1])  # (B, V, n, D)
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Visual tokens (B, V, n, D) -> embeddings (B, P, D), their positions (P,), position of the first
-        text token.
+        """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
+
+        -> embeddings (B, P, D), their positions (P,), the position of the first text token.
         """
         x = visual.flatten(1, 2)  # (B, V*n, D)
         if len(self.start) or len(self.image_open):
@@ -482,7 +513,7 @@ class VLM(nn.Module):
                 for ids in (self.start, self.image_open, self.image_close)
             )
             parts = [start]
-            for view in visual.unbind(1):
+            for view in visual.unbind(1):  # (B, n, D)
                 parts += [before, view, behind]
             x = torch.cat(parts, dim=1)  # (B, P, D)
         P = x.shape[1]
@@ -514,11 +545,10 @@ class VLM(nn.Module):
     def forward(
         self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor, with_queries: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """visual (B, V, n, D); tokens, segments, positions (B, T) -> hidden states of text (B, T, D), queries
-        (B, Q, D) or None.
+        """Hidden states of the text (B, T, D), and of the queries (B, Q, D) if asked for, else None.
 
-        positions count within a segment from 0: every segment starts right behind the images, as if it were
-        alone.
+        visual (B, V, n, D); tokens, segments, positions (B, T). positions count within a segment from 0:
+        every segment starts right behind the images, as if it were alone.
         """
         prefix, prefix_positions, first = self.prefix(visual)
         B, P, _ = prefix.shape
@@ -534,7 +564,8 @@ class VLM(nn.Module):
             position.append(first + length + torch.arange(Q, device=tokens.device))
         positions = self.join_positions(prefix_positions, torch.cat(position, dim=1))  # (B, N)
         mask = self.attention_mask(torch.cat(segment, dim=1))  # (B, N, N)
-        hidden = self.lm(torch.cat(x, dim=1), positions, mask)  # (B, N, D)
+        x = torch.cat(x, dim=1)  # (B, N, D)
+        hidden = self.lm(x, positions, mask)  # (B, N, D)
         return hidden[:, P : P + T], hidden[:, P + T :] if with_queries else None
 
     @torch.inference_mode()
@@ -563,6 +594,7 @@ class VLM(nn.Module):
         hidden = self.lm(x, positions, self.attention_mask(segments), caches)
         last = hidden[torch.arange(B, device=device), P + length - 1]  # (B, D) of every prompt's last token
 
+        # One token a step; rows that have ended write padding, which nobody sees.
         past = segments >= 0  # (B, P + T): what every later token sees
         written = [[] for _ in range(B)]
         alive = torch.ones(B, dtype=torch.bool, device=device)
@@ -572,7 +604,7 @@ class VLM(nn.Module):
                 token = torch.full_like(token, stop)
             for row in (alive & (token != stop)).nonzero()[:, 0].tolist():
                 written[row].append(int(token[row]))
-            past = torch.cat((past, alive[:, None]), dim=1)  # rows that ended write padding
+            past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
             x = self.lm.embed(token)[:, None]  # (B, 1, D)
             last = self.lm(x, (first + length)[:, None], past[:, None], caches)[:, 0]  # (B, D)
             length = length + alive
@@ -582,6 +614,7 @@ class VLM(nn.Module):
         if not with_queries:
             return written, None
 
+        # The feature queries see everything that was written, and each other causally.
         Q = len(self.queries)
         positions = (first + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
         causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
@@ -611,8 +644,9 @@ def timesteps(K: int, device: torch.device | None = None) -> Tensor:
 
 
 class ExpertBlock(nn.Module):
-    """Self-attention over the chunk, cross-attention to the query states, MLP; flow time modulates each
-    (adaLN-zero, DiT).
+    """Self-attention over the chunk, cross-attention to the query states, MLP.
+
+    Flow time shifts, scales and gates each of them (adaLN-zero, DiT, arXiv 2212.09748).
     """
 
     def __init__(self, width: int, heads: int):
@@ -628,8 +662,9 @@ class ExpertBlock(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def keys_values(self, query_states: Tensor) -> Tensor:
-        """Adapted query states (B, Q, De) -> keys, values (2, B, nh, Q, hd): once a chunk, for all noise
-        samples and steps.
+        """Adapted query states (B, Q, De) -> keys and values (2, B, nh, Q, hd).
+
+        They are the same for all noise samples and denoising steps of a chunk.
         """
         B, Q, _ = query_states.shape
         kv = self.cross_kv(query_states).view(B, Q, 2, self.heads, -1)
@@ -645,13 +680,15 @@ class ExpertBlock(nn.Module):
         B, M, L, De = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.chunk(9, dim=-1)
 
+        # the joint state and the actions of one chunk see each other
         y = F.layer_norm(x, (De,)) * (1 + scale1) + shift1
         qkv = self.qkv(y).view(B * M, L, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B*M, nh, L, hd)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B*M, nh, L, hd)
         y = y.transpose(1, 2).reshape(B, M, L, De)
         x = x + gate1 * self.proj(y)
 
+        # they look at the feature query states
         y = F.layer_norm(x, (De,)) * (1 + scale2) + shift2
         q = self.cross_q(y).view(B, M * L, self.heads, -1)
         q = q.transpose(1, 2)  # (B, nh, M*L, hd): all noise samples share keys and values
@@ -688,14 +725,13 @@ class ActionExpert(nn.Module):
         return [block.keys_values(query_states) for block in self.blocks]
 
     def modulation(self, t: Tensor, age: Tensor | None = None) -> list[Tensor]:
-        """Flow times (B, M) -> adaLN shifts, scales and gates of every block (B, M, 1, 9 De) and of the
-        output (B, M, 1, 2 De).
+        """Flow times (B, M) -> adaLN numbers of the blocks (B, M, 1, 9 De) and the output (B, M, 1, 2 De).
 
         age: control steps since the pictures behind the query states, int64, broadcasts with (B, M); None: 0.
         """
         De = self.time[0].in_features
         embedding = time_embedding(t, De)[:, :, None]  # (B, M, 1, De)
-        c = self.time(embedding.to(self.position.dtype))
+        c = self.time(embedding.to(self.position.dtype))  # (B, M, 1, De)
         if self.age is not None:
             if age is None:
                 age = torch.zeros(1, 1, dtype=torch.long, device=t.device)
@@ -749,6 +785,27 @@ def scale_of(statistics: dict[str, list[float]]) -> tuple[Tensor, Tensor, Tensor
     return low.float(), high.float(), limit.float()
 
 
+def to_tensor(what: str, x: Any, device: torch.device) -> Tensor:
+    """Array, tensor or nested lists of numbers -> a tensor on a device; UserError where it is none."""
+    if not isinstance(x, Tensor):
+        x = as_array(what, x)
+        x = torch.from_numpy(np.ascontiguousarray(x.astype(x.dtype.newbyteorder("="))))
+    return x.to(device)
+
+
+def check_texts(what: str, texts: Any, rows: int) -> None:
+    """UserError unless there is a list with a string for every row."""
+    is_list = isinstance(texts, (list, tuple))
+    if not is_list or len(texts) != rows or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{what} must be a list of {rows} strings, one for each row; got {texts!r}"[:300])
+
+
+def check_whole(what: str, x: Any, least: int) -> None:
+    """UserError unless x is a whole number, `least` or more."""
+    if not isinstance(x, (int, np.integer)) or x < least:
+        raise UserError(f"{what} must be a whole number from {least} on; got {x!r}")
+
+
 class SyVLA(nn.Module):
     """VLM + feature queries + adapter + action expert, with the data's normalisation statistics as buffers.
 
@@ -779,8 +836,9 @@ class SyVLA(nn.Module):
         self._init_weights(own_vlm=vlm is None)
 
     def _init_weights(self, own_vlm: bool) -> None:
-        """Normal weights of variance 1 / fan-in; residual branches, gates and outputs start at zero: blocks
-        begin as identities.
+        """Normal weights of variance 1 / fan-in.
+
+        Residual branches, gates and output layers start at zero, so that every block begins as the identity.
         """
         modules = self.modules() if own_vlm else [*self.adapter.modules(), *self.expert.modules()]
         for module in modules:
@@ -859,6 +917,17 @@ class SyVLA(nn.Module):
         limit = getattr(self, f"{name}_limit")
         return torch.minimum(torch.maximum(x, -limit), limit)
 
+    def clipped(self, actions: np.ndarray) -> str:
+        """Which share of recorded actions (N, A) lies beyond the limits, as in "gripper 45.0 %", or "none".
+
+        Training would teach the limit in their place.
+        """
+        limit = self.action_limit.cpu()
+        scaled = self.scale(torch.tensor(actions).to(self.action_limit), "action").cpu()  # (N, A)
+        share = (scaled.abs() > limit * (1 + 1e-4)).float().mean(0).tolist()
+        names = self.cfg.motor_names
+        return ", ".join(f"{name} {part:.1%}" for name, part in zip(names, share) if part) or "none"
+
     def normalise(self, x: Tensor, name: str) -> Tensor:
         """State or action in LeRobot units -> scaled and clipped."""
         return self.clip(self.scale(x, name), name)
@@ -880,8 +949,7 @@ class SyVLA(nn.Module):
         age: Tensor | None = None,
         attention: list | None = None,
     ) -> Tensor:
-        """Conditional flow matching -> (B, M), the mean over valid steps and joints of every noise sample,
-        fp32.
+        """Conditional flow matching: fp32 losses (B, M), means over the valid steps and the joints.
 
         query_states (B, Q, D), state (B, S) and actions (B, H, A) normalised, valid (B, H) bool (False:
         behind the episode's end), eps (B, M, H, A), t (B, M), age (B,) of the query states in control steps.
@@ -892,13 +960,13 @@ class SyVLA(nn.Module):
         keys_values = self.expert.condition(self.adapter(query_states))
         modulation = self.expert.modulation(t, None if age is None else age[:, None])
         v = self.expert(x_t, modulation, state, keys_values, attention)
-        error = (v.float() - (eps - clean)).square().mean(-1)  # (B, M, H)
+        target = eps - clean  # (B, M, H, A), the velocity from data to noise
+        error = (v.float() - target).square().mean(-1)  # (B, M, H)
         weight = valid[:, None].float()  # (B, 1, H)
         return (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
 
     def gradient_norms(self, query_states: Tensor, *flow_args: Tensor | None) -> Tensor:
-        """|| d loss / d h_i || of every feature query state, the paper's measure of what it contributes ->
-        (B, Q).
+        """|| d loss / d h_i || (B, Q), the paper's measure of what a feature query state contributes.
 
         flow_args: the further arguments of flow_loss. Only the expert is walked through, no weight gradient
         is made.
@@ -1009,12 +1077,11 @@ class SyVLA(nn.Module):
         step: DenoisingStep,
         age: Tensor | None = None,
     ) -> Tensor:
-        """The sampler: K steps from noise (B, H, A) at t=1 to actions at t=0 -> all of the chain (B, K+1, H,
-        A), normalised.
+        """The sampler: K steps from noise (B, H, A) at t=1 to actions at t=0 -> the chain (B, K+1, H, A).
 
-        query_states (B, Q, D), state (B, S) normalised, age (B,) of the query states. step(k, x, v) makes the
-        next chunk of the present one and its velocity: euler_step() to act, a noisy step in RL, a pulled one
-        in real time.
+        query_states (B, Q, D), state (B, S) and actions normalised, age (B,) of the query states. step(k, x,
+        v) makes the next chunk of the present one and its velocity: euler_step() to act, a noisy step in RL,
+        a pulled one in real time.
         """
         K = self.cfg.denoise_steps
         t = timesteps(K, noise.device)[:, None]  # (K, 1)
@@ -1054,13 +1121,16 @@ class SyVLA(nn.Module):
     def act(
         self, images: Any, state: Any, task: list[str], seed: int = 0, reasoning: list[str] | None = None
     ) -> tuple[np.ndarray, list[str]]:
-        """Images (B, V, px, px, 3) uint8, state (B, S) in LeRobot units, B tasks -> chunk (B, H, A) in
-        LeRobot units, B reasoning texts.
+        """What to do next: B observations and tasks -> chunk (B, H, A) float32, B reasoning texts.
+
+        images (B, V, px, px, 3) uint8; state (B, S) and the chunk in LeRobot units.
 
         Arrays or tensors. The same seed gives the same chunk, at temperature 0 every seed does. reasoning:
         texts in place of the policy's own. Raises UserError for inputs of other shapes or types.
         """
         images, state = self.check_inputs(images, state, task)
+        if reasoning is not None:
+            check_texts("reasoning", reasoning, len(images))
         texts, query_states = self.reason(images, task, reasoning)
         return self.plan(query_states, state, seed), texts
 
@@ -1073,21 +1143,29 @@ class SyVLA(nn.Module):
         age: Any = None,
         step: DenoisingStep | None = None,
     ) -> np.ndarray:
-        """The expert alone: query states (B, Q, D) of reason(), joint state (B, S) of now -> chunk (B, H, A)
-        float32.
+        """The expert alone: query states (B, Q, D), joint state (B, S) of now -> chunk (B, H, A) float32.
 
         State and chunk in LeRobot units. age (B,) of the query states in control steps; an expert that learnt
         from fresh ones only is not told. step: as denoise() takes it, by default Euler's.
         """
-        device = query_states.device
-        state = torch.as_tensor(state, dtype=torch.float32, device=device)
-        generator = torch.Generator().manual_seed(
-            seed
-        )  # on the CPU: a seed means the same noise on every device
+        device = self.vlm.queries.device
+        query_states = to_tensor("query_states", query_states, device).float()
+        state = self.check_state(state)
+        expected = (len(state), self.cfg.queries, self.cfg.width)
+        if tuple(query_states.shape) != expected or not torch.isfinite(query_states).all():
+            raise UserError(
+                f"query_states must be {expected} finite numbers of reason(); got {tuple(query_states.shape)}"
+            )
+        check_whole("seed", seed, -(2**63))
+        # on the CPU: a seed means the same noise on every device
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(state), self.cfg.chunk_size, self.cfg.action_dim, generator=generator)
         noise = self.cfg.temperature * noise.to(device)
         if age is not None:
-            age = torch.as_tensor(age, dtype=torch.long, device=device).clamp(0, self.cfg.stale)
+            age = to_tensor("age", age, device)
+            if tuple(age.shape) not in ((1,), (len(state),)) or not torch.isfinite(age).all():
+                raise UserError(f"age must be ({len(state)},) control steps; got {tuple(age.shape)}")
+            age = age.long().clamp(0, self.cfg.stale)
         if not self.cfg.stale:
             age = None
         chain = self.denoise(
@@ -1100,49 +1178,66 @@ class SyVLA(nn.Module):
     @torch.inference_mode()
     def answer(self, images: Any, questions: list[str], limit: int = 24) -> list[str]:
         """Answers to B questions about images (B, V, px, px, 3) uint8, at most `limit` tokens each."""
-        images = torch.as_tensor(np.asarray(images)).to(self.vlm.queries.device)
+        images = self.check_images(images)
+        check_texts("questions", questions, len(images))
+        check_whole("limit", limit, 1)
         visual = self.vlm.encode_images(images)
         prompts = [self.tokenizer.question(question) for question in questions]
         written, _ = self.vlm.generate(visual, prompts, self.tokenizer.end_answer, limit)
         end = self.tokenizer.end_reasoning  # closes the answer to an instruction
         return [self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids) for ids in written]
 
-    def check_inputs(self, images: Any, state: Any, task: list[str]) -> tuple[Tensor, Tensor]:
-        """Images and state as tensors on the model's device; UserError shows both sides of a misfit."""
+    def check_images(self, images: Any) -> Tensor:
+        """Images as a tensor on the model's device; UserError shows both sides of a misfit.
+
+        A pretrained VLM answers about any number of pictures of any size.
+        """
         cfg = self.cfg
-        device = self.vlm.queries.device
-        images = torch.as_tensor(np.asarray(images)).to(device)
-        state = torch.as_tensor(np.asarray(state), dtype=torch.float32).to(device)
+        images = to_tensor("images", images, self.vlm.queries.device)
         expected = (len(cfg.camera_names), cfg.image_size, cfg.image_size, 3)
-        if tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
+        fits = images.ndim == 5 and images.shape[-1] == 3 and len(images) > 0
+        if not fits or images.dtype != torch.uint8 or not (cfg.backbone or images.shape[1:] == expected):
             raise UserError(
                 f"images must be (B, {', '.join(map(str, expected))}) uint8, cameras {cfg.cameras}; "
                 f"got {tuple(images.shape)} {images.dtype}"
             )
-        if tuple(state.shape[1:]) != (cfg.state_dim,):
-            raise UserError(
-                f"state must be (B, {cfg.state_dim}), {cfg.state_names}; got {tuple(state.shape)}"
-            )
+        return images
+
+    def check_state(self, state: Any) -> Tensor:
+        """State (B, S) in LeRobot units as a tensor on the model's device; UserError as for images."""
+        names = self.cfg.state_names
+        state = to_tensor("state", state, self.vlm.queries.device).float()
+        if tuple(state.shape[1:]) != (len(names),) or state.ndim != 2:
+            raise UserError(f"state must be (B, {len(names)}), {names}; got {tuple(state.shape)}")
         if not torch.isfinite(state).all():
-            raise UserError(f"state must be finite numbers, {cfg.state_names}; got {state.tolist()}"[:300])
-        if isinstance(task, str) or not len(task) == len(images) == len(state):
-            raise UserError(
-                f"one task a row: got {len(images)} images, {len(state)} states, tasks {task!r}"[:300]
-            )
+            raise UserError(f"state must be finite numbers, {names}; got {state.tolist()}"[:300])
+        return state
+
+    def check_inputs(self, images: Any, state: Any, task: list[str]) -> tuple[Tensor, Tensor]:
+        """What act() is given -> images and state as tensors on the model's device."""
+        images = self.check_images(images)
+        state = self.check_state(state)
+        expected = (len(self.cfg.camera_names), self.cfg.image_size, self.cfg.image_size, 3)
+        if images.shape[1:] != expected:
+            raise UserError(f"images must be (B, {', '.join(map(str, expected))}); got {tuple(images.shape)}")
+        check_texts("tasks", task, len(images))
+        if len(state) != len(images):
+            raise UserError(f"one state an image: got {len(images)} images, {len(state)} states")
         self.check_statistics()
         return images, state
 
     # -- on disk --------------------------------------------------------------------------------------------
 
     def load_weights(self, path: str | Path, part: str = "") -> None:
-        """Read model.safetensors; a missing, unknown or misshapen tensor is a UserError that names it.
+        """Read model.safetensors; a missing, unknown, misshapen or impossible tensor is a UserError that
+        names it.
 
         part: only tensors whose names begin so, as in "vlm.".
         """
         try:
             weights = load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error})") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from None
         for name in ("state_limit", "action_limit"):  # checkpoints before limits could differ
             if name not in weights:
                 weights[name] = torch.full_like(getattr(self, name), LEAST_LIMIT).cpu()
@@ -1151,19 +1246,29 @@ class SyVLA(nn.Module):
         if loaded.keys() != own.keys():
             missing = sorted(own.keys() - loaded.keys())[:3]
             unknown = sorted(loaded.keys() - own.keys())[:3]
-            raise UserError(f"{path} does not fit: missing {missing}, unknown {unknown}")
+            raise UserError(f"{path} does not fit its config.json: missing {missing}, unknown {unknown}")
         for name, tensor in loaded.items():
             if tensor.shape != own[name].shape:
-                there = tuple(tensor.shape)
-                raise UserError(
-                    f"{path} does not fit: {name} is {there} there, {tuple(own[name].shape)} here"
-                )
+                sizes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+                raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
+            if not tensor.is_floating_point():
+                raise UserError(f"{path}: {name} is {tensor.dtype}; weights must be floating-point numbers")
+            if not torch.isfinite(tensor).all():
+                what = "weight" if "." in name else "normalisation statistics"
+                raise UserError(f"{path}: {what} {name} not finite; choose a checkpoint that train.py wrote")
+        for name in {"state", "action"} if not part else ():
+            low, high, limit = (loaded[f"{name}_{side}"] for side in ("low", "high", "limit"))
+            if not ((low <= high) & (limit > 0)).all():
+                raise UserError(f"{path}: {name}_low lies above {name}_high; choose another checkpoint")
         self.load_state_dict(self.state_dict() | loaded)
 
+    @staticmethod
+    def load(folder: str | Path, tokenizer: Any = None, device: torch.device | str = "cpu") -> "SyVLA":
+        """load_policy() by its name in format 1; the folder's own tokenizer is used."""
+        return load_policy(folder, device)
+
     def fingerprint(self, *words: Any) -> str:
-        """Twelve hex digits that name the VLM's weights and `words`: for files of what a frozen VLM made of
-        something.
-        """
+        """Twelve hex digits that name the VLM's weights and `words`, for files made with a frozen VLM."""
         digest = hashlib.sha256(" ".join(map(str, words)).encode())
         for tensor in self.vlm.state_dict().values():
             digest.update(tensor.float().cpu().numpy().tobytes())
@@ -1197,12 +1302,14 @@ def save_policy(
         policy.vlm.save_description(folder / "backbone")
     for leftover in folder.glob(".tmp*"):  # safetensors writes under such a name, and a kill leaves it there
         leftover.unlink()
+    tokenizer = policy.tokenizer.dumps()
     with atomic_path(folder / "tokenizer.json") as path:
-        path.write_text(policy.tokenizer.dumps(), encoding="utf-8")
+        path.write_bytes(tokenizer.encode())
     with atomic_path(folder / "model.safetensors") as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
         shutil.copymode(folder / "tokenizer.json", path)  # safetensors writes for the owner alone
-    write_json(folder / "config.json", config | {"format": FORMAT, "torch": torch.__version__})
+    made_by = {"format": FORMAT, "torch": torch.__version__, "tokenizer": text_id(tokenizer.encode())}
+    write_json(folder / "config.json", config | made_by)
 
 
 def load_policy(folder: str | Path, device: torch.device | str = "cpu") -> SyVLA:
@@ -1211,6 +1318,8 @@ def load_policy(folder: str | Path, device: torch.device | str = "cpu") -> SyVLA
     Raises UserError where there is none.
     """
     folder = Path(folder)
+    if isinstance(device, str):
+        device, *_ = choose_device(device)
     cfg = Config.read(folder)
     if cfg.backbone:
         from extras.backbones import load_backbone

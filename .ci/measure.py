@@ -92,8 +92,8 @@ def show(name, m):
     per_line = m["tokens"] / code
     dense = 100 * m["dense"] / code
     print(
-        f"{name:24} {m['lines']:6} {m['code']:6} {comments:9.1%} {m['tokens']:7} {per_line:8.1f} {dense:6.1f} "
-        f"{m['longest']:5} {m['name']:20} {hints:5.0%}"
+        f"{name:22} {m['lines']:6} {m['code']:6} {comments:9.1%} {m['tokens']:7} {per_line:8.1f} "
+        f"{dense:6.1f} {m['longest']:5} {m['name']:20} {hints:5.0%}"
     )
 
 
@@ -104,7 +104,7 @@ def options(config):
 
 def main():
     print(
-        f"{'file':24} {'lines':>6} {'code':>6} {'comments':>9} {'tokens':>7} {'tok/line':>8} {'dense':>6} "
+        f"{'file':22} {'lines':>6} {'code':>6} {'comments':>9} {'tokens':>7} {'tok/line':>8} {'dense':>6} "
         "longest function"
     )
     total = {}

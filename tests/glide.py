@@ -84,3 +84,14 @@ class Broken(Reach):
 
     def step(self, action):
         return 1 / 0
+
+
+class Odd(Reach):
+    """Its observations are spoilt by what the test sets."""
+
+    spoil = None
+
+    def look(self):
+        obs = super().look()
+        Odd.spoil(obs)
+        return obs

@@ -42,6 +42,10 @@ class Options:
     kind: str = opt("one", "a choice", ("one", "two"))
     width: int = opt(8)
     out: str = opt("out/x", "a folder")
+    views: str = opt("", "a list", many=True)
+    delays: str = opt("", "a list of numbers", "[0, 9]", many=True)
+    port: str = opt("", "for one kind alone", needs="kind=two")
+    again: int = opt(0, "for neither", needs=("not fast", "name|not kind=one"))
 
     def __post_init__(self):
         check_options(self)
@@ -61,7 +65,6 @@ def test_options_in_all_their_forms():
     assert options("--steps", "-4").steps == -4
     assert options("--steps=1e5").steps == 100_000 and options(f"--steps={2**60 + 1}").steps == 2**60 + 1
     assert options("--name=a=b=c").name == "a=b=c"
-    assert options("--name=").name == ""
     assert options("--rate", "0").rate == 0.0
     assert options("a b", "--steps=1", positional="name").name == "a b"
     for words, value in (
@@ -96,10 +99,29 @@ def test_options_in_all_their_forms():
         (["--steps"], "needs a value"),
         (["--steps", "--fast"], "needs a value"),
         (["--steps=2", "--steps=3"], "--steps is given twice: 2 and 3"),
+        (["--name="], "--name is empty"),
+        (["--name", " "], "--name is empty"),
+        (["--rate=-inf"], "--rate must be a finite number"),
+        (["--views=front,front"], "--views must list different words"),
+        (["--views=front,"], "--views must list different words"),
+        (["--views=front, wrist"], "--views must list different words"),
+        (["--delays=1,-1"], "--delays must lie in [0, 9], not -1"),
+        (["--delays=1,10"], "--delays must lie in [0, 9], not 10"),
+        (["--delays=1,a"], "--delays must lie in [0, 9], not a"),
+        (["--port=x"], "--port does nothing without --kind=two: add it or leave --port out"),
+        (["--again=1", "--fast"], "--again does nothing with --fast: leave --again out"),
+        (["--again=1"], "--again does nothing without --name and with --kind=one: leave --again out"),
     ],
 )
 def test_bad_options_exit_with_one_line(fails, argv, said):
     assert said in fails(lambda a: options(*a), argv)
+
+
+def test_options_that_do_something_or_ask_for_nothing_pass():
+    assert options("--port=x", "--kind=two").port == "x"
+    assert options("--again=1", "--name=y").again == options("--again=1", "--kind=two").again == 1
+    assert options("--again=0", "--fast").fast  # a zero asks for nothing
+    assert options("--views=front,wrist", "--delays=0,4").views == "front,wrist"
 
 
 def test_help_shows_every_option_and_what_it_allows(capsys):
@@ -191,7 +213,9 @@ def test_a_folder_belongs_to_the_program_that_made_it(tmp_path):
 
 
 def test_two_programs_do_not_share_a_folder(tmp_path, root):
-    script = "import common, sys; common.claim_folder(sys.argv[1], 'train.py', True); print(1, flush=True); input()"
+    script = (
+        "import common, sys; common.claim_folder(sys.argv[1], 'train.py', True); print(flush=True); input()"
+    )
     child = [sys.executable, "-c", script, tmp_path / "run"]
     other = subprocess.Popen(child, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()

@@ -172,7 +172,7 @@ def test_readme_is_short_and_its_links_lead_somewhere(root):
     assert len(text.splitlines()) <= 230 and len(text.split()) <= 2200
     assert len(text[: text.index("python train.py")].split()) <= 200
     for path in [root / "README.md", *root.glob("docs/*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", path.read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 

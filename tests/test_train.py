@@ -5,6 +5,7 @@ it refuses.
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -83,7 +84,7 @@ def test_overfits_one_batch(data):
     )
     assert last["kept"] == 0.75  # debug: one of four query states is masked
     # the reasoning of the batch can now be generated
-    batch, tokenizer = micro[0][1], run.policy.tokenizer
+    (_, batch), tokenizer = micro[0][1], run.policy.tokenizer
     tasks = []
     for row in batch["tokens"].tolist():
         tasks.append(tokenizer.decode(row[1 : row.index(tokenizer.reason)]))
@@ -228,9 +229,25 @@ def test_two_processes_equal_one(go, data, tmp_path):
     assert differences(weights(one), weights(tmp_path / "two")) < 1e-5
 
 
-def test_samples_that_do_not_divide_are_refused(fails, data, tmp_path):
-    assert "change --batch_size, --mix or --accumulate" in fails(
-        train.main, arguments(data, tmp_path / "a", "--accumulate=3")
+def test_samples_that_do_not_divide_are_weighted(data):
+    """7 rows in 3 micro-batches of 3, 2 and 2: the same gradient as in one."""
+    gradients = []
+    for accumulate in (1, 3):
+        run = build(data=str(data), ground_steps=0, mix=0.5, batch_size=14, accumulate=accumulate)
+        micro = train.batches(run, 0)
+        assert [len(batch["tokens"]) for (_, batch), _ in micro] == ([7] if accumulate == 1 else [3, 2, 2])
+        for weighted in micro:
+            for weight, batch in weighted:
+                losses = run.policy(batch)
+                (weight * (losses["text"] + losses.get("action", 0)) / len(micro)).backward()
+        gradients.append({name: p.grad for name, p in run.policy.named_parameters() if p.grad is not None})
+    assert differences(*gradients) < 1e-5
+
+
+def test_fewer_samples_than_micro_batches_are_refused(fails, data, tmp_path):
+    said = fails(train.main, arguments(data, tmp_path / "a", "--accumulate=3"))
+    assert (
+        "1 question samples are not enough" in said and "change --batch_size, --mix or --accumulate" in said
     )
 
 
@@ -322,7 +339,8 @@ def test_a_kill_between_any_two_files_leaves_a_run_that_goes_on(trained, data, t
 def test_non_finite_numbers_stop_the_run_and_spare_the_checkpoint(data, tmp_path, fails, monkeypatch):
     monkeypatch.setitem(PRESETS["debug"], "save_every", 1)
     out = tmp_path / "run"
-    said = fails(train.main, arguments(data, out, "--adam_lr=1e30", "--steps=9"))
+    monkeypatch.setattr(train, "learning_rate", lambda step, cfg: 1e30)
+    said = fails(train.main, arguments(data, out, "--steps=9"))
     assert "non-finite" in said and "lower the learning rates" in said
     if (out / "model.safetensors").is_file():
         assert all(tensor.isfinite().all() for tensor in weights(out).values())
@@ -355,8 +373,14 @@ def test_folders_and_stages(trained, data, tmp_path, fails):
         "--steps=-1",
         "--mix=1",
         "--adam_lr=0",
+        "--adam_lr=1e30",
         "--muon_lr=nan",
         "--seed=-1",
+        "--seed=1e30",
+        "--chunk_size=1e9",
+        "--cameras=front,front",
+        "--families=place,",
+        "--out=",
     ],
 )
 def test_numbers_that_cannot_be_are_refused(fails, data, tmp_path, flag):
@@ -484,6 +508,73 @@ def test_settings_of_wrong_types_are_named(trained, data, tmp_path, fails):
     for wrong in ([], config | {"width": None}, config | {"chunk_size": "8"}, config | {"env": 3}):
         (run / "config.json").write_text(json.dumps(wrong))
         assert "run/config.json" in fails(train.main, arguments(data, run, "--resume"))
+
+
+def broken_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def no_object(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def words_of_numbers(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"chunk_size": 8', '"chunk_size": "8"'))
+
+
+def other_words(folder):
+    words = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(words[::-1]))
+
+
+def whole_numbers(folder):
+    rewrite(folder, lambda name, tensor: tensor.to(torch.int8))
+
+
+def no_numbers(folder):
+    rewrite(folder, lambda name, tensor: tensor * (math.nan if name == "vlm.queries" else 1))
+
+
+def upside_down(folder):
+    rewrite(folder, lambda name, tensor: -tensor if name in ("action_low", "action_high") else tensor)
+
+
+def rewrite(folder, change):
+    tensors = {name: change(name, tensor).contiguous() for name, tensor in weights(folder).items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (broken_json, "config.json cannot be read as JSON"),
+        (no_object, "config.json is not what train.py writes"),
+        (words_of_numbers, "config.json: --chunk_size takes int, not '8'"),
+        (other_words, "tokenizer.json is another checkpoint's"),
+        (whole_numbers, "torch.int8; weights must be floating-point"),
+        (no_numbers, "model.safetensors: weight vlm.queries not finite"),
+        (upside_down, "action_low lies above action_high"),
+    ],
+)
+def test_every_program_refuses_a_checkpoint_that_cannot_be(trained, data, tmp_path, fails, spoil, said):
+    broken = tmp_path / "broken"
+    shutil.copytree(trained, broken)
+    spoil(broken)
+    new = arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={broken}", "--mix=0")
+    again = arguments(data, broken, "--resume", "--steps=9")
+    for words in (new, again):
+        assert said in fails(train.main, words)
+    with pytest.raises(ValueError, match=re.escape(said)):  # rl.py and sample.py
+        load_policy(broken)
+
+
+def test_targets_beyond_the_scale_are_counted(make_policy):
+    policy = make_policy()
+    actions = np.tile(policy.action_high.numpy(), (4, 1))
+    assert policy.clipped(actions) == "none"
+    actions[0, 4] += 1000
+    assert policy.clipped(actions) == "wrist_roll 25.0%"
 
 
 def test_resuming_another_run_is_refused_in_one_line(trained, data, tmp_path, fails):

@@ -35,13 +35,21 @@ class UserError(ValueError):
 # The command line: a dataclass is a program's options, its fields are declared by opt()
 
 
-def opt(default: Any, help: str = "", allowed: str | Sequence[str] = "") -> Any:
+def opt(
+    default: Any,
+    help: str = "",
+    allowed: str | Sequence[str] = "",
+    needs: str | Sequence[str] = (),
+    many: bool = False,
+) -> Any:
     """A config field: its default, the line that --help prints, and the values that it may take.
 
-    allowed: an interval such as "[0, 1)", or a tuple of words. A field without help is not an option:
-    presets, data sets and checkpoints set it.
+    allowed: an interval such as "[0, 1)", or a tuple of words. many: the field is a list with commas, of
+    different entries that are all allowed. needs: without these other options the field does nothing, see
+    check_needs(). A field without help is not an option: presets, data sets and checkpoints set it.
     """
-    return field(default=default, metadata={"help": help, "allowed": allowed})
+    needs = (needs,) if isinstance(needs, str) else needs
+    return field(default=default, metadata={"help": help, "allowed": allowed, "needs": needs, "many": many})
 
 
 def check_options(config: Any) -> None:
@@ -53,15 +61,67 @@ def check_options(config: Any) -> None:
             raise UserError(f"--{f.name} takes {_kind(f).__name__}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{f.name} must be a finite number, not {value}")
-        if isinstance(allowed, str):
-            if allowed and not _inside(value, allowed):
-                raise UserError(f"--{f.name} must lie in {allowed}, not {value}")
-        elif value not in allowed:
-            raise UserError(f"--{f.name} must be one of {', '.join(filter(None, allowed))}, not {value!r}")
+        values = [value]
+        if f.metadata["many"]:
+            values = value.split(",") if value else []
+            if len(set(values)) < len(values) or any(not word or word != word.strip() for word in values):
+                raise UserError(f"--{f.name} must list different words, as in a,b without spaces: {value!r}")
+        for word in values:
+            if isinstance(allowed, str):
+                if allowed and not _inside(word, allowed):
+                    raise UserError(f"--{f.name} must lie in {allowed}, not {word}")
+            elif word not in allowed:
+                known = ", ".join(filter(None, allowed))
+                raise UserError(f"--{f.name} must be one of {known}, not {word!r}")
 
 
-def _inside(value: float, interval: str) -> bool:
-    """Does a number lie in an interval such as "(0, 1]" or "[0, inf)"?"""
+def check_needs(config: Any) -> None:
+    """Raise UserError for a typed option that does nothing beside the others.
+
+    Each of opt()'s `needs` must hold: "eval" means that --eval is set, "env=real" that --env has this value,
+    "not eval" the opposite, and "a|b" that one of both holds. What is typed as the default is, or as nothing
+    (0, false), asks for nothing and passes.
+    """
+    for f in fields(config):
+        typed = config.typed.get(f.name)
+        if not typed or typed == f.default:
+            continue
+        for need in f.metadata["needs"]:
+            alternatives = need.split("|")
+            if any(_holds(config, condition) for condition in alternatives):
+                continue
+            reasons = [f"without --{condition}" for condition in alternatives]
+            reasons = [reason.replace("without --not ", "with --") for reason in reasons]
+            advice = f"add it or leave --{f.name} out" if "not " not in need else f"leave --{f.name} out"
+            raise UserError(f"--{f.name} does nothing {' and '.join(reasons)}: {advice}")
+
+
+def _holds(config: Any, condition: str) -> bool:
+    """Is a condition such as "eval", "env=real" or "not eval" true of a config?"""
+    if condition.startswith("not "):
+        return not _holds(config, condition.removeprefix("not "))
+    name, equals, value = condition.partition("=")
+    there = getattr(config, name, "")  # a smaller config may lack the other option
+    return there == value if equals else bool(there)
+
+
+def check_names(where: str, names: Any) -> None:
+    """UserError unless `names` is a list of different words.
+
+    They are joined with commas and name files, so they hold neither commas nor slashes.
+    """
+    listed = isinstance(names, (list, tuple)) and len(names) > 0
+    words = listed and all(isinstance(name, str) and name.strip() for name in names)
+    if not words or any(set(name) & set(",/\\\0") for name in names) or len(set(names)) < len(names):
+        raise UserError(f"{where} must be a list of different names without commas and slashes: {names!r}")
+
+
+def _inside(value: float | str, interval: str) -> bool:
+    """Does a number, or a whole number's digits, lie in an interval such as "(0, 1]" or "[0, inf)"?"""
+    if isinstance(value, str):
+        if not (value.isascii() and value.isdigit()):
+            return False
+        value = int(value)
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
@@ -69,8 +129,9 @@ def _inside(value: float, interval: str) -> bool:
 
 
 def parse_config(cls: type, presets: dict[str, dict], argv: Sequence[str], positional: str = "") -> Any:
-    """Command line -> an instance of the config dataclass `cls`: `--config NAME`, `--key=value`, `--key
-    value`, `--flag`.
+    """Command line -> an instance of the config dataclass `cls`.
+
+    Forms: `--config NAME`, `--key=value`, `--key value`, `--flag`.
 
     presets: one table for all programs; each takes the fields that it knows. positional: the field that takes
     a free word. What was typed is kept as `config.typed`, a dict. A mistake ends in one line and exit status
@@ -86,10 +147,12 @@ def parse_config(cls: type, presets: dict[str, dict], argv: Sequence[str], posit
         known = {f.name for f in fields(cls)}
         values = {name: value for name, value in preset.items() if name in known}
         config = cls(**values | typed)
+        config.typed = typed
+        if not typed.get("resume"):  # resumed_config() checks a run that goes on
+            check_needs(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    config.typed = typed
     return config
 
 
@@ -109,11 +172,12 @@ def _read_words(
     typed = {}
     while words:
         word = words.pop(0)
+        # an option: its name, and its value here or in the next word
         if word.startswith("--"):
             name, equals, text = word[2:].partition("=")
             if name not in options:
                 raise UserError(f"unknown option --{name}{_nearest(name, options)}")
-            is_flag = _kind(options[name]) is bool
+            is_flag = _kind(options[name]) is bool  # may stand alone
             if not equals and is_flag:
                 text = words.pop(0) if words and words[0].lower() in BOOLEANS else "true"
             elif not equals:
@@ -141,9 +205,12 @@ def _kind(option: Field) -> type:
 
 
 def _convert(name: str, kind: type, text: str) -> Any:
+    if not text.strip():
+        raise UserError(f"--{name} is empty; give it a value or leave it out")
     try:
         if kind is bool:
             return BOOLEANS[text.lower()]
+        # int("1e6") fails, and float() would round large integers
         if kind is int and not text.lstrip("+-").isdigit():
             number = float(text)  # 1e6 is an integer, too
             if number != int(number):
@@ -160,9 +227,7 @@ def _nearest(word: str, names: Sequence[str]) -> str:
 
 
 def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> Any:
-    """The config of a run that goes on: every field as it was saved, but for those that were typed and may
-    change.
-    """
+    """The config of a run that goes on: as it was saved, but for fields that were typed and may change."""
     if saved.get("format") != FORMAT:
         raise UserError(f"{config.out} was begun by an older version and cannot go on: choose another --out")
     for name, value in config.typed.items():
@@ -177,6 +242,7 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
     except UserError as error:
         raise UserError(f"{config.out}/config.json: {error}") from None
     resumed.typed = config.typed
+    check_needs(resumed)
     return resumed
 
 
@@ -291,14 +357,15 @@ def read_json(path: str | Path) -> Any:
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; the last one is left out if a kill cut it short."""
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [dict(json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to go on without") from None
 
 
 def trim_log(path: Path, key: str, last: int) -> None:
-    """Drop the lines of a log.jsonl behind the checkpoint that a run resumes from: they will be written
-    again.
-    """
-    kept = [line for line in read_log(path) if line[key] <= last]
+    """Drop the lines of a log.jsonl behind the checkpoint of a resumed run: they will be written again."""
+    kept = [line for line in read_log(path) if line.get(key, math.inf) <= last]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 

@@ -27,13 +27,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import UserError, read_json, write_json
+from common import UserError, check_names, read_json, write_json
 
 if TYPE_CHECKING:
     from model import Config
@@ -67,6 +67,7 @@ class Tokenizer:
 
         A piece seen fewer than 20 times stays bytes: its embedding would hardly be trained.
         """
+        # how often every piece occurs
         counts = Counter(piece for text in texts for piece in cls.PIECES.findall(" " + text))
         frequent = [piece for piece in counts if counts[piece] >= 20]
         frequent.sort(key=lambda piece: (-counts[piece], piece))
@@ -100,8 +101,9 @@ class Tokenizer:
         return b"".join(parts).decode("utf-8", "replace").removeprefix(" ")
 
     def encode_user_text(self, text: str, what: str) -> list[int]:
-        """A user's words in the form of the training text (lower case, punctuation apart) -> ids; UserError
-        if unusable.
+        """A user's words -> ids, in the form of the training text: lower case, punctuation apart.
+
+        UserError for words that are empty or too many.
         """
         words = re.findall(r"\w+|[^\w\s]", text.lower())
         ids = self.encode(" ".join(words))
@@ -114,9 +116,7 @@ class Tokenizer:
         return ids
 
     def prompt(self, task: str, reasoning: bool = True) -> list[int]:
-        """Instruction -> the ids that the chain of thought (or, without reasoning, the feature queries)
-        follows.
-        """
+        """Instruction -> the ids that the chain of thought follows; without reasoning the feature queries."""
         ids = [self.task, *self.encode_user_text(task, "instruction")]
         if reasoning:
             ids.append(self.reason)
@@ -153,8 +153,9 @@ class Tokenizer:
                 f"{folder} is no checkpoint (no tokenizer.json); run: python train.py --config small"
             )
         words = read_json(path)
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise UserError(f"{path} is no list of words; choose another checkpoint")
+        strings = isinstance(words, list) and all(isinstance(word, str) for word in words)
+        if not strings or len(set(words)) < len(words):
+            raise UserError(f"{path} is no list of different words; choose another checkpoint")
         return Tokenizer(words)
 
 
@@ -184,7 +185,7 @@ def pack(rows: list[list[Segment]]) -> dict[str, np.ndarray]:
             tokens[b, start:end] = prompt + target
             segments[b, start:end] = number
             positions[b, start:end] = np.arange(end - start)
-            labels[b, first_target - 1 : end - 1] = target
+            labels[b, first_target - 1 : end - 1] = target  # what follows the token at this place
             start = end
     return {"tokens": tokens, "segments": segments, "positions": positions, "labels": labels}
 
@@ -209,11 +210,13 @@ class Episodes:
     def __init__(self, folder: str | Path, cfg: Config, families: list[str] | None = None):
         """Open a data set; UserError shows both sides of what does not fit the model. families None: all."""
         self.cfg = cfg
+        self.folder = folder
         self.meta = read_meta(folder)
         self.images = open_images(folder, self.meta, cfg)
         self.state = open_array(folder, "state")  # (frames, S)
         self.action = open_array(folder, "action")  # (frames, A)
-        check_set(folder, self.meta, {"state": self.state, "action": self.action})
+        arrays = {"state": self.state, "action": self.action} | dict(zip(cfg.camera_names, self.images))
+        check_set(folder, self.meta, arrays)
         check_robot(folder, self.meta, cfg)
         self.episodes = usable_episodes(folder, self.meta, families)
         self.cache = None  # of a frozen VLM's query states, see cache_query_states()
@@ -255,15 +258,20 @@ class Episodes:
         return ",".join(f"{number:.6g}" for number in middle)
 
     def check_tasks(self, tokenizer: Tokenizer) -> None:
-        """UserError names the episode whose instruction the model cannot take."""
-        known = {}
-        for number, episode in enumerate(self.episodes):
-            known.setdefault(episode["task"], number)
-        for task, number in known.items():
+        """UserError names the episode whose instruction or reasoning the model cannot take."""
+        known = set()
+        for episode in self.episodes:
+            texts = {episode["task"], *(text for _, text in episode["reason"])} - known
+            known |= texts
             try:
-                tokenizer.prompt(task, self.cfg.reasoning)
+                if episode["task"] in texts:
+                    tokenizer.prompt(episode["task"], self.cfg.reasoning)
+                longest = max((len(tokenizer.reasoning_ids(text)) for text in texts), default=0)
+                if self.cfg.reasoning and longest > 4 * tokenizer.LONGEST:
+                    raise UserError(f"a reasoning of {longest} tokens is too long, use fewer words")
             except UserError as error:
-                raise UserError(f"episode {number} of the data set: {error}") from None
+                number = self.meta["episodes"].index(episode)
+                raise UserError(f"{self.folder}/meta.json: episode {number}: {error}") from None
 
     def texts(self) -> list[str]:
         """Every task and reasoning, for the tokenizer."""
@@ -281,7 +289,7 @@ class Episodes:
         """
         cfg = self.cfg
         M = cfg.noise_samples
-        picks = np.searchsorted(self.cumulative, rng.random(n))
+        picks = np.searchsorted(self.cumulative, rng.random(n))  # (n,), by the frames' weights
         eps = rng.standard_normal((n, M, cfg.chunk_size, cfg.action_dim), dtype=np.float32)
         t = flow_times(rng, (n, M))
         uniform = rng.random((n, cfg.queries), dtype=np.float32)
@@ -292,8 +300,7 @@ class Episodes:
     def samples(
         self, tokenizer: Tokenizer, picks: Sequence[int], older: np.ndarray | None = None
     ) -> dict[str, Tensor]:
-        """Frames by index -> images, text, state (B, S), actions (B, H, A), valid (B, H) (False behind the
-        end).
+        """Frames by index -> a batch: images, text, state (B, S), actions (B, H, A), valid (B, H).
 
         older (B,): images and text are those of so many control steps before, or of the episode's start;
         "age" (B,) says how many. Where query states are cached, "query_states" (B, Q, D) stand in place of
@@ -309,10 +316,11 @@ class Episodes:
             )
             batch["age"] = np.minimum(older, since_start)
             seen = picks - batch["age"]
+        # the chunk from each frame on; behind its end the last action is repeated and not valid
         steps = frames[:, None] + np.arange(self.cfg.chunk_size)  # (B, H)
         last = np.array([self.end[i] for i in picks])[:, None] - 1  # (B, 1)
-        batch["state"] = self.state[frames]
-        batch["actions"] = self.action[np.minimum(steps, last)]
+        batch["state"] = self.state[frames]  # (B, S)
+        batch["actions"] = self.action[np.minimum(steps, last)]  # (B, H, A)
         batch["valid"] = steps <= last
         if self.cache is None:
             batch |= self.prompts(tokenizer, seen)
@@ -328,7 +336,7 @@ class Episodes:
             target = tokenizer.reasoning_ids(reasoning) if self.cfg.reasoning else []
             rows.append([(tokenizer.prompt(task, self.cfg.reasoning), target)])
         frames = [self.frames[i] for i in picks]
-        images = np.stack([view[frames] for view in self.images], axis=1)
+        images = np.stack([view[frames] for view in self.images], axis=1)  # (B, V, px, px, 3)
         return pack(rows) | {"images": images}
 
     def cache_query_states(self, path: Path, shape: tuple[int, int], query_states_of: Callable) -> None:
@@ -349,7 +357,7 @@ class Episodes:
     def cached_query_states(self, tokenizer: Tokenizer, picks: np.ndarray) -> np.ndarray:
         """Query states (B, Q, D) float32 of frames by index, computed where the cache has none yet."""
         frames = np.array([self.frames[i] for i in picks])
-        new = np.flatnonzero(~self.cache["known"][frames])
+        new = np.flatnonzero(~self.cache["known"][frames])  # rows of the batch
         if len(new):
             states = self.query_states_of(to_tensors(self.prompts(tokenizer, picks[new])))
             self.cache["states"][frames[new]] = states.cpu().numpy()
@@ -375,22 +383,25 @@ def chunk_end(episode: dict, step: int) -> int:
 
 
 class Questions:
-    """Pictures with questions and answers: the multimodal part of the mix, and the held-out test of language
-    ability.
-    """
+    """Pictures with questions and answers: for the mix, and held out as a test of language ability."""
 
     def __init__(self, folder: str | Path, cfg: Config):
         """Open a question set; UserError shows both sides of what does not fit the model."""
-        self.meta = read_meta(folder)
+        self.path = Path(folder, "questions.json")
+        self.meta = read_meta(folder, questions=True)
         self.images = open_images(folder, self.meta, cfg)
-        self.questions = read_json(Path(folder, "questions.json"))
-        check_questions(Path(folder, "questions.json"), self.questions, len(self.images[0]))
+        self.questions = read_json(self.path)
+        check_questions(self.path, self.questions, len(self.images[0]))
         self.scenes = np.arange(len(self.questions))
 
     def drop_long(self, tokenizer: Tokenizer) -> None:
-        """Leave out questions with more tokens than the model is made for, and pictures left without one."""
+        """Leave out questions and answers that are longer than the model is made for, and pictures left
+        without one.
+        """
 
-        def fits(question: str) -> bool:
+        def fits(question: str, answer: str) -> bool:
+            if len(answer.encode()) > 4 * tokenizer.LONGEST:
+                return False
             if 2 * len(question.encode()) <= tokenizer.LONGEST:  # a byte with a space before it is two tokens
                 return True
             try:
@@ -398,11 +409,12 @@ class Questions:
             except UserError:
                 return False
 
-        self.questions = [[item for item in scene if fits(item[1])] for scene in self.questions]
+        self.questions = [[item for item in scene if fits(*item[1:])] for scene in self.questions]
         self.scenes = np.array([i for i, scene in enumerate(self.questions) if scene])
         if not len(self.scenes):
             raise UserError(
-                f"no question of the set has at most {tokenizer.LONGEST} tokens: use prepare.py --longest=100"
+                f"{self.path} has no question of at most {tokenizer.LONGEST} tokens: "
+                "make the set with prepare.py --longest=100"
             )
 
     def texts(self) -> list[str]:
@@ -422,8 +434,7 @@ class Questions:
         kinds: tuple[str, ...] | None = None,
         rows: slice = slice(None),
     ) -> dict[str, Tensor]:
-        """n random pictures, each with as many random questions as fit into `room` tokens (the keys of
-        SyVLA.forward).
+        """n random pictures, each with as many random questions as fit into `room` tokens.
 
         kinds: of question, None for all. Only `rows` of the batch are built.
         """
@@ -438,8 +449,7 @@ class Questions:
         return to_tensors(pack(packed) | {"images": images})
 
     def accuracy(self, answer: Callable, n: int = 2000, batch: int = 50) -> dict[str, dict]:
-        """Exact-match accuracy per kind of question on n fixed random questions; answer(images, questions) ->
-        strings.
+        """Exact-match accuracy per kind, on n fixed random questions; answer(images, questions) -> strings.
 
         -> {kind: {"accuracy", "n"}, ..., "all": ...}
         """
@@ -475,30 +485,40 @@ def fill_row(tokenizer: Tokenizer, items: list[list[str]], room: int) -> list[Se
 # Data sets on disk
 
 
-def check_questions(path: Path, scenes: list, pictures: int) -> None:
-    """The door for question sets: a list for every picture, of [kind, question, answer]."""
-    if len(scenes) != pictures:
-        raise UserError(f"{path} has questions for {len(scenes)} pictures, there are {pictures}")
-    for number, scene in enumerate(scenes):
-        for item in scene:
-            if len(item) != 3 or not all(isinstance(text, str) and text.strip() for text in item):
-                raise UserError(f"{path}: picture {number} has {item!r}, not [kind, question, answer]")
+def read_meta(folder: str | Path, questions: bool = False) -> dict:
+    """meta.json of a data set, or of a question set, which needs no more than cameras.
 
-
-def read_meta(folder: str | Path) -> dict:
-    """meta.json of a data set or question set; UserError says what to type where there is none."""
+    UserError says what to type where there is none, and names the entry that cannot be.
+    """
     path = Path(folder, "meta.json")
     if not path.is_file():
         raise UserError(f"{folder} is no data set (no meta.json); run: python prepare.py --config small")
     meta = read_json(path)
-    if not isinstance(meta, dict) or "cameras" not in meta:
-        raise UserError(f"{path} names no cameras; docs/data.md lists what it must hold")
+    needed = ["cameras"] if questions else ["cameras", "motors", "fps", "statistics", "episodes"]
+    if not isinstance(meta, dict):
+        raise UserError(f"{path} is no JSON object; docs/data.md lists what it must hold")
+    missing = [key for key in needed if key not in meta]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; docs/data.md lists what it must hold")
+    check_names(f"{path}: cameras", meta["cameras"])
+    if meta.get("grey"):
+        check_names(f"{path}: grey", meta["grey"])
+    if questions:
+        return meta
+    check_names(f"{path}: motors", meta["motors"])
+    if meta.get("state", ()) != []:
+        check_names(f"{path}: state", meta.get("state", meta["motors"]))
+    fps = meta["fps"]
+    if type(fps) not in (int, float) or not 1 <= fps <= 10_000 or fps != int(fps):
+        raise UserError(f"{path}: fps must be a whole number above 0, not {fps!r}")
+    meta["fps"] = int(fps)
     return meta
 
 
 def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]:
-    """The camera arrays (frames, px, px, 3) of a set, memory-mapped, in the model's order; grey where a set
-    lists a view as grey.
+    """The camera arrays (frames, px, px, 3) of a set, memory-mapped, in the model's order.
+
+    Views that a set lists as grey have no file and are plain grey. UserError shows both sides of a misfit.
     """
     wanted = cfg.camera_names
     missing = [camera for camera in wanted if camera not in meta["cameras"]]
@@ -511,14 +531,12 @@ def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]
     stored = {}
     for camera in wanted:
         if camera not in grey:
-            stored[camera] = open_array(folder, camera)
+            stored[camera] = open_images_of(folder, camera)
     if not stored:
         raise UserError(f"{folder} has no pictures of {wanted}; set --cameras or --mix=0")
     shapes = {camera: array.shape for camera, array in stored.items()}
-    for camera, array in stored.items():
-        check_images(f"{folder}/{camera}.npy", array)
     if len(set(shapes.values())) > 1:
-        raise UserError(f"{folder}: the cameras' arrays differ in shape: {shapes}")
+        raise UserError(f"{folder}: the cameras' arrays differ in shape: {shapes}; make the set again")
     shape = next(iter(shapes.values()))
     if shape[1] != cfg.image_size:
         raise UserError(
@@ -529,83 +547,153 @@ def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]
     return [stored.get(camera, blank) for camera in wanted]
 
 
+def open_images_of(folder: str | Path, camera: str) -> np.ndarray:
+    """The pictures of one camera (frames, px, px, 3), memory-mapped."""
+    array = open_array(folder, camera)
+    check_images(f"{folder}/{camera}.npy", array)
+    return array
+
+
 def open_array(folder: str | Path, name: str) -> np.ndarray:
     """One array of a set, memory-mapped; UserError where it is missing or damaged."""
     path = Path(folder, f"{name}.npy")
     try:
-        return np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); make the data set again") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is a .npz archive; write its array with np.save")
+    return array
 
 
-def check_images(path: str, x: np.ndarray) -> None:
+def check_images(where: str, x: np.ndarray) -> None:
     """UserError unless an array holds square colour pictures of whole grey values."""
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != x.shape[2] or x.shape[3] != 3:
-        raise UserError(f"{path} must be (frames, px, px, 3) uint8; it is {x.shape} {x.dtype}")
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != x.shape[2] or x.shape[3] != 3 or not x.size:
+        raise UserError(f"{where} must be (frames, px, px, 3) uint8; it is {x.shape} {x.dtype}")
+
+
+def check_numbers(where: str, x: np.ndarray, names: Sequence[str]) -> None:
+    """UserError unless an array holds a row of finite float32 numbers per frame, one for each name."""
+    if x.ndim != 2 or x.shape[1] != len(names) or x.dtype != np.float32 or not len(x):
+        raise UserError(
+            f"{where} must be (frames, {len(names)}) float32 for {list(names)}; it is {x.shape} {x.dtype}"
+        )
+    finite = np.isfinite(x).all(1)  # (frames,)
+    if not finite.all():
+        first = int(np.argmin(finite))
+        raise UserError(f"{where}: frame {first} is not finite: {x[first]}; repair it or leave it out")
+
+
+def check_questions(path: Path, scenes: Any, pictures: int) -> None:
+    """The door for question sets: a list for every picture, of [kind, question, answer]."""
+    if not isinstance(scenes, list) or not all(isinstance(scene, list) for scene in scenes):
+        raise UserError(f"{path} must be a list with a list for every picture; docs/data.md shows one")
+    if len(scenes) != pictures:
+        raise UserError(f"{path} has questions for {len(scenes)} pictures, there are {pictures}")
+    for number, scene in enumerate(scenes):
+        for item in scene:
+            texts = isinstance(item, list) and len(item) == 3 and all(is_text(text) for text in item)
+            if not texts:
+                said = repr(item)[:100]
+                raise UserError(f"{path}: picture {number} has {said}, not [kind, question, answer]")
 
 
 def check_set(where: str | Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
     """The door for data: everything that a data set must hold, checked before the first step of any work.
 
-    where: the folder, for messages. arrays: state (frames, S), action (frames, A), and cameras (frames, px,
-    px, 3) if they are to be checked, too. UserError names the file and the entry of the first thing that
-    cannot be right.
+    where: the folder, for messages. meta: as read_meta() takes it. arrays: state (frames, S), action
+    (frames, A), and the cameras' (frames, px, px, 3). UserError names the file and the entry of the first
+    thing that cannot be right.
     """
-    missing = {"motors", "statistics", "episodes", "fps"} - meta.keys()
-    if missing:
-        raise UserError(
-            f"{where}/meta.json lacks {', '.join(sorted(missing))}; docs/data.md lists what it must hold"
-        )
-    if not isinstance(meta["fps"], (int, float)) or not meta["fps"] > 0:
-        raise UserError(f"{where}/meta.json: fps must be a number above 0, not {meta['fps']!r}")
     names = {"action": meta["motors"], "state": meta.get("state") or meta["motors"]}
-    for name, words in names.items():
-        x = arrays[name]
-        if x.ndim != 2 or x.shape[1] != len(words) or x.dtype.kind != "f":
-            raise UserError(
-                f"{where}/{name}.npy must be (frames, {len(words)}) numbers for {words}; "
-                f"it is {x.shape} {x.dtype}"
-            )
-        if len(set(words)) < len(words):
-            raise UserError(f"{where}/meta.json names a number of {name} twice: {words}")
-        finite = np.isfinite(x).all(1)  # (frames,)
-        if not finite.all():
-            raise UserError(
-                f"{where}/{name}.npy: frame {int(np.argmin(finite))} is not finite: {x[np.argmin(finite)]}"
-            )
-        ends = meta["statistics"][name]
-        if not all(low <= high for low, high in zip(ends["q01"], ends["q99"], strict=True)):
-            raise UserError(f"{where}/meta.json: q01 of {name} lies above q99; make the data set again")
     for name, x in arrays.items():
-        if name not in names:
+        if name in names:
+            check_numbers(f"{where}/{name}.npy", x, names[name])
+        else:
             check_images(f"{where}/{name}.npy", x)
     lengths = {name: len(x) for name, x in arrays.items()}
     if len(set(lengths.values())) > 1:
-        raise UserError(f"{where}: arrays of different numbers of frames: {lengths}")
-    end = 0
-    for number, episode in enumerate(sorted(meta["episodes"], key=lambda episode: episode.get("start", -1))):
-        check_episode(f"{where}/meta.json: episode {number}", episode, end, len(arrays["state"]))
-        end = episode["start"] + episode["length"]
+        raise UserError(f"{where}: arrays of different numbers of frames: {lengths}; make the set again")
+    for name in names:
+        check_statistics(f"{where}/meta.json", name, meta["statistics"], arrays[name])
+    check_episodes(f"{where}/meta.json", meta["episodes"], len(arrays["state"]))
 
 
-def check_episode(where: str, episode: dict, first: int, frames: int) -> None:
-    """One entry of meta.json; it may not begin before frame `first`, where the one before it ends."""
-    missing = {"start", "length", "task", "reason", "success"} - episode.keys()
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
-    start, length = episode["start"], episode["length"]
-    if not first <= start < start + length <= frames:
-        raise UserError(
-            f"{where} is frames {start} to {start + length}, the set has {frames} and {first} are taken"
+def check_statistics(path: str, name: str, said: Any, x: np.ndarray) -> None:
+    """UserError unless the statistics in meta.json are those of the array (frames, D).
+
+    Others, as of another set or of one that has changed since, would scale what the policy learns.
+    """
+    real = statistics(x)
+    tolerance = 1e-3 * np.ptp(x, axis=0) + 1e-4 * np.abs(x).max(axis=0) + 1e-9  # (D,)
+    try:
+        fits = all(
+            np.all(np.abs(np.asarray(said[name][key], np.float64) - real[key]) <= tolerance)
+            and len(said[name][key]) == x.shape[1]
+            for key in ("min", "max", "q01", "q99")
         )
-    if not isinstance(episode["task"], str) or not episode["task"].strip():
+    except (TypeError, KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{path}: the statistics of {name} are not those of {name}.npy; make the data set again"
+        )
+
+
+def is_text(x: Any) -> bool:
+    """Is this a string with something in it?"""
+    return isinstance(x, str) and bool(x.strip())
+
+
+def is_row(x: Any, *kinds: type) -> bool:
+    """Is this a list of entries of these types?"""
+    return isinstance(x, (list, tuple)) and [type(entry) for entry in x] == [*kinds]
+
+
+def check_episodes(path: str, episodes: Any, frames: int) -> None:
+    """The entries of meta.json, one by one, and that no two of them share a frame."""
+    if not isinstance(episodes, list) or not episodes:
+        raise UserError(f"{path}: episodes must be a list with one entry at least")
+    for number, episode in enumerate(episodes):
+        check_episode(f"{path}: episode {number}", episode, frames)
+    order = sorted(range(len(episodes)), key=lambda number: episodes[number]["start"])
+    for before, after in zip(order, order[1:]):
+        end = episodes[before]["start"] + episodes[before]["length"]
+        if episodes[after]["start"] < end:
+            raise UserError(
+                f"{path}: episode {after} begins at frame {episodes[after]['start']}, "
+                f"episode {before} ends at {end}: they overlap"
+            )
+
+
+def check_episode(where: str, episode: Any, frames: int) -> None:
+    """One entry of meta.json of a set with so many frames."""
+    needed = {"start": int, "length": int, "task": str, "reason": list, "success": bool}
+    optional = {"family": str, "kind": str, "disturbed": list}
+    if not isinstance(episode, dict):
+        raise UserError(f"{where} is no JSON object but {episode!r}"[:200])
+    missing = needed.keys() - episode.keys()
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(sorted(missing))}; docs/data.md lists what it must hold")
+    for key, kind in (needed | optional).items():
+        if key in episode and type(episode[key]) is not kind:
+            raise UserError(f"{where}: {key} must be {kind.__name__}, not {episode[key]!r}"[:200])
+    start, length = episode["start"], episode["length"]
+    if not 0 <= start < start + length <= frames:
+        raise UserError(f"{where} is frames {start} to {start + length}, the set has {frames}")
+    if not episode["task"].strip():
         raise UserError(f"{where} has no instruction: its task is {episode['task']!r}")
-    steps = [step for step, _ in episode["reason"]]
-    spans = [*episode.get("disturbed", ())]
-    if steps != sorted(set(steps)) or any(not 0 <= step < length for step in steps):
-        raise UserError(f"{where}: steps of its reason must rise from 0 to {length - 1}; they are {steps}")
-    if any(not 0 <= begin < end <= length for begin, end in spans):
-        raise UserError(f"{where}: disturbed must be spans within {length} steps; it is {spans}")
+    steps = [entry[0] for entry in episode["reason"] if is_row(entry, int, str)]
+    rising = steps == sorted(set(steps)) and all(0 <= step < length for step in steps)
+    if len(steps) < len(episode["reason"]) or not rising:
+        raise UserError(
+            f"{where}: reason must be [step, text] pairs with steps rising from 0 to {length - 1}; "
+            f"it is {episode['reason']}"[:300]
+        )
+    # a span may reach beyond a short episode's end: what was planned need not have happened
+    spans = episode.get("disturbed", [])
+    if not all(is_row(span, int, int) and 0 <= span[0] < span[1] for span in spans):
+        raise UserError(f"{where}: disturbed must be [first, end] pairs of steps; it is {spans}"[:300])
 
 
 def data_id(meta: dict) -> str:
@@ -625,8 +713,9 @@ def check_robot(folder: str | Path, meta: dict, cfg: Config) -> None:
 
 
 def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) -> list[dict]:
-    """The successful episodes of some families; UserError where one has none. (A `start` episode is a few
-    good steps.)
+    """The successful episodes of some families; UserError where one has none.
+
+    A `start` episode is a few good steps and need not succeed.
     """
     usable = [e for e in meta["episodes"] if e["success"] or e.get("kind") == "start"]
     known = sorted({episode.get("family", "") for episode in usable})
@@ -668,31 +757,79 @@ def save_episodes(
     folder = Path(folder)
     if (folder / "meta.json").is_file():
         raise UserError(f"{folder} already holds a data set; delete it or choose another folder")
-    if not episodes:
-        raise UserError("there is no episode to save")
+    if not isinstance(episodes, (list, tuple)) or not episodes:
+        raise UserError("there is no episode to save: episodes must be a list with one at least")
+    check_names("cameras", cameras)
+    check_names("motors", motors)
+    if set(cameras) & {"state", "action"}:
+        raise UserError("a camera cannot be named state or action: these are other arrays of the set")
+    names = {"state": list(state) or list(motors), "action": list(motors)}
     entries = []
+    pieces = {name: [] for name in (*names, *cameras)}
     start = 0
     for number, episode in enumerate(episodes):
-        lengths = {name: len(episode[name]) for name in ("state", "action")}
-        lengths |= {camera: len(episode["images"][camera]) for camera in cameras}
-        if len(set(lengths.values())) > 1:
-            raise UserError(f"episode {number} has different numbers of frames: {lengths}")
+        arrays, said = split_episode(f"episode {number}", episode, cameras, names)
+        length = len(arrays["state"])
         defaults = {"reason": [], "success": True, "seed": number, "family": "demo", "kind": "demo"}
-        said = {name: value for name, value in episode.items() if name not in ("images", "state", "action")}
-        entries.append({"start": start, "length": lengths["state"]} | defaults | said)
-        start += lengths["state"]
-    arrays = {}
-    for name in ("state", "action"):
-        arrays[name] = np.concatenate([np.asarray(episode[name], np.float32) for episode in episodes])
+        entries.append(defaults | said | {"start": start, "length": length})
+        check_episode(f"episode {number}", entries[-1], start + length)
+        start += length
+        for name, array in arrays.items():
+            pieces[name].append(array)
+    sizes = {piece.shape[1:] for camera in cameras for piece in pieces[camera]}
+    if len(sizes) > 1:
+        raise UserError(f"all pictures of all episodes must have one size: {sorted(sizes)}")
+    arrays = {name: np.concatenate(found) for name, found in pieces.items()}
     meta = {"cameras": list(cameras), "motors": list(motors), "fps": fps}
     if state:
         meta["state"] = list(state)
-    meta["statistics"] = {name: statistics(array) for name, array in arrays.items()}
+        check_names("state", state)
+    if type(fps) is not int or fps < 1:
+        raise UserError(f"fps must be a whole number above 0, not {fps!r}")
+    meta["statistics"] = {name: statistics(arrays[name]) for name in names}
     meta["episodes"] = entries
-    for camera in cameras:
-        arrays[camera] = np.concatenate([episode["images"][camera] for episode in episodes])
     check_set(folder, meta, arrays)
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     write_json(folder / "meta.json", meta)  # last: a folder without it is no data set
+
+
+def split_episode(
+    where: str, episode: Any, cameras: Sequence[str], names: dict[str, list[str]]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """An episode of save_episodes() -> its arrays, and what else meta.json should say of it."""
+    if not isinstance(episode, dict) or not {"images", "state", "action", "task"} <= episode.keys():
+        raise UserError(f"{where} must be a dict with images, state, action and task")
+    images = episode["images"]
+    missing = [camera for camera in cameras if not isinstance(images, dict) or camera not in images]
+    if missing:
+        raise UserError(f"{where}: images must be {{camera: pictures}}; {', '.join(missing)} is missing")
+    arrays = {}
+    for name, words in names.items():
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is told
+            numbers = as_array(f"{where}: {name}", episode[name]).astype(np.float32)
+        check_numbers(f"{where}: {name}", numbers, words)
+        arrays[name] = numbers
+    for camera in cameras:
+        arrays[camera] = as_array(f"{where}: {camera}", images[camera])
+        check_images(f"{where}: {camera}", arrays[camera])
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"{where} has different numbers of frames: {lengths}")
+    said = {}
+    for name, value in episode.items():
+        if name not in ("images", "state", "action"):
+            said[name] = value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+    return arrays, said
+
+
+def as_array(what: str, x: Any) -> np.ndarray:
+    """Anything -> an array of real numbers; UserError where it is none."""
+    try:
+        x = np.asarray(x)
+    except ValueError:  # rows of different lengths
+        x = np.asarray(None)
+    if x.dtype.kind not in "fiub":
+        raise UserError(f"{what} must be an array of numbers; it is {x.shape} {x.dtype}")
+    return x

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sim_env
-from common import Stopwatch, UserError, write_json
+from common import Stopwatch, UserError, check_names, write_json
 from sim_env import FPS, SEEDS, SPLITS
 
 EVAL = f"[0, {len(SEEDS['report'])}]"  # options that count episodes: there are as many scenes
@@ -76,8 +76,8 @@ def environment_class(name: str) -> type:
         raise UserError(
             f"--env={name}: the class attribute families must be {{task family: most control steps}}"
         )
-    if not isinstance(state_names(cls), (tuple, list)):
-        raise UserError(f"--env={name}: the class attribute state must be a tuple of names, as motors is")
+    for attribute in ("cameras", "motors", "state"):
+        check_names(f"--env={name}: the class attribute {attribute}", getattr(cls, attribute, cls.motors))
     return cls
 
 
@@ -89,6 +89,7 @@ def state_names(cls: type) -> Sequence[str]:
 def check_families(families: Sequence[str], env: str) -> None:
     """UserError for task families that an environment does not have."""
     known = environment_class(env).families
+    check_names("families", families)
     unknown = [family for family in families if family not in known]
     if unknown:
         raise UserError(
@@ -110,13 +111,28 @@ class ChunkedEnv:
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         family = (options or {}).get("family")
         self.limit = self.env.families.get(family, max(self.env.families.values()))
-        self.obs, info = self.env.reset(seed=seed, options=options)
+        _, info = self._keep("reset", self.env.reset(seed=seed, options=options), 2)
         self.steps = 0
-        missing = [key for key in ("images", "state", "task") if key not in self.obs]
-        missing = missing or [camera for camera in self.env.cameras if camera not in self.obs["images"]]
-        if missing:
-            raise UserError(f"{type(self.env).__name__}.reset() gives an observation without {missing}")
         return self.obs, self._info(info, False, 0)
+
+    def _keep(self, method: str, returned: Any, n: int) -> tuple:
+        """What the environment's method returned, if it is what Gymnasium's does; its observation is kept."""
+        where = f"{type(self.env).__name__}.{method}()"
+        if not isinstance(returned, tuple) or len(returned) != n or not isinstance(returned[-1], dict):
+            raise UserError(
+                f"{where} must return {n} values, the first an observation, the last an info dict"
+            )
+        obs = returned[0]
+        if not isinstance(obs, dict):
+            raise UserError(f"{where} must give a dict as observation, not {type(obs).__name__}")
+        missing = [key for key in ("images", "state", "task") if key not in obs]
+        missing = missing or [camera for camera in self.env.cameras if camera not in obs["images"]]
+        if missing:
+            raise UserError(f"{where} gives an observation without {missing}")
+        if not isinstance(obs["task"], str) or not obs["task"].strip():
+            raise UserError(f"{where} gives no instruction: its task is {obs['task']!r}")
+        self.obs = obs
+        return returned
 
     def _info(self, info: dict, terminated: bool, executed: int) -> dict:
         success = bool(info.get("success", info.get("is_success", terminated)))
@@ -130,16 +146,20 @@ class ChunkedEnv:
         actions = np.asarray(actions, np.float32)[: self.limit - self.steps]
         before = self.steps
         if hasattr(self.env, "step_chunk"):
-            self.obs, total, terminated, truncated, info = self.env.step_chunk(actions)
+            returned = self._keep("step_chunk", self.env.step_chunk(actions), 5)
+            _, total, terminated, truncated, info = returned
             self.steps += info.get("executed", len(actions))
         else:
             total = 0.0
             for action in actions:
-                self.obs, reward, terminated, truncated, info = self.env.step(action)
+                returned = self._keep("step", self.env.step(action), 5)
+                _, reward, terminated, truncated, info = returned
                 self.steps += 1
                 total += float(reward)
                 if terminated or truncated:
                     break
+        if not math.isfinite(total):
+            raise UserError(f"{type(self.env).__name__} gives a reward of {total}; it must be finite")
         truncated = bool(truncated) or (self.steps >= self.limit and not terminated)
         info = self._info(info, bool(terminated), self.steps - before)
         return self.obs, float(total), bool(terminated), truncated, info
@@ -175,9 +195,7 @@ ANSWER_SECONDS = 600  # a worker that is silent for so long has an environment t
 
 
 def serve() -> None:
-    """Body of a worker process: answer pickled requests (method, {arm: arguments}) on standard input until it
-    closes.
-    """
+    """Body of a worker process: answer pickled requests (method, {arm: arguments}) until the input closes."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what an environment prints must not end up among the answers
     n, name, options = pickle.load(requests)
@@ -291,9 +309,9 @@ class VecEnv:
                     )
                 self.images[arm, view] = image
         state = np.asarray(obs["state"])
-        if state.shape != self.state.shape[1:]:
+        if state.shape != self.state.shape[1:] or state.dtype.kind not in "fiub":
             raise UserError(
-                f"the environment's state has shape {state.shape}, "
+                f"the environment's state is {state.shape} {state.dtype}, "
                 f"its class names {self.state.shape[1]} numbers"
             )
         if not np.isfinite(state).all():
@@ -522,7 +540,7 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a success rate -> (low, high)."""
-    z = 1.959964
+    z = 1.959964  # the normal distribution's 97.5th percentile
     p = successes / n
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -530,17 +548,13 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 def target_of(reasoning: str | None) -> tuple[str, str] | None:
-    """The (cube colour, pad number) that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red",
-    "2").
-    """
+    """The cube and pad that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
     named = re.search(r"is pad (\d) , (\w+) cube", reasoning or "")
     return (named[2], named[1]) if named else None
 
 
 def latency(policy: Any, family: str, env: str = "sim", n: int = 30) -> dict[str, float]:
-    """Median milliseconds of one policy.act on a single observation, over n of them -> {stage: ms, ...,
-    "total": ms}.
-    """
+    """Median milliseconds of one policy.act on a single observation -> {stage: ms, ..., "total": ms}."""
     decide = policy_fn(policy, env)
     vec = VecEnv(1, 1, env, policy.cfg.image_size)
     samples = []
@@ -575,13 +589,18 @@ def evaluate(
     successful episodes), "ms_per_chunk" (at batch 1), "ms_by_stage"}}}; target_at_0 and reasoning are None
     for a policy that does not reason.
     """
-    if n > len(SEEDS[seeds]):
-        raise UserError(f"there are {len(SEEDS[seeds])} {seeds} seeds, not {n}")
+    if seeds not in SEEDS or not 1 <= n <= len(SEEDS[seeds]):
+        raise UserError(
+            f"n must lie in [1, {len(SEEDS['report'])}] and seeds in {list(SEEDS)}: {n} {seeds!r}"
+        )
     check_families(families, env)
     known = getattr(environment_class(env), "splits", ("id",))
+    if not set(splits) & set(known):
+        raise UserError(f"--env={env} has no split {', '.join(splits)}: set --splits to some of {known}")
     results = {}
     for family in families:
         results[family] = {}
+        # milliseconds first: a policy that does not fit the environment is told within a second
         stages = latency(policy, family, env)
         total = stages.pop("total")
         wanted = ["id"] if family == "tiny" else [split for split in splits if split in known]
@@ -609,6 +628,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
     n = len(episodes)
     won = [episode.steps for episode in episodes if episode.success]
     low, high = wilson(len(won), n)
+    # what the policy and a teacher reasoned about the first picture
     first = [(episode.extras[0], episode.teacher_reasoning) for episode in episodes]
     reasons = any(text for text, _ in first)
     named = float(np.mean([target_of(own) == target_of(teachers) for own, teachers in first]))
@@ -679,9 +699,7 @@ def draw_frame(
     note: str = "",
     px: int = 256,
 ) -> Image.Image:
-    """The first two views with the instruction, the reasoning and a bar per feature query state (0..1)
-    underneath.
-    """
+    """The first two views, and underneath instruction, reasoning and a bar per feature query state (0..1)."""
     frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
     for i, camera in enumerate(cameras[:2]):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
@@ -709,6 +727,7 @@ def save_film(frames: Sequence[Image.Image], folder: str | Path, title: str) -> 
     letters = "".join(c if c.isascii() and c.isalnum() else " " for c in title)
     path = Path(folder) / ("_".join(letters.split())[:60] or "task")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # GIFs have 256 colours; 128 without dithering make small files
     palette = [frame.quantize(128, dither=Image.Dither.NONE) for frame in frames]
     gif = path.with_name(f"{path.name}.gif")
     palette[0].save(gif, save_all=True, append_images=palette[1:], duration=1000 // FPS, loop=0)

@@ -40,12 +40,13 @@ from common import (
     UserError,
     atomic_path,
     check_options,
+    choose_device,
     mark,
     opt,
     read_checkpoint_config,
     write_json,
 )
-from data import Tokenizer
+from data import Tokenizer, as_array
 
 DenoisingStep = Callable[
     [int, Tensor, Tensor], Tensor
@@ -66,57 +67,72 @@ RMS_EPS = torch.finfo(
 class Config:
     """What shapes the weights or the way a policy acts; every checkpoint keeps it as config.json."""
 
-    cameras: str = opt("", "camera roles, in the order the model sees them (default: the data set's)")
-    patch_size: int = opt(6, "pixels per side of a vision patch", "[1, inf)")
-    pixel_shuffle: int = opt(4, "k: k x k neighbouring patches become one visual token", "[1, inf)")
-    width: int = opt(128, "language model width D", "[1, inf)")
-    depth: int = opt(3, "language model blocks", "[1, inf)")
-    heads: int = opt(4, "language model query heads", "[1, inf)")
+    cameras: str = opt(
+        "", "camera roles, in the order the model sees them (default: the data set's)", many=True
+    )
+    patch_size: int = opt(6, "pixels per side of a vision patch", "[1, 1024]")
+    pixel_shuffle: int = opt(4, "k: k x k neighbouring patches become one visual token", "[1, 64]")
+    width: int = opt(128, "language model width D", "[1, 16384]")
+    depth: int = opt(3, "language model blocks", "[1, 256]")
+    heads: int = opt(4, "language model query heads", "[1, 256]")
     backbone: str = opt(
         "", "pretrained VLM, a hub name or a folder; it fixes the VLM's shapes. Empty: from nothing"
     )
-    lora: int = opt(0, "rank of LoRA on the backbone's frozen language model; 0: trained whole", "[0, inf)")
-    queries: int = opt(20, "Q, feature query tokens (paper: 20)", "[2, inf)")
-    expert_width: int = opt(128, "action expert width", "[1, inf)")
-    expert_depth: int = opt(3, "action expert blocks", "[1, inf)")
-    expert_heads: int = opt(4, "action expert heads", "[1, inf)")
-    chunk_size: int = opt(8, "H, control steps predicted at once", "[1, inf)")
-    n_action_steps: int = opt(4, "control steps executed before looking again", "[1, inf)")
-    denoise_steps: int = opt(5, "K, Euler steps of the flow sampler", "[1, inf)")
+    lora: int = opt(
+        0,
+        "rank of LoRA on the backbone's frozen language model; 0: trained whole",
+        "[0, 4096]",
+        needs="backbone|init_from",
+    )
+    queries: int = opt(20, "Q, feature query tokens (paper: 20)", "[2, 1024]")
+    expert_width: int = opt(128, "action expert width", "[1, 16384]")
+    expert_depth: int = opt(3, "action expert blocks", "[1, 256]")
+    expert_heads: int = opt(4, "action expert heads", "[1, 256]")
+    chunk_size: int = opt(8, "H, control steps predicted at once", "[1, 1024]")
+    n_action_steps: int = opt(4, "control steps executed before looking again", "[1, 1024]")
+    denoise_steps: int = opt(5, "K, Euler steps of the flow sampler", "[1, 1024]")
     temperature: float = opt(
-        0.0, "scale of the sampler's starting noise: 0 acts by its mode, 1 by all of it", "[0, inf)"
+        0.0, "scale of the sampler's starting noise: 0 acts by its mode, 1 by all of it", "[0, 10]"
     )
     reasoning: bool = opt(
         True, "write the chain of thought before the feature queries (paper: think before act)"
     )
-    max_reasoning_tokens: int = opt(24, "longest chain of thought that is generated, tokens", "[0, inf)")
+    max_reasoning_tokens: int = opt(
+        24, "longest chain of thought that is generated, tokens", "[0, 4096]", needs="reasoning"
+    )
     decouple: str = opt("gradient", "intention decoupling, or a control of it", DECOUPLE)
     decouple_percentile: float = opt(
-        5.0, "query states scoring under this percentile are masked to zero", "[0, 100)"
+        5.0,
+        "query states scoring under this percentile are masked to zero",
+        "[0, 100)",
+        needs="not decouple=off",
     )
     decouple_scope: str = opt(
-        "sample", "where the percentile is taken; batch: of one process", ("sample", "batch")
+        "sample",
+        "where the percentile is taken; batch: of one process",
+        ("sample", "batch"),
+        needs="not decouple=off",
     )
-    noise_samples: int = opt(4, "M, noise samples (eps, t) per observation", "[1, inf)")
-    stale: int = opt(0, "the expert learns from query states up to this many control steps old", "[0, inf)")
+    noise_samples: int = opt(4, "M, noise samples (eps, t) per observation", "[1, 1024]")
+    stale: int = opt(0, "the expert learns from query states up to this many control steps old", "[0, 1024]")
 
     # Set by presets, data sets and backbones, not on the command line
     motors: str = opt(
-        "shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper"
+        "shoulder_pan,shoulder_lift,elbow_flex,wrist_flex,wrist_roll,gripper", many=True
     )  # what an action moves
-    state: str = opt("")  # names of the state's numbers; empty: the motors' positions
-    fps: int = opt(10)  # control steps a second, as recorded
+    state: str = opt("", many=True)  # names of the state's numbers; empty: the motors' positions
+    fps: int = opt(10, allowed="[1, 10000]")  # control steps a second, as recorded
     fit: str = opt("")  # how camera pictures became square: crop, stretch, or empty: they were
     home: str = opt("")  # where demonstrations begin: the state's numbers, with commas; empty: unknown
-    image_size: int = opt(96)  # pixels per side of a camera image
-    vision_width: int = opt(48)
-    mlp_width: int = opt(256)  # language model SwiGLU width
-    vocab_size: int = opt(512)  # rows of the token embedding
-    kv_heads: int = opt(2)  # language model key/value heads (grouped queries)
+    image_size: int = opt(96, allowed="[1, 4096]")  # pixels per side of a camera image
+    vision_width: int = opt(48, allowed="[2, 65536]")
+    mlp_width: int = opt(256, allowed="[1, 65536]")  # language model SwiGLU width
+    vocab_size: int = opt(512, allowed="[1, inf)")  # rows of the token embedding
+    kv_heads: int = opt(2, allowed="[1, 256]")  # language model key/value heads (grouped queries)
     qk_norm: bool = opt(True)  # RMS-normalise queries and keys per head
-    norm_eps: float = opt(RMS_EPS)  # language model RMSNorm
+    norm_eps: float = opt(RMS_EPS, allowed="[0, 1]")  # language model RMSNorm
     tied: bool = opt(False)  # the output layer is the token embedding
-    rope_theta: float = opt(10000.0)  # rotary embedding base
+    rope_theta: float = opt(10000.0, allowed="[1, inf)")  # rotary embedding base
 
     typed: ClassVar[dict[str, Any]] = {}  # what stood on the command line
 
@@ -143,8 +159,6 @@ class Config:
             raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size})"
             )
-        if self.lora and not self.backbone:
-            raise UserError("lora adapts a pretrained language model; add --backbone=... or leave --lora out")
 
     @property
     def camera_names(self) -> list[str]:
@@ -176,6 +190,11 @@ class Config:
         for old, new in RENAMED.items():
             if old in values:
                 values[new] = values.pop(old)
+        if values.get("format", 1) not in (1, FORMAT):
+            raise UserError(f"format {values['format']!r} is not known here; update the program")
+        missing = [name for name in ("width", "chunk_size") if name not in values]
+        if missing:
+            raise UserError(f"{', '.join(missing)} is missing; choose a checkpoint that train.py wrote")
         if values.get("format", 1) == 1 and isinstance(config, dict):
             values["norm_eps"] = values.get("norm_eps") or RMS_EPS
             if (
@@ -191,12 +210,25 @@ class Config:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Config":
-        """The model's share of a checkpoint's config.json; UserError names the file."""
+        """The model's share of a checkpoint's config.json; UserError names the file.
+
+        The door for checkpoints: every program comes by here, and by SyVLA.load_weights() for the tensors.
+        """
         config = read_checkpoint_config(folder)
+        path = Path(folder, "tokenizer.json")
+        if not path.is_file():
+            raise UserError(f"{folder} lacks tokenizer.json; copy the whole folder of the checkpoint")
+        if config.get("tokenizer", text_id(path.read_bytes())) != text_id(path.read_bytes()):
+            raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
         try:
             return cls.pick(config)
         except UserError as error:
             raise UserError(f"{folder}/config.json: {error}") from None
+
+
+def text_id(content: bytes) -> str:
+    """Twelve hex digits that name the content of a file."""
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 RENAMED = {
@@ -754,6 +786,27 @@ def scale_of(statistics: dict[str, list[float]]) -> tuple[Tensor, Tensor, Tensor
     return low.float(), high.float(), limit.float()
 
 
+def to_tensor(what: str, x: Any, device: torch.device) -> Tensor:
+    """Array, tensor or nested lists of numbers -> a tensor on a device; UserError where it is none."""
+    if not isinstance(x, Tensor):
+        x = as_array(what, x)
+        x = torch.from_numpy(np.ascontiguousarray(x.astype(x.dtype.newbyteorder("="))))
+    return x.to(device)
+
+
+def check_texts(what: str, texts: Any, rows: int) -> None:
+    """UserError unless there is a list with a string for every row."""
+    is_list = isinstance(texts, (list, tuple))
+    if not is_list or len(texts) != rows or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{what} must be a list of {rows} strings, one for each row; got {texts!r}"[:300])
+
+
+def check_whole(what: str, x: Any, least: int) -> None:
+    """UserError unless x is a whole number, `least` or more."""
+    if not isinstance(x, (int, np.integer)) or x < least:
+        raise UserError(f"{what} must be a whole number from {least} on; got {x!r}")
+
+
 class SyVLA(nn.Module):
     """VLM + feature queries + adapter + action expert, with the data's normalisation statistics as buffers.
 
@@ -864,6 +917,17 @@ class SyVLA(nn.Module):
         """Scaled values, kept within what was recorded."""
         limit = getattr(self, f"{name}_limit")
         return torch.minimum(torch.maximum(x, -limit), limit)
+
+    def clipped(self, actions: np.ndarray) -> str:
+        """Which share of recorded actions (N, A) lies beyond the limits, as in "gripper 45.0 %", or "none".
+
+        Training would teach the limit in their place.
+        """
+        limit = self.action_limit.cpu()
+        scaled = self.scale(torch.tensor(actions).to(self.action_limit), "action").cpu()  # (N, A)
+        share = (scaled.abs() > limit * (1 + 1e-4)).float().mean(0).tolist()
+        names = self.cfg.motor_names
+        return ", ".join(f"{name} {part:.1%}" for name, part in zip(names, share) if part) or "none"
 
     def normalise(self, x: Tensor, name: str) -> Tensor:
         """State or action in LeRobot units -> scaled and clipped."""
@@ -1066,6 +1130,8 @@ class SyVLA(nn.Module):
         texts in place of the policy's own. Raises UserError for inputs of other shapes or types.
         """
         images, state = self.check_inputs(images, state, task)
+        if reasoning is not None:
+            check_texts("reasoning", reasoning, len(images))
         texts, query_states = self.reason(images, task, reasoning)
         return self.plan(query_states, state, seed), texts
 
@@ -1083,15 +1149,24 @@ class SyVLA(nn.Module):
         State and chunk in LeRobot units. age (B,) of the query states in control steps; an expert that learnt
         from fresh ones only is not told. step: as denoise() takes it, by default Euler's.
         """
-        device = query_states.device
-        state = torch.as_tensor(state, dtype=torch.float32, device=device)
-        generator = torch.Generator().manual_seed(
-            seed
-        )  # on the CPU: a seed means the same noise on every device
+        device = self.vlm.queries.device
+        query_states = to_tensor("query_states", query_states, device).float()
+        state = self.check_state(state)
+        expected = (len(state), self.cfg.queries, self.cfg.width)
+        if tuple(query_states.shape) != expected or not torch.isfinite(query_states).all():
+            raise UserError(
+                f"query_states must be {expected} finite numbers of reason(); got {tuple(query_states.shape)}"
+            )
+        check_whole("seed", seed, -(2**63))
+        # on the CPU: a seed means the same noise on every device
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(state), self.cfg.chunk_size, self.cfg.action_dim, generator=generator)
         noise = self.cfg.temperature * noise.to(device)
         if age is not None:
-            age = torch.as_tensor(age, dtype=torch.long, device=device).clamp(0, self.cfg.stale)
+            age = to_tensor("age", age, device)
+            if tuple(age.shape) not in ((1,), (len(state),)) or not torch.isfinite(age).all():
+                raise UserError(f"age must be ({len(state)},) control steps; got {tuple(age.shape)}")
+            age = age.long().clamp(0, self.cfg.stale)
         if not self.cfg.stale:
             age = None
         chain = self.denoise(
@@ -1104,49 +1179,66 @@ class SyVLA(nn.Module):
     @torch.inference_mode()
     def answer(self, images: Any, questions: list[str], limit: int = 24) -> list[str]:
         """Answers to B questions about images (B, V, px, px, 3) uint8, at most `limit` tokens each."""
-        images = torch.as_tensor(np.asarray(images)).to(self.vlm.queries.device)
+        images = self.check_images(images)
+        check_texts("questions", questions, len(images))
+        check_whole("limit", limit, 1)
         visual = self.vlm.encode_images(images)
         prompts = [self.tokenizer.question(question) for question in questions]
         written, _ = self.vlm.generate(visual, prompts, self.tokenizer.end_answer, limit)
         end = self.tokenizer.end_reasoning  # closes the answer to an instruction
         return [self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids) for ids in written]
 
-    def check_inputs(self, images: Any, state: Any, task: list[str]) -> tuple[Tensor, Tensor]:
-        """Images and state as tensors on the model's device; UserError shows both sides of a misfit."""
+    def check_images(self, images: Any) -> Tensor:
+        """Images as a tensor on the model's device; UserError shows both sides of a misfit.
+
+        A pretrained VLM answers about any number of pictures of any size.
+        """
         cfg = self.cfg
-        device = self.vlm.queries.device
-        images = torch.as_tensor(np.asarray(images)).to(device)
-        state = torch.as_tensor(np.asarray(state), dtype=torch.float32).to(device)
+        images = to_tensor("images", images, self.vlm.queries.device)
         expected = (len(cfg.camera_names), cfg.image_size, cfg.image_size, 3)
-        if tuple(images.shape[1:]) != expected or images.dtype != torch.uint8:
+        fits = images.ndim == 5 and images.shape[-1] == 3 and len(images) > 0
+        if not fits or images.dtype != torch.uint8 or not (cfg.backbone or images.shape[1:] == expected):
             raise UserError(
                 f"images must be (B, {', '.join(map(str, expected))}) uint8, cameras {cfg.cameras}; "
                 f"got {tuple(images.shape)} {images.dtype}"
             )
-        if tuple(state.shape[1:]) != (cfg.state_dim,):
-            raise UserError(
-                f"state must be (B, {cfg.state_dim}), {cfg.state_names}; got {tuple(state.shape)}"
-            )
+        return images
+
+    def check_state(self, state: Any) -> Tensor:
+        """State (B, S) in LeRobot units as a tensor on the model's device; UserError as for images."""
+        names = self.cfg.state_names
+        state = to_tensor("state", state, self.vlm.queries.device).float()
+        if tuple(state.shape[1:]) != (len(names),) or state.ndim != 2:
+            raise UserError(f"state must be (B, {len(names)}), {names}; got {tuple(state.shape)}")
         if not torch.isfinite(state).all():
-            raise UserError(f"state must be finite numbers, {cfg.state_names}; got {state.tolist()}"[:300])
-        if isinstance(task, str) or not len(task) == len(images) == len(state):
-            raise UserError(
-                f"one task a row: got {len(images)} images, {len(state)} states, tasks {task!r}"[:300]
-            )
+            raise UserError(f"state must be finite numbers, {names}; got {state.tolist()}"[:300])
+        return state
+
+    def check_inputs(self, images: Any, state: Any, task: list[str]) -> tuple[Tensor, Tensor]:
+        """What act() is given -> images and state as tensors on the model's device."""
+        images = self.check_images(images)
+        state = self.check_state(state)
+        expected = (len(self.cfg.camera_names), self.cfg.image_size, self.cfg.image_size, 3)
+        if images.shape[1:] != expected:
+            raise UserError(f"images must be (B, {', '.join(map(str, expected))}); got {tuple(images.shape)}")
+        check_texts("tasks", task, len(images))
+        if len(state) != len(images):
+            raise UserError(f"one state an image: got {len(images)} images, {len(state)} states")
         self.check_statistics()
         return images, state
 
     # -- on disk --------------------------------------------------------------------------------------------
 
     def load_weights(self, path: str | Path, part: str = "") -> None:
-        """Read model.safetensors; a missing, unknown or misshapen tensor is a UserError that names it.
+        """Read model.safetensors; a missing, unknown, misshapen or impossible tensor is a UserError that
+        names it.
 
         part: only tensors whose names begin so, as in "vlm.".
         """
         try:
             weights = load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged ({error})") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from None
         for name in ("state_limit", "action_limit"):  # checkpoints before limits could differ
             if name not in weights:
                 weights[name] = torch.full_like(getattr(self, name), LEAST_LIMIT).cpu()
@@ -1155,14 +1247,26 @@ class SyVLA(nn.Module):
         if loaded.keys() != own.keys():
             missing = sorted(own.keys() - loaded.keys())[:3]
             unknown = sorted(loaded.keys() - own.keys())[:3]
-            raise UserError(f"{path} does not fit: missing {missing}, unknown {unknown}")
+            raise UserError(f"{path} does not fit its config.json: missing {missing}, unknown {unknown}")
         for name, tensor in loaded.items():
             if tensor.shape != own[name].shape:
-                there = tuple(tensor.shape)
-                raise UserError(
-                    f"{path} does not fit: {name} is {there} there, {tuple(own[name].shape)} here"
-                )
+                sizes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
+                raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
+            if not tensor.is_floating_point():
+                raise UserError(f"{path}: {name} is {tensor.dtype}; weights must be floating-point numbers")
+            if not torch.isfinite(tensor).all():
+                what = "weight" if "." in name else "normalisation statistics"
+                raise UserError(f"{path}: {what} {name} not finite; choose a checkpoint that train.py wrote")
+        for name in {"state", "action"} if not part else ():
+            low, high, limit = (loaded[f"{name}_{side}"] for side in ("low", "high", "limit"))
+            if not ((low <= high) & (limit > 0)).all():
+                raise UserError(f"{path}: {name}_low lies above {name}_high; choose another checkpoint")
         self.load_state_dict(self.state_dict() | loaded)
+
+    @staticmethod
+    def load(folder: str | Path, tokenizer: Any = None, device: torch.device | str = "cpu") -> "SyVLA":
+        """load_policy() by its name in format 1; the folder's own tokenizer is used."""
+        return load_policy(folder, device)
 
     def fingerprint(self, *words: Any) -> str:
         """Twelve hex digits that name the VLM's weights and `words`, for files made with a frozen VLM."""
@@ -1199,12 +1303,14 @@ def save_policy(
         policy.vlm.save_description(folder / "backbone")
     for leftover in folder.glob(".tmp*"):  # safetensors writes under such a name, and a kill leaves it there
         leftover.unlink()
+    tokenizer = policy.tokenizer.dumps()
     with atomic_path(folder / "tokenizer.json") as path:
-        path.write_text(policy.tokenizer.dumps(), encoding="utf-8")
+        path.write_bytes(tokenizer.encode())
     with atomic_path(folder / "model.safetensors") as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
         shutil.copymode(folder / "tokenizer.json", path)  # safetensors writes for the owner alone
-    write_json(folder / "config.json", config | {"format": FORMAT, "torch": torch.__version__})
+    made_by = {"format": FORMAT, "torch": torch.__version__, "tokenizer": text_id(tokenizer.encode())}
+    write_json(folder / "config.json", config | made_by)
 
 
 def load_policy(folder: str | Path, device: torch.device | str = "cpu") -> SyVLA:
@@ -1213,6 +1319,8 @@ def load_policy(folder: str | Path, device: torch.device | str = "cpu") -> SyVLA
     Raises UserError where there is none.
     """
     folder = Path(folder)
+    if isinstance(device, str):
+        device, *_ = choose_device(device)
     cfg = Config.read(folder)
     if cfg.backbone:
         from extras.backbones import load_backbone

@@ -46,7 +46,7 @@ from common import (
 )
 from data import read_meta, statistics
 from evaluate import save_film, wilson
-from model import PRESETS
+from model import PRESETS, Config, load_policy
 from sim_env import (
     CAMERAS,
     CLOSED,
@@ -63,7 +63,6 @@ from sim_env import (
     VAGUE_NAMES,
     VERBS,
     SO100Env,
-    check_task,
     inverse,
     number_of,
     pinch_x,
@@ -363,52 +362,103 @@ SHARD_SIZE = {"demo": 10, "start": 50, "questions": 100, "questions_val": 100}  
 EPISODES = ("demo", "start", "lerobot")  # kinds of shards; the other two hold questions
 
 
+# What some options need: the simulation's demonstrations, questions, see common.check_needs()
+SIMULATED = ("not lerobot", "not questions_from", "not export")
+QUESTIONS = ("not lerobot|questions_from", "not export")
+
+
 @dataclass
 class PrepareConfig:
     """The options of prepare.py. A data set keeps them in its meta.json as "made_by"."""
 
     config: str = opt("small", "preset")
     out: str = opt("", "data set folder (default data/<config>)")
-    families: str = opt("place,calculate,sequence", "task families to demonstrate")
-    demos: int = opt(600, "demonstrations per family", "[0, inf)")
-    starts: int = opt(2000, "start episodes per family: a few steps amid work, from any arm pose", "[0, inf)")
-    start_steps: int = opt(6)  # control steps of a start episode
-    scenes: int = opt(26000, "pictures with questions for training; 0 for none", "[0, inf)")
-    held_out_scenes: int = opt(300, "pictures with questions never trained on", "[0, inf)")
-    image_size: int = opt(96, "pixels per side", "[8, 1024]")
+    families: str = opt(
+        "place,calculate,sequence", "task families to demonstrate", tuple(LIMIT), SIMULATED, True
+    )
+    demos: int = opt(600, "demonstrations per family", "[0, 200000]", needs=SIMULATED)
+    starts: int = opt(
+        2000,
+        "start episodes per family: a few steps amid work, from any arm pose",
+        "[0, 200000]",
+        needs=SIMULATED,
+    )
+    start_steps: int = opt(6, allowed="[1, 1000]")  # control steps of a start episode
+    scenes: int = opt(
+        26000, "pictures with questions for training; 0 for none", "[0, 600000]", needs=QUESTIONS
+    )
+    held_out_scenes: int = opt(
+        300, "pictures with questions never trained on", "[0, 1000000]", needs=QUESTIONS
+    )
+    image_size: int = opt(96, "pixels per side", "[8, 1024]", needs="not export")
     lerobot: str = opt("", "LeRobot data set to read instead of simulating: a folder or a name on the hub")
-    cameras: str = opt("", "role=camera,... of --lerobot, as in front=top,wrist=wrist (default: all)")
-    fps: int = opt(0, "frames per second to keep of --lerobot, a divisor of its own; 0 for all", "[0, inf)")
+    cameras: str = opt(
+        "", "role=camera,... of --lerobot, as in front=top,wrist=wrist (default: all)", needs="lerobot"
+    )
+    fps: int = opt(
+        0, "frames per second to keep of --lerobot, a divisor of its own; 0 for all", "[0, 10000]", "lerobot"
+    )
     fit: str = opt(
         "stretch",
         "how a brought picture becomes square; crop: its middle, in proportion",
         ("stretch", "crop"),
+        needs="lerobot|questions_from",
     )
     convention: str = opt(
         "auto",
         "joint angles of --lerobot from an SO arm; old: zero is the arm stretched out, percent: -100..100",
         ("auto", "new", "old", "percent"),
+        needs="lerobot",
     )
-    calibration: str = opt("", "LeRobot's calibration file of the recording arm, for --convention=percent")
+    calibration: str = opt(
+        "",
+        "LeRobot's calibration file of the recording arm, for --convention=percent (default: nominal)",
+        needs="lerobot",
+    )
+    episodes: str = opt("", "episodes of --lerobot to read, as in 0-9,12 (default: all)", needs="lerobot")
+    rename: str = opt(
+        "",
+        "features of --lerobot by other names, as in observation.state=state,action=actions",
+        needs="lerobot",
+    )
+    reasoning_from: str = opt(
+        "",
+        "checkpoint folder of a policy whose reasoning stands in where --lerobot has none, as in out/small",
+        needs="lerobot",
+    )
     questions_from: str = opt(
         "",
         "image-text sets (columns images, texts), comma-separated: folders or hub names, also with /PART",
     )
     longest: int = opt(
-        300, "characters of a brought question or answer; longer ones are left out", "[1, inf)"
+        300,
+        "characters of a brought question or answer; longer ones are left out",
+        "[1, 100000]",
+        needs="questions_from",
     )
     export: str = opt("", "data set folder to write to --out as a LeRobot data set")
-    video: str = opt("", "codec of --export (default: PNG pictures, without loss)", ("", "h264", "av1"))
-    workers: int = opt(0, "processes; 0 for one per core", "[0, inf)")
-    seed: int = opt(0, "first training scene; the choice of pictures of --questions_from", "[0, inf)")
+    kinds: str = opt(
+        "", "kinds of episodes to --export, as in demo (default: all, start episodes too)", needs="export"
+    )
+    video: str = opt(
+        "", "codec of --export (default: PNG pictures, without loss)", ("", "h264", "av1"), "export"
+    )
+    workers: int = opt(0, "processes; 0 for one per core", "[0, 1024]")
+    seed: int = opt(
+        0,
+        "first training scene; the choice of pictures of --questions_from",
+        "[0, 1000000]",
+        needs=("not lerobot|questions_from", "not export"),
+    )
     check_expert: int = opt(
-        0, "only print the scripted expert's success on so many seeds, film it in out/expert", "[0, inf)"
+        0,
+        "only print the scripted expert's success on so many seeds, film it in out/expert",
+        "[0, 100000]",
+        SIMULATED,
     )
 
     def __post_init__(self):
         check_options(self)
-        for family in self.families.split(","):
-            check_task(family, "id")
         for kind, count in self.counts().items():
             if self.seed + count > len(SCENES[kind]):
                 raise UserError(
@@ -419,11 +469,12 @@ class PrepareConfig:
             raise UserError("say where the result goes: --out=FOLDER, for example --out=data/mine")
         self.out = self.out or f"data/{self.config}"
         if self.export and (self.lerobot or self.questions_from):
-            raise UserError("--export writes a finished data set; read the other one in a command of its own")
-        if (self.convention == "percent") != bool(self.calibration):
             raise UserError(
-                "--convention=percent and --calibration=FILE go together: the file tells the degrees of 100 %"
+                "--export writes a finished data set; leave out --lerobot and --questions_from, "
+                "which read another one"
             )
+        if self.calibration and self.convention != "percent":
+            raise UserError("--calibration=FILE tells the degrees of 100 %: add --convention=percent")
 
     def counts(self) -> dict[str, int]:
         """Scenes to simulate by kind of shard, those of episodes for each family."""
@@ -482,6 +533,8 @@ def make_plan(cfg: PrepareConfig) -> tuple[list[Shard], dict[str, Any], int]:
     pictures = 0
     if cfg.lerobot:
         shards, common, pictures = lerobot_io.plan_episodes(cfg)
+        if cfg.reasoning_from:
+            check_reasoner(cfg, common["cameras"])
     elif Path(cfg.out, "meta.json").is_file():
         # Questions for demonstrations that are there get the same cameras and picture size.
         meta = read_meta(cfg.out)
@@ -502,8 +555,7 @@ def make_shard(cfg: PrepareConfig, shard: Shard) -> None:
         from extras import lerobot_io
 
         if shard.kind == "lerobot":
-            arrays, info = lerobot_io.read_episodes(cfg, shard.source)
-            left_out = {}
+            arrays, info, left_out = lerobot_io.read_episodes(cfg, shard.source)
         else:
             arrays, info, left_out = lerobot_io.read_questions(cfg, shard.source, shard.first, shard.n)
     with atomic_path(shard.path(cfg.out)) as temporary, open(temporary, "wb") as file:
@@ -627,7 +679,10 @@ def merge_questions(
     hashes = set()
     for part, info in zip(parts, infos):
         with np.load(part) as arrays:
-            found = [hashlib.sha1(picture).digest() for picture in arrays[cameras[0]]]
+            pictures = arrays[cameras[0]]
+            # Blank pictures of different sizes are different pictures.
+            sizes = arrays["size"].tolist() if "size" in arrays else [0] * len(pictures)
+            found = [(hashlib.sha1(one).digest(), str(size)) for one, size in zip(pictures, sizes)]
         chosen = [i for i, picture in enumerate(found) if picture not in held_out]
         rows.append(chosen)
         texts += [info[i] for i in chosen]
@@ -655,7 +710,8 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     filled = [part for part, info in zip(parts, infos) if info]  # of some all demonstrations may have failed
     episodes = sum(infos, [])
     if not episodes:
-        raise UserError(f"not one demonstration succeeded ({dict(failures)}); set --demos to more")
+        hint = "; choose another set" if cfg.lerobot else "; set --demos to more"
+        raise UserError(f"not one episode can be used ({dict(failures)}){hint}")
     frames = 0
     for episode in episodes:
         episode["start"] = frames
@@ -663,6 +719,8 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     arrays = {}
     for name in (*common["cameras"], "state", "action"):
         arrays[name] = write_array(out / f"{name}.npy", filled, [...] * len(filled), frames)
+    if cfg.reasoning_from:
+        add_reasoning(cfg.reasoning_from, episodes, arrays)
     meta = common | {
         "statistics": {"state": statistics(arrays["state"]), "action": statistics(arrays["action"])},
         "failures": failures,
@@ -670,13 +728,53 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     }
     write_json(out / "meta.json", meta)
     kinds = Counter(f"{episode['family']} {episode['kind']}" for episode in episodes)
-    print(f"{out}: {frames} frames of {dict(kinds)}; failed demonstrations: {dict(failures) or 'none'}")
+    said = f"failed demonstrations: {dict(failures) or 'none'}"
     if cfg.lerobot:
-        from extras import lerobot_io
+        failed = [episode["seed"] for episode in episodes if not episode["success"]]
+        said = (
+            f"failed, kept but not taught: {failed or 'none'}; left out or late: {dict(failures) or 'none'}"
+        )
+        if len(failed) == len(episodes):
+            said += "; if nobody judged them, add --rename=next.success="
+    print(f"{out}: {frames} frames of {dict(kinds)}; {said}")
 
-        note = lerobot_io.unit_note(cfg, meta)
-        if note:
-            print(note)
+
+def check_reasoner(cfg: PrepareConfig, cameras: Sequence[str]) -> None:
+    """UserError, before any work, for a policy of --reasoning_from that cannot reason about the set."""
+    policy = Config.read(cfg.reasoning_from)
+    wanted = {"cameras": set(policy.camera_names) <= set(cameras), "reasoning": policy.reasoning}
+    wanted["image_size"] = policy.image_size == cfg.image_size
+    for name, fits in wanted.items():
+        if not fits:
+            raise UserError(
+                f"--reasoning_from={cfg.reasoning_from} has {name} {getattr(policy, name)}, which does not suit "
+                f"{cfg.lerobot} (cameras {','.join(cameras)}; {cfg.image_size} pixels): leave it out"
+            )
+
+
+REASON_EVERY = 2  # control steps; a policy that runs reasons every n_action_steps
+
+
+def add_reasoning(run: str, episodes: list[dict], arrays: dict[str, ndarray]) -> None:
+    """Put a policy's own reasoning where episodes have none, so that fine-tuning it does not unlearn it.
+
+    Without this the target of the language model would be empty text in every frame.
+    """
+    policy = load_policy(run)
+    for episode in tqdm(episodes, "reasoning", unit="episode", leave=False, disable=None):
+        if any(text for _, text in episode["reason"]):
+            continue
+        steps = range(0, episode["length"], REASON_EVERY)
+        rows = [episode["start"] + step for step in steps]
+        tasks = [episode["task"]] * len(rows)
+        images = np.stack([arrays[camera][rows] for camera in policy.cfg.camera_names], axis=1)
+        images, _ = policy.check_inputs(images, arrays["state"][rows], tasks)
+        texts, _ = policy.reason(images, tasks)
+        changes = []
+        for step, text in zip(steps, texts):
+            if not changes or text != changes[-1][1]:
+                changes.append([step, text])
+        episode["reason"] = changes
 
 
 def merge(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:
@@ -703,7 +801,10 @@ def is_whole(cfg: PrepareConfig, saved: Path, settings: dict[str, Any]) -> bool:
     result = Path(cfg.out, name)  # what appears last
     if saved.is_file():
         lock_folder(cfg.out, "prepare.py")
-    if saved.is_file() and read_json(saved) != settings:
+    before = read_json(saved) if saved.is_file() else settings
+    # A set goes on without the episode that could not be read: its shards are named after their episodes.
+    may_change = {} if result.exists() else {"episodes": cfg.episodes}
+    if before | may_change != settings:
         raise UserError(
             f"{cfg.out} holds parts made with other settings; delete {saved.parent} or choose another --out"
         )
@@ -782,7 +883,10 @@ def prepare(cfg: PrepareConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_config(PrepareConfig, PRESETS, sys.argv[1:] if argv is None else argv)
+    presets = {name: {**preset} for name, preset in PRESETS.items()}
+    for preset in presets.values():
+        preset.pop("episodes", None)  # a number for rl.py
+    cfg = parse_config(PrepareConfig, presets, sys.argv[1:] if argv is None else argv)
     run_program(prepare, cfg)
 
 

@@ -99,6 +99,8 @@ NOISE_SAMPLES = 2  # M, noise samples (eps, t) of an expert sample
 NEIGHBOURS = 4  # a decision draws one of so many most similar frames
 EMA = 0.9  # decay per iteration of the weight average that is validated and saved
 
+REAL = "env=real"  # what the options of the real arm need
+
 MAY_CHANGE = {  # on --resume: where things lie, what the machine is, and a rate that proved too high
     "config",
     "data",
@@ -129,22 +131,31 @@ class RLConfig:
         "",
         "sim; real: an SO-100 or SO-101 and a person who judges; package.module:Class (default: as trained)",
     )
-    port: str = opt("", "real: serial port of the arm (lerobot-find-port)")
-    id: str = opt("", "real: LeRobot's robot id, whose calibration is used; not needed if there is only one")
-    front: str = opt("", "real: front camera, number or path (lerobot-find-cameras opencv)")
-    wrist: str = opt("", "real: wrist camera")
-    task: str = opt("", "real: the instruction of every episode")
-    families: str = opt("", "task families, with commas (default: those the policy was trained on)")
-    iterations: int = opt(50, "rounds of rollouts and update", "[1, inf)")
-    episodes: int = opt(192, "episodes per iteration, over all families and processes", "[1, inf)")
+    port: str = opt("", "real: serial port of the arm (lerobot-find-port)", needs=REAL)
+    id: str = opt(
+        "",
+        "real: LeRobot's robot id, whose calibration is used; not needed if there is only one",
+        needs=REAL,
+    )
+    front: str = opt("", "real: front camera, number or path (lerobot-find-cameras opencv)", needs=REAL)
+    wrist: str = opt("", "real: wrist camera", needs=REAL)
+    task: str = opt("", "real: the instruction of every episode", needs=REAL)
+    families: str = opt(
+        "",
+        "task families, with commas (default: those the policy was trained on)",
+        needs="not env=real",
+        many=True,
+    )
+    iterations: int = opt(50, "rounds of rollouts and update", "[1, 1000000]")
+    episodes: int = opt(192, "episodes per iteration, over all families and processes", "[1, 1000000]")
     sampler: str = opt(
         "chain", "the noisy step: Euler's and noise of fixed spread, or Flow-SDE's", ("chain", "sde")
     )
     sigma: float = opt(
-        0.04, "chain: the noise's spread in normalised action units; sde: its level a, like 0.5", "(0, inf)"
+        0.04, "chain: the noise's spread in normalised action units; sde: its level a, like 0.5", "(0, 10]"
     )
     lr: float = opt(
-        3e-4, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine", "(0, inf)"
+        3e-4, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine", "(0, 1]"
     )
     ppo: bool = opt(
         True, "false: imitation of the expert samples alone, in as many updates of as many chunks"
@@ -152,39 +163,48 @@ class RLConfig:
     experts: str = opt(
         "similar", "where the expert samples of every minibatch come from", ("similar", "random", "none")
     )
-    expert_weight: float = opt(10.0, "weight of the expert term", "[0, inf)")
+    expert_weight: float = opt(10.0, "weight of the expert term", "[0, 1e6]", needs="not experts=none")
     expert_advantage: str = opt(
-        "one", "the paper's fixed 1.0, or the value model's (the paper's failing control)", ("one", "gae")
+        "one",
+        "the paper's fixed 1.0, or the value model's (the paper's failing control)",
+        ("one", "gae"),
+        needs="not experts=none",
     )
     proximal: float = opt(
-        0.5, "weight of the KL divergence from the policy that played, over the whole chain", "[0, inf)"
+        0.5, "weight of the KL divergence from the policy that played, over the whole chain", "[0, 1e6]"
     )
     anchor: float = opt(
         0.0,
         "weight of the KL divergence from the starting policy, a baseline in place of experts",
-        "[0, inf)",
+        "[0, 1e6]",
     )
     eval_episodes: int = opt(
-        150, "validation episodes per family, which choose the policy kept; 0: the last is kept", EVAL
+        150,
+        "validation episodes per family, which choose the policy kept; 0: the last is kept",
+        f"[0, {len(VALIDATION_SEEDS)}]",
+        needs="not env=real",
     )
     eval: int = opt(
-        100, "report episodes per family and split for the tables before and after; 0 for none", EVAL
+        100,
+        "report episodes per family and split for the tables before and after; 0 for none",
+        EVAL,
+        needs="not env=real",
     )
-    seed: int = opt(0, "seed of scenes and noise", "[0, inf)")
+    seed: int = opt(0, "seed of scenes and noise", "[0, 4294967295]")
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
-    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, inf)")
+    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, 1024]")
 
     # Set by presets
-    arms: int = opt(32)  # simulated at once
-    minibatch: int = opt(256)  # decisions per gradient step, over all processes
-    critic_warmup: int = opt(2)  # iterations in which only the value model learns
-    critic_lr: float = opt(5e-4)  # AdamW learning rate of the value model
-    gamma: float = opt(0.9)  # discount per decision
-    gae_lambda: float = opt(0.5)  # of the advantages
-    clip_coef: float = opt(0.2)  # of PPO's probability ratio
-    target_kl: float = opt(0.02)  # an iteration's update of the policy ends when it has moved this far
-    index_frames: int = opt(6000)  # N, recorded frames that can be looked up
-    eval_every: int = opt(10)  # iterations between validations
+    arms: int = opt(32, allowed="[1, inf)")  # simulated at once
+    minibatch: int = opt(256, allowed="[1, inf)")  # decisions per gradient step, over all processes
+    critic_warmup: int = opt(2, allowed="[0, inf)")  # iterations in which only the value model learns
+    critic_lr: float = opt(5e-4, allowed="(0, 1]")  # AdamW learning rate of the value model
+    gamma: float = opt(0.9, allowed="[0, 1]")  # discount per decision
+    gae_lambda: float = opt(0.5, allowed="[0, 1]")  # of the advantages
+    clip_coef: float = opt(0.2, allowed="(0, 1)")  # of PPO's probability ratio
+    target_kl: float = opt(0.02, allowed="(0, inf)")  # an update of the policy ends when it moved this far
+    index_frames: int = opt(6000, allowed="[1, inf)")  # N, recorded frames that can be looked up
+    eval_every: int = opt(10, allowed="[1, inf)")  # iterations between validations
 
     def __post_init__(self):
         self.init_from = self.init_from or f"out/{self.config}"
@@ -194,7 +214,10 @@ class RLConfig:
             self.eval_episodes = 0
         check_options(self)
         if self.first_seed(self.iterations) > len(SEEDS["train"]):
-            raise UserError(f"--seed={self.seed} and so many episodes leave the training seeds; choose less")
+            raise UserError(
+                f"--seed={self.seed} with {self.iterations} x {self.episodes} --episodes leaves the training "
+                "seeds; lower one of them, or --iterations"
+            )
         if not self.ppo and self.experts == "none":
             raise UserError("--ppo=false needs expert samples to imitate; leave out --experts=none")
 
@@ -372,6 +395,8 @@ class ExpertSamples:
         self.cfg = cfg
         self.policy_cfg = policy.cfg
         recorded = Episodes(cfg.data, policy.cfg, cfg.family_names)
+        recorded.check_tasks(policy.tokenizer)
+        print0(f"expert samples of {cfg.data}; clipped targets: {policy.clipped(recorded.action)}")
         shuffled = np.random.default_rng(0).permutation(len(recorded))  # (all frames,)
         frames = np.sort(shuffled[: cfg.index_frames])  # (N,), in the order in which they lie on disk
         table = load_table(policy, recorded, frames, cfg)
@@ -385,7 +410,7 @@ class ExpertSamples:
         decisions_left = []  # to the end of the demonstration
         for i in frames:
             episode = recorded.episodes[recorded.episode_of[i]]
-            families.append(episode["family"])
+            families.append(episode.get("family", ""))
             steps_left = episode["start"] + episode["length"] - recorded.frames[i]
             decisions_left.append(math.ceil(steps_left / policy.cfg.n_action_steps))
         self.families = np.array(families)  # (N,)
@@ -843,6 +868,7 @@ def settle(cfg: RLConfig) -> RLConfig:
             raise UserError(f"{cfg.out}/config.json is not what rl.py writes; choose another --out")
         settings = saved["rl"] | {"format": saved.get("format")}
         cfg = resumed_config(cfg, settings, MAY_CHANGE)
+    Config.read(cfg.init_from)
     trained = read_checkpoint_config(cfg.init_from)
     for name in ("data", "families", "env"):
         setattr(cfg, name, getattr(cfg, name) or trained.get(name, ""))

@@ -34,52 +34,97 @@ from sim_env import FPS, SEEDS, SPLITS, resize_image
 
 MODES = ("wait", "naive", "async", "async+rtc")  # extras/realtime.py explains them
 
+# What some options need: something that moves, a scene, the real arm, see common.check_needs()
+MOVING = ("not replay", "not ask")
+SCENE = ("not replay", "not image", "not env=real")
+REAL = "env=real"
+
 
 @dataclass
 class SampleConfig:
     """The command line."""
 
-    config: str = opt("", "preset whose run is used (default: the newest policy under out/)")
+    config: str = opt("", "preset whose run is used (default: the newest policy under out/)", needs="not run")
     run: str = opt("", "checkpoint folder (default: out/<config>)")
-    env: str = opt("", "sim, real or package.module:Class (default: as trained for)")
+    env: str = opt(
+        "", "sim, real or package.module:Class (default: as trained for)", needs=("not replay", "not image")
+    )
     # what is played
-    task: str = opt("", "instruction; without one the environment draws it")
-    seed: int = opt(SEEDS["report"].start, "scene of a film or question; report seeds start here", "[0, inf)")
-    eval: int = opt(0, "episodes per family and split; on the real arm a person judges them", "[0, inf)")
-    families: str = opt("", "task families, with commas; a film takes the first (default: the run's)")
-    splits: str = opt("", "kinds of scenes, with commas; a film takes the first (default: all; films: id)")
-    seeds: str = opt("report", "scenes of --eval; val: to choose between policies", ("report", "val"))
-    reasoning: str = opt("own", "whose reasoning the policy acts on in --eval", ("own", "teacher"))
+    task: str = opt(
+        "",
+        "instruction; without one the environment draws it",
+        needs=("not replay", "not interactive", "not ask|env=real", "not eval|env=real"),
+    )
+    seed: int = opt(
+        SEEDS["report"].start,
+        "scene of a film or question; report seeds start here",
+        "[0, 4294967295]",
+        needs=("not replay", "not image", "not eval|env=real"),
+    )
+    eval: int = opt(0, "episodes per family and split; on the real arm a person judges them", evaluate.EVAL)
+    families: str = opt(
+        "", "task families, with commas; a film takes the first (default: the run's)", needs=SCENE, many=True
+    )
+    splits: str = opt(
+        "",
+        "kinds of scenes, with commas; a film takes the first (default: all; films: id)",
+        SPLITS,
+        needs=SCENE,
+        many=True,
+    )
+    seeds: str = opt(
+        "report",
+        "scenes of --eval; val: to choose between policies",
+        ("report", "val"),
+        needs=("eval", "not env=real"),
+    )
+    reasoning: str = opt(
+        "own",
+        "whose reasoning the policy acts on in --eval",
+        ("own", "teacher"),
+        needs=("eval", "not mode", "not delay", "not moved", "not env=real"),
+    )
     # reasoning while acting, see extras/realtime.py
-    mode: str = opt("", f"reasoning while acting: {', '.join(MODES)}; with commas for --eval")
-    delay: str = opt("", "control steps from a picture to the reasoning; with commas for --eval")
-    moved: int = opt(0, "the simulation moves the cube at about this control step; 0: never", "[0, inf)")
-    interactive: bool = opt(False, "type instructions, also in mid motion")
+    mode: str = opt(
+        "", "reasoning while acting; with commas for --eval, see docs/realtime.md", MODES, MOVING, True
+    )
+    delay: str = opt(
+        "",
+        "control steps from a picture to the reasoning; with commas for --eval",
+        "[0, 10000]",
+        MOVING,
+        True,
+    )
+    moved: int = opt(
+        0,
+        "the simulation moves the cube at about this control step; 0: never",
+        "[0, 10000]",
+        needs=(*MOVING, "not env=real"),
+    )
+    interactive: bool = opt(
+        False, "type instructions, also in mid motion", needs=("not eval", "not replay", "not ask")
+    )
     # questions and recordings
-    ask: str = opt("", "a question about the scene of --seed, or about --image")
-    image: str = opt("", "picture files for --ask, with commas")
-    replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot")
+    ask: str = opt(
+        "", "a question about the scene of --seed, or about --image", needs=("not eval", "not replay")
+    )
+    image: str = opt("", "picture files for --ask, with commas", needs="ask")
+    replay: bool = opt(False, "open-loop error per joint on recorded episodes, with a plot", needs="not eval")
     # the real arm, see docs/real_arm.md
-    port: str = opt("", "serial port of the real arm (lerobot-find-port)")
-    id: str = opt("", "LeRobot's robot id, whose calibration is used; not needed if there is only one")
-    front: str = opt("", "front camera of the real arm: number or path (lerobot-find-cameras opencv)")
-    wrist: str = opt("", "wrist camera of the real arm")
-    dry_run: bool = opt(False, "real arm: look and reason, but only print what would be sent")
+    port: str = opt("", "serial port of the real arm (lerobot-find-port)", needs=REAL)
+    id: str = opt(
+        "", "LeRobot's robot id, whose calibration is used; not needed if there is only one", needs=REAL
+    )
+    front: str = opt(
+        "", "front camera of the real arm: number or path (lerobot-find-cameras opencv)", needs=REAL
+    )
+    wrist: str = opt("", "wrist camera of the real arm", needs=REAL)
+    dry_run: bool = opt(False, "real arm: look and reason, but only print what would be sent", needs=REAL)
 
     def __post_init__(self):
         check_options(self)
-        check_words("mode", self.mode, MODES)
-        check_words("splits", self.splits, SPLITS)
-        if self.delay and not self.delay.replace(",", "0").isdecimal():
-            raise UserError(f"--delay counts control steps, as in --delay=0,1,2,4, not {self.delay!r}")
         if "," in self.mode + self.delay and not self.eval:
-            raise UserError("several modes or delays make a table: add --eval=300")
-        if self.reasoning == "teacher" and (self.mode or self.delay or not self.eval):
-            raise UserError(
-                "the teacher reasons for --eval alone: add --eval=300, leave out --mode and --delay"
-            )
-        if self.image and not self.ask:
-            raise UserError("--image goes with a question: add --ask=...")
+            raise UserError("several entries of --mode or --delay make a table: add --eval=300")
 
     @property
     def scene(self) -> dict[str, str]:
@@ -90,13 +135,6 @@ class SampleConfig:
         if self.task:
             options["task"] = self.task
         return options
-
-
-def check_words(option: str, words: str, known: tuple[str, ...]) -> None:
-    """UserError for a word of a list with commas that is not known."""
-    for word in words.split(","):
-        if word not in ("", *known):
-            raise UserError(f"--{option} must be some of {', '.join(known)}, not {word!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -260,6 +298,7 @@ def compare_modes(policy: SyVLA, cfg: SampleConfig) -> None:
 def replay(policy: SyVLA, cfg: SampleConfig) -> None:
     """Open-loop error per joint on recorded frames: the first thing to look at when a policy does nothing."""
     episodes = Episodes(read_checkpoint_config(cfg.run)["data"], policy.cfg)
+    episodes.check_tasks(policy.tokenizer)
     rng = np.random.default_rng(0)
     n = min(400, len(episodes))
     frames = rng.choice(len(episodes), n, replace=False)

@@ -57,8 +57,10 @@ from common import (
     wait_for_all,
     write_json,
 )
-from data import Episodes, Questions, Tokenizer, data_id, read_meta
+from data import Episodes, Questions, Tokenizer, data_id, open_images_of, read_meta
 from model import Config, SyVLA, all_presets, save_policy
+
+TRAINING = ("not plan", "not bench")  # what options that need a training need, see common.check_needs()
 
 
 @dataclass
@@ -72,40 +74,65 @@ class TrainConfig(Config):
     init_from: str = opt("", "checkpoint folder whose weights, shapes and tokenizer start this run")
     resume: bool = opt(False, "go on with the run in --out, with its settings")
     new_expert: bool = opt(
-        False, "finetune: keep the VLM frozen; a new adapter and expert learn from random weights"
+        False,
+        "finetune: keep the VLM frozen; a new adapter and expert learn from random weights",
+        needs="stage=finetune",
     )
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
-    families: str = opt("place,calculate,sequence", "task families to train on and to evaluate")
-    ground_steps: int = opt(1800, "steps of phase 1, questions only", "[0, inf)")
-    steps: int = opt(4900, "steps of phase 2, actions", "[0, inf)")
-    batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, inf)")
-    mix: float = opt(0.3, "share of question samples in phase 2 (paper: ~30 %); 0: no mixed data", "[0, 1)")
-    accumulate: int = opt(1, "micro-batches per step and process", "[1, inf)")
+    families: str = opt("place,calculate,sequence", "task families to train on and to evaluate", many=True)
+    ground_steps: int = opt(
+        1800, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
+    )
+    steps: int = opt(4900, "steps of phase 2, actions", "[0, 1000000000]")
+    batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, 65536]")
+    mix: float = opt(
+        0.3,
+        "share of question samples in phase 2 (paper: ~30 %); 0: no mixed data",
+        "[0, 1)",
+        needs="not new_expert",
+    )
+    accumulate: int = opt(1, "micro-batches per step and process", "[1, 65536]")
     adam_lr: float = opt(
-        2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, inf)"
+        2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, 1]"
     )
-    muon_lr: float = opt(4e-3, "Muon learning rate: matrices of blocks, connector and adapter", "(0, inf)")
+    muon_lr: float = opt(
+        4e-3,
+        "Muon learning rate: matrices of blocks, connector and adapter",
+        "(0, 1]",
+        needs="not backbone_lr",
+    )
     backbone_lr: float = opt(
-        0.0, "AdamW for all, this rate for the VLM and adam_lr for the rest; 0: Muon", "[0, inf)"
+        0.0,
+        "AdamW for all, this rate for the VLM and adam_lr for the rest; 0: Muon",
+        "[0, 1]",
+        needs="backbone|init_from",
     )
-    freeze_vision: bool = opt(False, "leave the vision tower as it is; its connector still learns")
-    checkpointing: bool = opt(False, "keep only every block's input: less memory, a third more work")
-    seed: int = opt(0, "seed of weights, batches and noise", "[0, inf)")
-    eval: int = opt(100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL)
+    freeze_vision: bool = opt(
+        False, "leave the vision tower as it is; its connector still learns", needs="backbone|init_from"
+    )
+    checkpointing: bool = opt(
+        False, "keep only every block's input: less memory, a third more work", needs="not new_expert"
+    )
+    seed: int = opt(0, "seed of weights, batches and noise", "[0, 4294967295]")
+    eval: int = opt(
+        100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL, TRAINING
+    )
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
-    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, inf)")
-    save_every: int = opt(250, "steps between checkpoints", "[1, inf)")
+    threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, 1024]")
+    save_every: int = opt(250, "steps between checkpoints", "[1, 1000000000]", TRAINING)
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
     plan: bool = opt(False, "print parameters, predicted memory and work, and stop")
-    bench: bool = opt(False, "time 20 steps of each phase by part, print the split and stop")
+    bench: bool = opt(
+        False, "time 20 steps of each phase by part, print the split and stop", needs="not plan"
+    )
 
     # Set by presets
-    question_tokens: int = opt(64)  # room for the questions packed behind one picture
-    warmup: int = opt(50)  # steps of linear warm-up of each phase
-    weight_decay: float = opt(0.01)  # decoupled, on matrices
-    max_grad_norm: float = opt(1.0)
-    ema: float = opt(0.995)  # decay of the weight average that is saved, evaluated and run
-    log_every: int = opt(25)  # steps
+    question_tokens: int = opt(64, allowed="[1, 4096]")  # room for the questions packed behind one picture
+    warmup: int = opt(50, allowed="[1, inf)")  # steps of linear warm-up of each phase
+    weight_decay: float = opt(0.01, allowed="[0, 1]")  # decoupled, on matrices
+    max_grad_norm: float = opt(1.0, allowed="(0, inf)")
+    ema: float = opt(0.995, allowed="[0, 1)")  # decay of the weight average that is saved and run
+    log_every: int = opt(25, allowed="[1, inf)")  # steps
     data_id: str = opt("")  # of the data set that the run was begun with
 
     def __post_init__(self):
@@ -115,13 +142,11 @@ class TrainConfig(Config):
         if self.stage == "finetune":
             self.ground_steps = 0
             if not self.init_from and not self.resume:
-                raise UserError("stage finetune needs weights to start from: add --init_from=out/small")
-        elif self.new_expert:
-            raise UserError("a new expert needs a trained VLM: add --stage=finetune --init_from=out/small")
+                raise UserError("--stage=finetune needs weights to start from: add --init_from=out/small")
         if self.new_expert:
             self.mix = 0.0  # questions teach the VLM, which is frozen
         if self.ground_steps + self.steps == 0:
-            raise UserError("ground_steps and steps are both 0: there is nothing to train")
+            raise UserError("--ground_steps and --steps are both 0: there is nothing to train")
 
     @property
     def family_names(self) -> list[str]:
@@ -180,6 +205,10 @@ def samples_of_step(step: int, cfg: TrainConfig) -> tuple[int, int]:
 
 def check_split(cfg: TrainConfig, world: int) -> None:
     """UserError, before any work, where a phase has fewer samples than processes times micro-batches."""
+    if cfg.mix > 0 and not samples_of_step(cfg.ground_steps, cfg)[0]:
+        raise UserError(
+            f"--mix={cfg.mix} of --batch_size={cfg.batch_size} is not one question: raise one or add --mix=0"
+        )
     parts = world * cfg.accumulate
     for step in {0, cfg.ground_steps}:
         for name, n in zip(("question", "action"), samples_of_step(step, cfg)):
@@ -269,14 +298,13 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """One all-reduce over all gradients; parameters without one (the expert, in grounding) take part as
-    zeros.
-    """
+    """One all-reduce over all gradients. Parameters without one, as the expert in grounding, count 0."""
     _, world = rank_and_world()
     if world == 1:
         return
     trained = [p for p in module.parameters() if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    # one vector, so that one call does it
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     flat /= world
@@ -287,6 +315,7 @@ def average_gradients(module: nn.Module) -> None:
 
 def update_average(run: Run, step: int) -> None:
     """Move the weight average towards the weights; early in training it follows them closely."""
+    # from 0.1 at the first step to cfg.ema
     decay = min(run.cfg.ema, (1 + step) / (10 + step))
     weights = dict(run.policy.named_parameters())
     averages = list(run.ema.values())
@@ -330,21 +359,27 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
         update = orthogonalise(torch.stack(nesterov))  # (n, rows, columns)
-        update = update * (0.2 * max(params[0].shape) ** 0.5)
+        update = update * (0.2 * max(params[0].shape) ** 0.5)  # as large as AdamW's steps
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """(n, rows, columns) -> matrices of the same singular vectors with singular values near 1 (quintic
-    Newton-Schulz).
+    """(n, rows, columns) -> matrices with the same singular vectors and singular values near 1.
+
+    A quintic Newton-Schulz iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = (
+        3.4445,
+        -4.7750,
+        2.0315,
+    )  # chosen by Jordan et al. for the steepest rise at small singular values
+    # the smaller of the two Gram matrices
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values of at most 1
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = x @ x.mT  # (n, rows, rows)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
 
@@ -381,8 +416,9 @@ def make_optimizers(policy: SyVLA, cfg: TrainConfig) -> list[torch.optim.Optimiz
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Factor on the peak rates: each phase warms up linearly, then follows a cosine (grounding to a half,
-    actions to 0).
+    """Factor on the peak rates. Each phase warms up linearly and then follows a cosine.
+
+    Grounding ends at a half of the peak, actions at 0.
     """
     if step < cfg.ground_steps:
         start, length, floor = 0, cfg.ground_steps, 0.5
@@ -451,9 +487,9 @@ def describe_robot(cfg: TrainConfig) -> None:
         cfg.state = ",".join(meta.get("state", ()))
         cfg.fps = meta["fps"]
     if not cfg.init_from:
-        camera = Path(cfg.data, f"{cfg.camera_names[0]}.npy")
-        if camera.is_file():
-            cfg.image_size = np.load(camera, mmap_mode="r").shape[1]
+        missing = [camera for camera in cfg.camera_names if camera not in meta["cameras"]]
+        if not missing:  # else open_images() will tell
+            cfg.image_size = open_images_of(cfg.data, cfg.camera_names[0]).shape[1]
     cfg.__post_init__()
 
 
@@ -480,6 +516,8 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     episodes, questions, held_out = open_data(cfg)
     start = cfg.out if cfg.resume else cfg.init_from  # a checkpoint folder, or ""
     torch.manual_seed(cfg.seed)
+    # The tokenizer, and a pretrained VLM where there is one: of the run or checkpoint that this one goes on
+    # from.
     vlm = None
     if cfg.backbone:
         from extras.backbones import backbone_of_run
@@ -503,7 +541,7 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     policy.to(device)
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
-        start_from_checkpoint(policy, cfg, episodes.meta["statistics"])
+        start_from_checkpoint(policy, cfg, episodes)
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     host = torch.device("cpu") if cfg.backbone else device  # a large model's average needs no room on the GPU
     ema = {name: p.detach().to(host, copy=True) for name, p in trained.items()}
@@ -512,13 +550,14 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     return Run(cfg, policy, forward, episodes, questions, held_out, optimizers, ema, device, autocast)
 
 
-def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, statistics: dict) -> None:
+def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -> None:
     """Load --init_from.
 
     Its expert has learnt a scale: fine-tuning keeps it, with wider limits where needed.
     """
     policy.load_weights(Path(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else "")
     policy.check_statistics()
+    statistics = episodes.meta["statistics"]
     if cfg.stage == "pretrain" or cfg.new_expert:
         policy.set_statistics(statistics)
         return
@@ -526,13 +565,14 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, statistics: dict) -> 
     if replaced:
         print0(f"the scale of {cfg.init_from} does not reach {', '.join(replaced)}: taken from {cfg.data}")
     limits = ", ".join(f"{limit:.1f}" for limit in policy.action_limit.tolist())
-    print0(f"clipped targets: none; they reach {limits} half ranges of the scale of {cfg.init_from}")
+    print0(
+        f"clipped targets: {policy.clipped(episodes.action)}; they reach {limits} half ranges of the "
+        f"scale of {cfg.init_from}"
+    )
 
 
 def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
-    """Apply --new_expert, --freeze_vision and --checkpointing. (--lora has frozen the language model
-    already.)
-    """
+    """Apply --new_expert, --freeze_vision and --checkpointing; --lora has frozen its part already."""
     if cfg.new_expert:
         policy.vlm.requires_grad_(False)
     if cfg.freeze_vision:
@@ -542,9 +582,7 @@ def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
 
 
 def cache_query_states(run: Run) -> None:
-    """--new_expert: the VLM is frozen, so its query states of a frame are computed once and kept beside the
-    data.
-    """
+    """--new_expert: a frozen VLM's query states of a frame are computed once and kept beside the data."""
     cfg, policy = run.cfg, run.policy
     path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
     size = 2 * cfg.queries * cfg.width * len(run.episodes.state)  # bytes, fp16
@@ -572,6 +610,7 @@ def save_checkpoint(run: Run) -> None:
     """The policy (averaged weights) and train_state.pt: raw trained weights, averages, optimizers, step."""
     policy = run.policy
     save_policy(run.cfg.out, policy, asdict(run.cfg), policy.state_dict() | run.ema)
+    # frozen weights stand in model.safetensors, they do not change
     frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
     state = {
         "step": run.step,
@@ -595,6 +634,12 @@ def load_checkpoint(run: Run) -> None:
         for name, average in run.ema.items():
             average.copy_(saved["ema"][name])
         run.step = int(saved["step"])
+    total = run.cfg.ground_steps + run.cfg.steps
+    if not 0 <= run.step <= total:
+        raise UserError(
+            f"{out}/train_state.pt has done {run.step} steps, --ground_steps and --steps are {total}: "
+            "raise --steps"
+        )
 
 
 @contextlib.contextmanager
@@ -607,7 +652,7 @@ def reading_state(path: Path) -> Iterator[None]:
     except Exception as error:  # torch raises a dozen kinds
         reason = (str(error).splitlines() or ["it is empty"])[0][:150]
         if isinstance(error, KeyError):
-            reason = f"it lacks {reason}"
+            reason = f"no entry {reason}"
         raise UserError(f"{path} cannot be read ({reason}); start anew with another --out") from None
 
 
@@ -618,6 +663,7 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
     policy.load_state_dict(ema, strict=False)
     training = policy.training
     policy.eval()  # transformers refuses to cache in training mode with checkpointing
+    # where frozen weights were rounded to bf16, the arithmetic must be, too
     rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
     device_type = policy.vlm.queries.device.type
     autocast = torch.autocast(device_type, torch.bfloat16) if rounded else contextlib.nullcontext()
@@ -649,9 +695,7 @@ MAY_CHANGE = {
 
 
 def settle(cfg: TrainConfig) -> TrainConfig:
-    """Complete a config from what is on disk: the run to resume, the checkpoint to start from, the backbone,
-    the data set.
-    """
+    """Complete a config from the run to resume, the checkpoint to start from, or the backbone."""
     out = Path(cfg.out)
     begun = (out / "train_state.pt").is_file()
     if cfg.resume and not begun:
@@ -664,6 +708,7 @@ def settle(cfg: TrainConfig) -> TrainConfig:
                 f"{out} already holds a run; add --resume to go on with it, or choose another --out"
             )
     if cfg.resume:
+        Config.read(out)
         return resumed_config(cfg, read_checkpoint_config(out), MAY_CHANGE)
     if cfg.init_from:
         inherit_shapes(cfg)
@@ -687,7 +732,7 @@ def train(cfg: TrainConfig) -> None:
         plan_memory(cfg, device, world, freeze, make_optimizers)
         if cfg.plan:
             return
-    if cfg.eval:  # complain of a wrong name now, not after the training
+    if cfg.eval or "env" in cfg.typed:  # complain of a wrong name now, not after the training
         evaluate.environment_class(cfg.env)
     join_processes(device)
     if rank == 0:
@@ -722,6 +767,7 @@ def train_loop(run: Run) -> None:
     cfg, out = run.cfg, Path(run.cfg.out)
     is_first = rank_and_world()[0] == 0
     if is_first:
+        question_history(out)  # complain of a damaged file now, not at the end
         claim_folder(out, "train.py", create=True)
         trim_log(
             out / "log.jsonl", "step", run.step
@@ -742,6 +788,7 @@ def train_loop(run: Run) -> None:
         log.add(train_step(run, run.step, micro))
         update_average(run, run.step)
         run.step += 1
+        # once in a while: a log line, a checkpoint
         if is_first and (run.step % cfg.log_every == 0 or run.step == total):
             log.write(run.step)
         if is_first and (run.step % cfg.save_every == 0 or run.step in (cfg.ground_steps, total)):
@@ -796,12 +843,19 @@ class TrainLog:
         self.restart()
 
 
-def report_questions(run: Run, when: str) -> None:
-    """Accuracy on held-out questions, printed and kept in questions.json under `when`: the paper's forgetting
-    test.
-    """
-    path = Path(run.cfg.out, "questions.json")
+def question_history(out: str | Path) -> dict:
+    """What questions.json of a run says so far."""
+    path = Path(out, "questions.json")
     history = read_json(path) if path.is_file() else {}
+    if not isinstance(history, dict):
+        raise UserError(f"{path} is not what train.py writes; delete it to measure anew")
+    return history
+
+
+def report_questions(run: Run, when: str) -> None:
+    """The paper's forgetting test: accuracy on held-out questions, printed, and kept in questions.json."""
+    path = Path(run.cfg.out, "questions.json")
+    history = question_history(run.cfg.out)
     if not run.held_out or when in history:  # a resumed run measured it already
         return
     with averaged_weights(run.policy, run.ema):

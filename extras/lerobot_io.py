@@ -13,10 +13,14 @@ import contextlib
 import errno
 import inspect
 import io
+import json
 import math
 import os
 import re
 import shutil
+import struct
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,46 +29,76 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import UserError, read_json, require, write_json
-from data import read_meta
-from sim_env import MOTORS, resize_image
+from data import check_set, open_array, read_meta
+from sim_env import HIGH, LOW, MOTORS, resize_image
 
 Config = Any  # prepare.PrepareConfig: prepare imports this file, so this one cannot import prepare
 FEATURES = {"state": "observation.state", "action": "action"}  # our array -> LeRobot's feature
+# What else is read where it is there. Other names for success: LeRobot's tools and people use them, too.
+BESIDE = {"time": "timestamp", "task": "task_index", "success": "next.success", "reason": "reason"}
+SUCCESS = ("next.success", "success", "is_success", "is_episode_successful")  # of frames or of episodes
 OURS = "meta/nanosyvla.json"  # export() keeps there what LeRobot has no words for
 SHARD_BYTES = 1 << 26  # pictures in a shard, about
+# What pyarrow, PyAV and Pillow raise about damaged files is derived from these.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, NotImplementedError, SyntaxError, EOFError)
+DAMAGE += (struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @contextlib.contextmanager
-def naming(place: Any) -> Iterator[None]:
+def naming(place: Any, *more: type) -> Iterator[None]:
     """Turn the errors of libraries that read a file into a UserError that names the place."""
     try:
         yield
     except UserError:
         raise
-    # What pyarrow, PyAV and Pillow raise about damaged files is derived from these.
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (*DAMAGE, *more) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{place} is missing or damaged ({reason:.200}); download it again") from None
+        # The hub's cache has a folder snapshots.
+        hint = "download it again" if "snapshots" in Path(str(place)).parts else "copy or record it again"
+        raise UserError(f"{place} is missing or damaged ({reason:.200}); {hint}") from None
 
 
 def read_parquet(path: Path, **choice: Any) -> Any:
     """A parquet file, or a folder of such, as a pyarrow.Table. choice: columns, filters."""
     parquet = require("pyarrow.parquet", "pyarrow")
     with naming(path):
+        if "columns" in choice:
+            there = parquet.ParquetDataset(path).schema.names
+            choice["columns"] = [name for name in choice["columns"] if name in there]
         return parquet.read_table(path, **choice)
 
 
 def fetch(name: str, patterns: list) -> Path:
-    """A folder as it is, or the matching files of a data set on the hub. Its cache resumes downloads."""
-    if Path(name).is_dir():
-        return Path(name)
+    """A folder as it is, else a set in LeRobot's cache, else the matching files of a data set on the hub.
+
+    name: a folder, or USER/SET or USER/SET/FOLDER. The hub's cache resumes downloads.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    on_hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/?(.*)", name)
+    if not on_hub:
+        raise UserError(f"there is no folder {name}; a data set on the hub is written USER/SET")
+    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "lerobot")
+    cache = Path(os.environ.get("HF_LEROBOT_HOME") or cache).expanduser()
+    # LeRobot 0.4 keeps sets under their names (of some, the folder meta alone), 0.6 like the hub's cache.
+    if (cache / name / "data").is_dir():
+        return cache / name
+    repository, part = on_hub.groups()
+    if not (cache / "hub" / f"datasets--{repository.replace('/', '--')}").is_dir():
+        cache = None
+    else:
+        cache = cache / "hub"
+    patterns = [str(Path(part, pattern)) for pattern in patterns]
     hub = require("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+        found = hub.snapshot_download(
+            repository, repo_type="dataset", allow_patterns=patterns, cache_dir=cache
+        )
     except (OSError, hub.errors.HFValidationError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
@@ -72,6 +106,7 @@ def fetch(name: str, patterns: list) -> Path:
             f"there is no folder {name}, and the hub has no public data set of that name or cannot be "
             "reached (for a private one type: hf auth login)"
         ) from None
+    return Path(found, part)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -84,71 +119,118 @@ class LeRobotSet:
 
     root: Path
     info: dict  # meta/info.json
+    fps: float  # as recorded, perhaps 29.97
+    features: dict  # "state", "action", "time", "task", "success", "reason", if there -> feature
     cameras: dict  # role -> feature
     films: list  # those features among the cameras that are stored as films
     columns: dict  # of "state" and "action": where the recording has our numbers
     convention: str  # of joint angles: new, old, percent, or "as recorded": not to be converted
     stride: int  # one of so many frames is kept
+    numbers: list[int]  # of all episodes that are read
     episodes: list[dict]  # rows of meta/episodes; "entry" is that of meta.json if export() wrote the set
     tasks: dict  # number -> text
 
     def path(self, episode: dict, film: str = "") -> Path:
         """The file with the rows of an episode, or with its film of a feature."""
-        pattern = self.info["video_path" if film else "data_path"]
         prefix = f"videos/{film}" if film else "data"
-        return self.root / pattern.format(
-            video_key=film,
-            # In v3.0, a file holds several episodes.
-            chunk_index=episode.get(f"{prefix}/chunk_index"),
-            file_index=episode.get(f"{prefix}/file_index"),
-            # In v2.0 and v2.1, it holds one.
-            episode_chunk=episode["episode_index"] // self.info["chunks_size"],
-            episode_index=episode["episode_index"],
-        )
+        kind = "video_path" if film else "data_path"
+        pattern = self.info.get(kind) or PATHS[kind, version_of(self.info)]
+        number = episode["episode_index"]
+        with naming(f"{self.root}/meta, the list of episodes: {prefix} of episode {number}"):
+            return self.root / pattern.format(
+                video_key=film,
+                # In v3.0, a file holds several episodes.
+                chunk_index=episode.get(f"{prefix}/chunk_index"),
+                file_index=episode.get(f"{prefix}/file_index"),
+                # In v2.0 and v2.1, it holds one.
+                episode_chunk=number // int(self.info.get("chunks_size") or 1000),
+                episode_index=number,
+            )
+
+    def without(self, episode: dict) -> str:
+        """What to type to read the set without an episode."""
+        left = [number for number in self.numbers if number != episode["episode_index"]]
+        return f"; to leave the episode out, add --episodes={write_spans(left)}" if left else ""
+
+
+PATHS = {
+    ("data_path", "v2"): "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+    ("video_path", "v2"): "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    ("data_path", "v3"): "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+    ("video_path", "v3"): "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+}
+
+
+def version_of(info: dict) -> str:
+    """v2 or v3 of LeRobot's format, or what else meta/info.json says."""
+    version = str(info.get("codebase_version"))
+    return version[:2] if version[:3] in ("v2.", "v3.") else version
+
+
+def read_spans(text: str) -> list[range]:
+    """--episodes, as in "0-9,12" -> ranges of numbers."""
+    spans = []
+    for word in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        first, last = (int(number) for number in (found[1], found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise UserError(f"--episodes={text}: {word!r} is no span; write it as in --episodes=0-9,12")
+        spans.append(range(first, last + 1))
+    return spans
+
+
+def write_spans(numbers: list[int]) -> str:
+    """Rising numbers as --episodes has them: [0, 1, 2, 5] -> "0-2,5"."""
+    spans = []  # [first, last]
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
 
 
 def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
     """Check the data set --lerobot against the options.
 
-    -> shards ("lerobot", "episodes", first episode, number, source of read_episodes); cameras, motors, state,
-    fps and convention of the finished meta.json; number of pictures.
+    -> shards ("lerobot", name of its episodes, first, number, source of read_episodes); cameras, motors,
+    state, fps, fit and convention of the finished meta.json; number of pictures.
     """
     root = fetch(cfg.lerobot, ["meta/*"])
-    info = read_json(root / "meta" / "info.json")
-    fps = info["fps"]
-    if cfg.fps and fps % cfg.fps:
-        raise UserError(f"{cfg.lerobot} has {fps} frames per second; choose an --fps that divides them")
-    stride = fps // (cfg.fps or fps)
+    info = read_info(root)
+    fps, stride = frame_rate(cfg, root, info)
     # The features are matched before anything large is downloaded.
-    cameras = match_cameras(cfg, info["features"])
+    features = find_features(cfg, info["features"])
+    cameras, depth = match_cameras(cfg, info["features"])
     films = [name for name in cameras.values() if info["features"][name]["dtype"] == "video"]
-    names, columns, convention = match_motors(cfg, info["features"])
+    if films:
+        require("av")
+    names, columns, convention = match_motors(cfg, info["features"], features)
     # Films of cameras that nobody asked for are not downloaded.
     root = fetch(cfg.lerobot, ["meta/*", "data/*", *(f"videos/*{name}/*" for name in films)])
-    episodes, tasks = read_lists(root / "meta", info["codebase_version"], films)
+    episodes, tasks = read_lists(root, info, films)
+    common = {"cameras": list(cameras), "motors": names["action"], "fps": round(fps) // stride}
+    common |= {"fit": cfg.fit if any(oblong(info["features"][name]) for name in cameras.values()) else ""}
     if (root / OURS).is_file():
         # export() wrote the set: its angles are degrees, and its entries of meta.json come back unchanged.
         convention = "as recorded"
-        entries = read_json(root / OURS)["episodes"]
-        lengths = [episode["length"] for episode in episodes]
-        if stride > 1 or [entry["length"] for entry in entries] != lengths:
-            raise UserError(
-                f"{root / OURS} describes other frames, as --fps or LeRobot changed them; delete that file "
-                "to read the set like any other"
-            )
-        for episode, entry in zip(episodes, entries):
-            episode["entry"] = entry
-    found = LeRobotSet(root, info, cameras, films, columns, convention, stride, episodes, tasks)
-    common = {
-        "cameras": list(cameras),
-        "motors": names["action"],
-        "fps": fps // stride,
-        "convention": convention,
-    }
+        common |= add_entries(root / OURS, episodes, stride)
+    common |= {"convention": convention}
     # A set without "state" measures the positions of the motors.
     if names["state"] != names["action"]:
         common["state"] = names["state"]
-    print(f"{cfg.lerobot}: {len(episodes)} episodes; {cameras}; {common}")
+    episodes, said = choose_episodes(cfg, episodes)
+    if depth:
+        said += f"; {len(depth)} depth or grey cameras not taken: {', '.join(depth)}"
+    if fps != round(fps):
+        said += f"; {fps:g} frames per second count as {round(fps)}"
+    numbers = [episode["episode_index"] for episode in episodes]
+    found = LeRobotSet(
+        root, info, fps, features, cameras, films, columns, convention, stride, numbers, episodes, tasks
+    )
+    print(f"{cfg.lerobot}: {len(episodes)} episodes; {cameras}; {common}{said}")
+    check_lists(found)
+    check_units(cfg, found)
     pictures = len(cameras) * sum(math.ceil(episode["length"] / stride) for episode in episodes)
     # Episodes of mean length that fill a shard.
     n = max(1, SHARD_BYTES * len(episodes) // (pictures * cfg.image_size**2 * 3))
@@ -156,71 +238,276 @@ def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
     # A worker gets the rows of its own episodes only.
     for first in range(0, len(episodes), n):
         some = episodes[first : first + n]
-        shards.append(("lerobot", "episodes", first, len(some), replace(found, episodes=some)))
+        name = f"{zlib.crc32(json.dumps(numbers[first : first + n]).encode()):08x}"
+        shards.append(("lerobot", name, first, len(some), replace(found, episodes=some)))
     return shards, common, pictures
 
 
-def read_lists(meta: Path, version: str, films: list) -> tuple[list, dict]:
+def read_info(root: Path) -> dict:
+    """meta/info.json of a LeRobot data set; UserError names the sets below a folder that is none itself."""
+    path = root / "meta" / "info.json"
+    if not path.is_file():
+        below = sorted([*root.glob("*/meta/info.json"), *root.glob("*/*/meta/info.json")])
+        hint = "a set in a folder of a repository is written USER/SET/FOLDER"
+        if below:
+            hint = f"these are: {', '.join(str(found.parents[1]) for found in below[:10])}"
+        raise UserError(f"{root} is no LeRobot data set, for it has no meta/info.json; {hint}")
+    info = read_json(path)
+    if not isinstance(info, dict) or not isinstance(info.get("features"), dict):
+        raise UserError(f"{path} describes no features; copy or record the set again")
+    if version_of(info) not in ("v2", "v3"):
+        raise UserError(f"{root} has LeRobot's format {version_of(info)}: convert it with LeRobot to v3.0")
+    return info
+
+
+def frame_rate(cfg: Config, root: Path, info: dict) -> tuple[float, int]:
+    """-> frames per second as recorded, and of how many frames --fps keeps one.
+
+    A rate such as 29.97 counts as the whole number beside it: meta.json and control loops have whole ones.
+    """
+    try:
+        fps = float(info.get("fps"))
+    except (TypeError, ValueError):
+        fps = math.nan
+    if not 0.99 < fps < 10_000 or abs(fps - round(fps)) > 0.01 * fps:
+        raise UserError(
+            f"{root}/meta/info.json says fps {info.get('fps')!r}; a whole number of frames per second is "
+            "needed: write the recording's rate there, or convert the set to one"
+        )
+    whole = round(fps)
+    if cfg.fps and whole % cfg.fps:
+        fitting = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+        raise UserError(
+            f"{cfg.lerobot} has {fps:g} frames per second; choose an --fps that divides them: "
+            f"{', '.join(fitting)}"
+        )
+    return fps, whole // (cfg.fps or whole)
+
+
+def find_features(cfg: Config, features: dict) -> dict:
+    """--rename and meta/info.json -> {"state", "action" and what else is there: their feature}."""
+    renamed = {}
+    known = FEATURES | BESIDE
+    for word in filter(None, cfg.rename.split(",")):
+        ours, _, theirs = word.partition("=")
+        # "next.success=" reads no such feature.
+        if ours not in known.values() or (theirs and theirs not in features):
+            raise UserError(
+                f"--rename: {word!r} must be NAME=THEIRS with NAME from {', '.join(known.values())} and "
+                f"THEIRS from {', '.join(features)}"
+            )
+        renamed[ours] = theirs
+    for name in SUCCESS:
+        if name in features:
+            renamed.setdefault("next.success", name)
+    found = {}
+    for kind, name in known.items():
+        theirs = renamed.get(name, name)
+        if theirs in features:
+            found[kind] = theirs
+        elif kind in FEATURES:
+            raise UserError(
+                f"{cfg.lerobot} has no {name}; it has {', '.join(features) or 'none'}: add "
+                f"--rename={name}=NAME with its name there"
+            )
+    return found
+
+
+def add_entries(path: Path, episodes: list, stride: int) -> dict:
+    """Give episodes that export() wrote their "entry" of meta.json -> the set's own "fit"."""
+    ours = read_json(path)
+    lengths = [episode["length"] for episode in episodes]
+    if stride > 1 or [entry["length"] for entry in ours["episodes"]] != lengths:
+        raise UserError(
+            f"{path} describes other frames, as --fps or LeRobot changed them; delete that file "
+            "to read the set like any other"
+        )
+    for episode, entry in zip(episodes, ours["episodes"]):
+        episode["entry"] = entry
+    return {"fit": ours.get("fit", "")}
+
+
+def choose_episodes(cfg: Config, episodes: list) -> tuple[list, str]:
+    """-> those of --episodes, and words about the others."""
+    numbers = [episode["episode_index"] for episode in episodes]
+    if not cfg.episodes:
+        return episodes, ""
+    spans = read_spans(cfg.episodes)
+    chosen = [episode for episode, i in zip(episodes, numbers) if any(i in span for span in spans)]
+    if not chosen or max(span[-1] for span in spans) > numbers[-1]:
+        raise UserError(f"--episodes={cfg.episodes}: {cfg.lerobot} has episodes {write_spans(numbers)}")
+    rest = [i for i in numbers if not any(i in span for span in spans)]
+    return chosen, f"; left out by --episodes: {len(rest)} episodes ({write_spans(rest) or 'none'})"
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A file with a JSON object a line; UserError names the line that is none."""
+    rows = []
+    with naming(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with naming(f"{path}, line {number} (delete the line if the recording was cut off there),"):
+                rows.append(dict(json.loads(line)))
+    return rows
+
+
+def read_lists(root: Path, info: dict, films: list) -> tuple[list, dict]:
     """The rows of the episodes in their order, and the texts of the tasks by number."""
-    if version == "v3.0":
+    meta = root / "meta"
+    if version_of(info) == "v3":
         # Without the many columns of statistics.
-        columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+        columns = ["episode_index", "length", "data/chunk_index", "data/file_index", *SUCCESS]
         for name in films:
             columns += [f"videos/{name}/{key}" for key in ("chunk_index", "file_index", "from_timestamp")]
-        rows = read_parquet(meta / "episodes", columns=columns)
-        tasks = read_parquet(meta / "tasks.parquet")
-    elif version in ("v2.0", "v2.1"):
-        with naming(meta):
-            read_lines = require("pyarrow.json", "pyarrow").read_json
-            rows = read_lines(meta / "episodes.jsonl")
-            tasks = read_lines(meta / "tasks.jsonl")
+        rows = read_parquet(meta / "episodes", columns=columns).to_pylist()
+        tasks = read_parquet(meta / "tasks.parquet").to_pylist()
     else:
-        raise UserError(f"{meta.parent} has LeRobot's format {version}: convert it with LeRobot to v3.0")
-    if not len(rows):
-        raise UserError(f"{meta.parent} is empty: it has no episode")
-    # In v3.0, the text is the index of a pandas frame, which may have no name.
-    texts = {row["task_index"]: row.get("task", row.get("__index_level_0__")) for row in tasks.to_pylist()}
-    return rows.sort_by("episode_index").to_pylist(), texts
+        rows = read_lines(meta / "episodes.jsonl")
+        tasks = read_lines(meta / "tasks.jsonl")
+    if not rows:
+        raise UserError(f"{root} is empty: it has no episode")
+    with naming(f"{meta}, the list of episodes"):
+        for row in rows:
+            for key, value in row.items():
+                # Tables that had an empty cell give whole numbers as floats.
+                if isinstance(value, float) and not key.endswith("timestamp") and value.is_integer():
+                    row[key] = int(value)
+        rows.sort(key=lambda row: row["episode_index"])
+        numbers = [int(row["episode_index"]) for row in rows]
+    twice = [one for one, other in zip(numbers, numbers[1:]) if one == other]
+    if twice:
+        raise UserError(f"{meta}: the list of episodes has episode {twice[0]} twice; delete one of them")
+    # In v3.0, the text is the index of a pandas frame, which may have another name or none.
+    texts = {}
+    for row in tasks:
+        words = [value for value in (row.get("task"), *row.values()) if isinstance(value, str)]
+        texts[row.get("task_index")] = words[0] if words else ""
+    return rows, texts
 
 
-def match_cameras(cfg: Config, features: dict) -> dict:
-    """--cameras, by default all that there are -> {role: feature}."""
-    there = {}  # last word of a feature's name -> feature
-    for name, feature in features.items():
-        if feature["dtype"] in ("image", "video"):
-            there[name.rpartition(".")[2]] = name
-    roles = {}
-    for word in (cfg.cameras or ",".join(there)).split(","):
-        # "front=top" and "top" are words of --cameras; by default all cameras keep their names.
-        role, _, name = word.partition("=")
-        feature = there.get(name or role, name)
-        # A role becomes the name of a file, beside state.npy and action.npy.
-        if feature not in there.values() or not re.fullmatch(r"\w+", role) or role in FEATURES:
+def check_lists(found: LeRobotSet) -> None:
+    """UserError where an episode has no frames, or two have the same ones of a film by a wrong file index."""
+    for episode in found.episodes:
+        if not isinstance(episode["length"], int) or episode["length"] < 1:
             raise UserError(
-                f"{word!r} does not give a camera of {cfg.lerobot} a simple name; write "
-                f"--cameras=front=NAME,wrist=NAME with names from {', '.join(there.values())}"
+                f"{found.root}/meta gives episode {episode['episode_index']} {episode['length']} frames"
+                f"{found.without(episode)}"
             )
-        roles[role] = feature
+    spans = []  # (film, begin, end, episode)
+    for feature in found.films:
+        for episode in found.episodes:
+            begin = episode.get(f"videos/{feature}/from_timestamp") or 0
+            end = begin + (episode["length"] - 0.5) / found.fps
+            spans.append((str(found.path(episode, feature)), begin, end, episode["episode_index"]))
+    spans.sort()
+    for (film, _, end, one), (other_film, begin, _, other) in zip(spans, spans[1:]):
+        if film == other_film and begin < end:
+            raise UserError(
+                f"{found.root}/meta gives episodes {one} and {other} the same frames of {film}"
+                f"{found.without({'episode_index': other})}"
+            )
+
+
+def told_of(feature: dict) -> dict:
+    """What a feature says about its pictures, in whichever place: {"is_depth_map": ..., "pix_fmt": ...}."""
+    told = {}
+    for place in (feature, feature.get("info"), feature.get("video_info")):
+        for key, value in (place or {}).items():
+            told[key.removeprefix("video.")] = value
+    return told
+
+
+def is_depth(name: str, feature: dict) -> bool:
+    """Does a feature hold something else than colour pictures: depth, or a single channel?"""
+    told = told_of(feature)
+    for key in ("is_depth_map", "is_depth", "depth_map", "depth"):
+        if str(told.get(key)).lower() in ("true", "1"):
+            return True
+    shape = feature.get("shape") or [0, 0, 3]
+    if len(shape) == 2 or 1 in (shape[0], shape[-1]) or told.get("channels") == 1:
+        return True
+    if str(told.get("pix_fmt")).startswith("gray"):
+        return True
+    words = re.split(r"[^a-z]+", re.sub("([a-z])([A-Z])", r"\1_\2", name).lower())
+    return any(word.startswith(("depth", "disparity")) or word.endswith("depth") for word in words)
+
+
+def oblong(feature: dict) -> bool:
+    """Are the pictures of a feature other than square, or of unknown size?"""
+    sides = sorted(feature.get("shape") or [0, 1])[-2:]  # without the channels
+    return len(set(sides)) > 1
+
+
+def name_cameras(features: list) -> dict:
+    """{role: feature}: the last word of its name, or more of it where two have the same last word."""
+    last = Counter(re.split("[./]", name)[-1] for name in features)
+    roles = {}
+    for name in features:
+        word = re.split("[./]", name)[-1]
+        if last[word] > 1 or word in FEATURES:
+            word = name.removeprefix("observation.").removeprefix("images.")
+        role = re.sub(r"\W+", "_", word)
+        # A role becomes the name of a file, beside state.npy and action.npy.
+        while role in roles or role in FEATURES:
+            role += "_"
+        roles[role] = name
     return roles
 
 
-def match_motors(cfg: Config, features: dict) -> tuple[dict, dict, str]:
+def match_cameras(cfg: Config, features: dict) -> tuple[dict, list]:
+    """--cameras, by default all that show colours -> {role: feature}, and depth that is not taken."""
+    there = [name for name, feature in features.items() if feature.get("dtype") in ("image", "video")]
+    depth = [name for name in there if is_depth(name, features[name])]
+    colour = [name for name in there if name not in depth]
+    roles = {}
+    if not cfg.cameras:
+        roles = name_cameras(colour)
+    for word in filter(None, cfg.cameras.split(",")):
+        # "front=top" and "top" are words of --cameras.
+        role, equals, name = word.partition("=")
+        name = name if equals else role
+        role = role if equals else re.sub(r"\W+", "_", re.split("[./]", role)[-1])
+        found = find_camera(name, colour) or find_camera(name, depth)
+        if len(found) != 1 or not re.fullmatch(r"\w+", role) or role in FEATURES or role in roles:
+            what = "does not give a camera of its own a simple name"
+            if len(found) > 1:
+                what = f"may be any of {', '.join(found)}"
+            raise UserError(
+                f"--cameras: {word!r} {what}; write --cameras=front=NAME,wrist=NAME with names from "
+                f"{', '.join(there)}"
+            )
+        roles[role] = found[0]
+    if not roles:
+        raise UserError(
+            f"{cfg.lerobot} has no camera with colours; name one with --cameras=front=NAME, of "
+            f"{', '.join(there) or 'which it has none'}"
+        )
+    return roles, [name for name in depth if name not in roles.values()]
+
+
+def find_camera(word: str, features: list) -> list:
+    """Features that a word names: its full name, the role that it has by default, or the end of its name."""
+    for exact in (dict(zip(features, features)), name_cameras(features)):
+        if word in exact:
+            return [exact[word]]
+    return [name for name in features if f".{name}".replace("/", ".").endswith(f".{word}".replace("/", "."))]
+
+
+def match_motors(cfg: Config, features: dict, found: dict) -> tuple[dict, dict, str]:
     """-> names of the numbers of "state" and "action", their columns in the recording, the convention.
 
     The joints of an SO arm come in the order of MOTORS and are converted to degrees; all else stays as it is.
     """
-    names = {}  # "state" and "action" -> names as recorded
+    names = {kind: number_names(features[found[kind]], kind) for kind in FEATURES}  # as recorded
     joints = {}  # the same without the decoration of LeRobot's versions
-    for kind, feature in FEATURES.items():
-        if feature not in features:
-            raise UserError(f"{cfg.lerobot} has no {feature}; it has {', '.join(features)}")
-        names[kind] = number_names(features[feature], kind)
+    for kind in FEATURES:
         joints[kind] = [name.removeprefix("main_").removesuffix(".pos") for name in names[kind]]
     convention = cfg.convention
-    if any(sorted(found) != sorted(MOTORS) for found in joints.values()):
+    if any(sorted(words) != sorted(MOTORS) for words in joints.values()):
         if convention != "auto":
             raise UserError(f"--convention is for SO-100 and SO-101 arms, not for {names}; leave it out")
-        return names, {kind: list(range(len(found))) for kind, found in names.items()}, "as recorded"
+        return names, {kind: list(range(len(words))) for kind, words in names.items()}, "as recorded"
     if convention == "auto":
         # The names changed together with the zero, in LeRobot's pull request 777.
         name = names["state"][0]
@@ -233,24 +520,42 @@ def match_motors(cfg: Config, features: dict) -> tuple[dict, dict, str]:
                 f"{cfg.lerobot} names its joints {names['state']}, which does not tell their zero: add "
                 "--convention=new (the middle of the range) or --convention=old (the arm stretched out)"
             )
-    columns = {kind: [found.index(motor) for motor in MOTORS] for kind, found in joints.items()}
+    columns = {kind: [words.index(motor) for motor in MOTORS] for kind, words in joints.items()}
     return dict.fromkeys(FEATURES, list(MOTORS)), columns, convention
 
 
 def number_names(feature: dict, kind: str) -> list:
     """A name for each number of a feature; state_0, state_1, ... where the set has none, or one for all."""
-    names = feature.get("names")
-    n = feature["shape"][0]
-    # Some sets write {"motors": [...]}.
+    shape = feature.get("shape") or [1]
+    n = math.prod(shape) if isinstance(shape, list) else int(shape)
+    # Our lists of names are joined with commas.
+    names = [re.sub(r"[,/\\\0]", "_", name).strip() for name in flat_names(feature.get("names"))]
+    if len(names) != n or not all(names):
+        return [f"{kind}_{i}" for i in range(n)]
+    count = Counter(names)
+    return [f"{name}_{i}" if count[name] > 1 else name for i, name in enumerate(names)]
+
+
+def flat_names(names: Any) -> list[str]:
+    """Names as sets write them: a list, lists in a list, {"motors": [...]}, or {name: column}."""
     if isinstance(names, dict):
-        names = next(iter(names.values()))
-    if not isinstance(names, list) or len(names) != n:
-        names = [f"{kind}_{i}" for i in range(n)]
-    return names
+        values = list(names.values())
+        if all(isinstance(value, int) for value in values):
+            return sorted(names, key=names.get)
+        if not any(isinstance(value, (list, dict)) for value in values):
+            # {"0": name}, or {name: unit}
+            return values if all(str(key).isdigit() for key in names) else list(names)
+        names = values
+    if isinstance(names, list):
+        return sum((flat_names(name) for name in names), [])
+    return [] if names is None else [str(names)]
 
 
 # Degrees from the middle of the range that no SO arm exceeds, even if it is calibrated badly.
 REACH = np.array([150, 135, 135, 150, 200])
+TURN = 4095  # servo steps of 360 degrees, as LeRobot counts
+# Servo steps of a joint of an SO-100, by its drawings. LeRobot gives wrist_roll the whole turn.
+NOMINAL = np.append((HIGH - LOW)[:4] / 360 * TURN, TURN)
 
 
 def to_degrees(recorded: ndarray, convention: str, calibration: str) -> ndarray:
@@ -260,12 +565,18 @@ def to_degrees(recorded: ndarray, convention: str, calibration: str) -> ndarray:
         values[:, 1] = 90 - values[:, 1]
         values[:, 2] -= 90
     if convention == "percent":
-        arm = read_json(calibration)
-        with naming(f"{calibration}, a calibration file of LeRobot,"):
-            ranges = [arm[motor]["range_max"] - arm[motor]["range_min"] for motor in MOTORS[:5]]
-        # -100 .. 100 per cent are the range in servo steps, of which a turn has 4095.
-        values[:, :5] *= np.array(ranges, np.float32) / 200 * 360 / 4095
+        # -100 .. 100 per cent are the range in servo steps.
+        values[:, :5] *= (servo_steps(calibration) / 200 * 360 / TURN).astype(np.float32)
     return values
+
+
+def servo_steps(calibration: str) -> ndarray:
+    """Servo steps of the range of five joints, by a calibration file of LeRobot, or nominal without one."""
+    if not calibration:
+        return NOMINAL
+    arm = read_json(calibration)
+    with naming(f"{calibration}, a calibration file of LeRobot,"):
+        return np.array([arm[motor]["range_max"] - arm[motor]["range_min"] for motor in MOTORS[:5]])
 
 
 def check_reach(recorded: ndarray, convention: str, place: str) -> None:
@@ -281,94 +592,223 @@ def check_reach(recorded: ndarray, convention: str, place: str) -> None:
         raise UserError(f"{place} holds joint angles that the arm cannot have; {hint}")
 
 
-def unit_note(cfg: Config, meta: dict) -> str:
-    """A line for whoever made this data set if its angles may be no degrees, or ""."""
-    found = meta["statistics"]["state"]
-    reach = np.abs([found["min"][:5], found["max"][:5]]).max()
-    if cfg.convention != "auto" or meta["convention"] != "new" or reach > 100:
-        return ""
-    return (
-        "note: no joint leaves -100 .. 100, so these may be no degrees but per cent (LeRobot's "
-        "use_degrees=False); then add --convention=percent --calibration=FILE\n"
-    )
+def check_units(cfg: Config, found: LeRobotSet) -> None:
+    """UserError where joints of an SO arm are per cent by the look of their first episodes.
+
+    A line about what --convention=percent takes for 100 % where no --calibration says it.
+    """
+    if found.convention == "percent":
+        half = np.round(servo_steps(cfg.calibration) / 2 * 360 / TURN, 1)  # degrees, (5,)
+        print(
+            f"100 % count as {dict(zip(MOTORS, half.tolist()))} degrees, "
+            + (
+                f"by {cfg.calibration}"
+                if cfg.calibration
+                else "the nominal range of an SO-100; --calibration=FILE of the recording arm is more exact"
+            )
+        )
+    if cfg.convention != "auto" or found.convention != "new":
+        return
+    parts = []
+    for episode in found.episodes[:5]:
+        # What is wrong with an episode is said when it is read.
+        with contextlib.suppress(UserError):
+            table = read_rows(found, episode, [found.features["state"]])
+            parts.append(
+                numbers_of(table, found.features["state"], 6, "")[:500, found.columns["state"]][:, :5]
+            )
+    if parts and looks_like_percent(parts):
+        raise UserError(
+            f"{cfg.lerobot} holds joint positions that look like per cent, not degrees (LeRobot's "
+            "use_degrees=False): add --convention=percent, best with --calibration=FILE of the recording "
+            "arm, or --convention=new if they are degrees"
+        )
 
 
-def read_episodes(cfg: Config, source: LeRobotSet) -> tuple[dict, list]:
-    """One shard -> {camera: (n, px, px, 3) uint8, "state" (n, S), "action" (n, A)}, entries of meta.json.
+def looks_like_percent(parts: list[ndarray]) -> bool:
+    """Are these joint positions (n, 5) of some episodes per cent of each joint's range?
+
+    Servos report whole steps. In degrees, a step is the same for all joints; in per cent, it depends on the
+    range of the joint. And LeRobot clips per cent at 100.
+    """
+    values = np.concatenate(parts)  # (frames, 5)
+    steps = np.concatenate([np.diff(part, axis=0) for part in parts])  # (frames, 5)
+    clipped = (np.abs(values) == 100).any(0).sum()  # joints that were at their end
+    if np.abs(values).max() > 100 or clipped >= 2:
+        return bool(np.abs(values).max() <= 100)
+    ranges = np.arange(1000, TURN + 1)  # possible ranges of a joint in servo steps, (R,)
+    fits = []  # of each joint that moves: is its motion in whole steps of that range?
+    for step in steps.T:
+        step = step[step != 0][:300]
+        if len(step) >= 20:
+            count = step[:, None] * ranges / 200  # (frames, R) servo steps
+            fits.append((np.abs(count - np.round(count)) < 0.03).mean(0) > 0.95)
+    # Rounded numbers fit one range for all joints, degrees that of 200 degrees.
+    degrees = [
+        np.abs(step * TURN / 360 - np.round(step * TURN / 360)).max(initial=0) < 0.03 for step in steps.T
+    ]
+    return len(fits) > 1 and all(map(np.any, fits)) and not np.all(fits, 0).any() and not all(degrees)
+
+
+def read_episodes(cfg: Config, source: LeRobotSet) -> tuple[dict, list, Counter]:
+    """One shard -> {camera: (n, px, px, 3) uint8, "state" (n, S), "action" (n, A)}, entries of meta.json,
+    episodes that were left out or have a late frame.
 
     px: cfg.image_size. UserError names the file and the episode that cannot be used.
     """
     parts = []
     entries = []
+    notes = Counter()
     for episode in source.episodes:
-        arrays, found = read_episode(cfg, source, episode)
-        parts.append(arrays)
+        try:
+            arrays, found, note = read_episode(cfg, source, episode)
+        except UserError as error:
+            raise UserError(f"{error}{source.without(episode)}") from None
+        if found:
+            parts.append(arrays)
         entries += found
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, entries
+        if note:
+            notes[f"episode {episode['episode_index']}: {note}"] += 1
+    if not parts:
+        return {}, [], notes
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, entries, notes
 
 
-def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, list]:
-    """The kept frames of an episode. If it changes its task, it gets several entries."""
+def read_rows(source: LeRobotSet, episode: dict, columns: list) -> Any:
+    """The rows of an episode as a pyarrow.Table."""
+    index = episode["episode_index"]
+    path = source.path(episode)
+    choice = {"columns": columns, "filters": [("episode_index", "=", index)]}
+    table = None
+    if path.is_file() or version_of(source.info) == "v2":
+        table = read_parquet(path, **choice)
+    if version_of(source.info) == "v3" and (table is None or len(table) < episode["length"]):
+        # The list of episodes names the wrong file: the rows themselves know their episode.
+        table = read_parquet(source.root / "data", **choice)
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}, which meta/info.json describes")
+    if len(table) != episode["length"]:
+        raise UserError(
+            f"{path}, episode {index}: the file holds {len(table)} of the {episode['length']} frames that "
+            "the list of episodes gives it"
+        )
+    return table
+
+
+def numbers_of(table: Any, feature: str, n: int, place: str) -> ndarray:
+    """A column of numbers, or of nested lists of such -> (frames, n) float32, all of them finite."""
+    rows = []
+    with naming(f"{place}: {feature}"):
+        for number, cell in enumerate(table[feature].to_pylist()):
+            row = np.array(cell, np.float32).ravel()  # an empty cell becomes NaN
+            if len(row) != n or not np.isfinite(row).all():
+                raise UserError(f"{place}, frame {number}: {feature} is {cell}, not {n} finite numbers")
+            rows.append(row)
+    return np.stack(rows)
+
+
+def check_clock(source: LeRobotSet, table: Any, place: str) -> tuple[float, str]:
+    """-> seconds at which the episode begins in its film, and words about a frame that comes late.
+
+    Rows and films go frame by frame, so a clock that stumbles is no harm; another rate is.
+    """
+    feature = source.features.get("time")
+    if feature is None or len(table) < 2:
+        return 0, ""
+    times = numbers_of(table, feature, 1, place)[:, 0].astype(np.float64)  # (frames,) seconds
+    steps = np.diff(times) * source.fps  # (frames - 1,) in frames
+    median = np.median(steps)
+    if abs(median - 1) > 0.05:
+        rate = f"at {source.fps / median:.4g} frames per second"
+        raise UserError(
+            f"{place} was recorded {rate if median > 0 else 'with a clock that does not run'}, "
+            f'meta/info.json says {source.fps:g}; write the right "fps" there'
+        )
+    begin = round(times[0] * source.fps) / source.fps
+    off = np.abs(steps - 1)  # (frames - 1,)
+    if off.max() < 0.25:
+        return begin, ""
+    first = (off > 0.25).argmax()
+    words = f"frame {first + 1} comes {1000 * steps[first] / source.fps:.0f} ms after the one before"
+    return begin, words if off.max() < 1 else f"left out, {words}"
+
+
+def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, list, str]:
+    """The kept frames of an episode, entries of meta.json, and words about a late frame.
+
+    An episode that changes its task has several entries, one that lacks frames has none.
+    """
     index = episode["episode_index"]
     length = episode["length"]
-    fps = source.info["fps"]
-    path = source.path(episode)
-    place = f"{path}, episode {index}"
-    columns = {*FEATURES.values(), "timestamp", "task_index", "reason", *source.cameras.values()}
-    columns &= source.info["features"].keys() - source.films  # what the parquet files have of these
-    table = read_parquet(path, columns=list(columns), filters=[("episode_index", "=", index)])
-    if len(table) != length:
-        raise UserError(f"{place}: the file holds {len(table)} of the {length} frames; download it again")
-    # Films are read by time, so the clock must be that of info.json.
-    times = np.array(table["timestamp"]).ravel()  # (length,) seconds
-    if np.abs(times - np.arange(length) / fps).max() > 0.25 / fps:
-        raise UserError(f"{place} was not recorded at {fps} frames per second, as meta/info.json says")
-
+    place = f"{source.path(episode)}, episode {index}"
+    columns = {*source.features.values(), *source.cameras.values()} - {*source.films}
+    table = read_rows(source, episode, list(columns))
+    begin, note = check_clock(source, table, place)
+    if note.startswith("left out"):
+        return {}, [], note
     kept = range(0, length, source.stride)
     # A command holds until the next picture. The last one given meanwhile says where the arm was sent.
     last = [min(row + source.stride, length) - 1 for row in kept]
     arrays = {}
     for kind, rows in (("state", kept), ("action", last)):
-        numbers = np.array(table[FEATURES[kind]].to_pylist(), np.float32)  # (length, all columns)
-        recorded = numbers[rows][:, source.columns[kind]]  # (kept, S or A)
+        feature = source.features[kind]
+        n = len(number_names(source.info["features"][feature], kind))
+        recorded = numbers_of(table, feature, n, place)[rows][:, source.columns[kind]]  # (kept, S or A)
         arrays[kind] = recorded
-        if not np.isfinite(recorded).all():
-            raise UserError(f"{place} holds numbers that are not finite in {kind}; delete it from the set")
         if source.convention != "as recorded":
             arrays[kind] = to_degrees(recorded, source.convention, cfg.calibration)
             if cfg.convention == "auto":
                 check_reach(recorded, source.convention, place)
+    entries = [episode["entry"]] if "entry" in episode else make_entries(cfg, source, episode, table, place)
 
     table = table.take(list(kept))  # of what is left, only the kept rows are needed
     for role, feature in source.cameras.items():
         if feature in source.films:
-            begin = episode.get(f"videos/{feature}/from_timestamp", 0)
-            arrays[role] = read_film(cfg, source.path(episode, feature), begin, fps, kept)
+            at = begin + (episode.get(f"videos/{feature}/from_timestamp") or 0)
+            film = source.path(episode, feature)
+            with naming(f"{film}, episode {index},", require("av").FFmpegError):
+                arrays[role] = read_film(cfg, film, at, source.fps, kept)
         else:
-            with naming(f"{place}, a picture"):
-                pictures = [read_picture(cfg, cell, source.root) for cell in table[feature].to_pylist()]
+            with naming(f"{place}, a picture of {role}"):
+                pictures = []
+                for cell in table[feature].to_pylist():
+                    picture = open_picture(cell, source.root)
+                    pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
                 arrays[role] = np.stack(pictures)  # (kept, px, px, 3)
-    if "entry" in episode:
-        return arrays, [episode["entry"]]
-    return arrays, make_entries(
-        table, source.tasks, {"seed": index, "family": Path(cfg.out).name, "kind": "demo"}
-    )
+    return arrays, entries, note
 
 
-def make_entries(table: Any, tasks: dict, common: dict) -> list[dict]:
-    """The entries of meta.json for an episode: one for each stretch of frames with the same task."""
-    texts = [""] * len(table)
-    if "reason" in table.column_names:  # as export() writes it: the reasoning that holds at each frame
-        texts = table["reason"].to_pylist()
+def make_entries(cfg: Config, source: LeRobotSet, episode: dict, table: Any, place: str) -> list[dict]:
+    """The entries of meta.json for an episode: one for each stretch of kept frames with the same task."""
+    features = source.features
+    good = succeeded(source, episode, table)
+    kept = table.take(list(range(0, len(table), source.stride)))
+    if "task" in features:
+        tasks = numbers_of(kept, features["task"], 1, place)[:, 0].astype(int).tolist()
+    else:
+        tasks = [0] * len(kept)
+    texts = [""] * len(kept)
+    if (
+        source.info["features"].get(features.get("reason"), {}).get("dtype") == "string"
+    ):  # as export() writes it: the reasoning that holds at each frame
+        texts = kept[features["reason"]].to_pylist()
+    common = {"seed": episode["episode_index"], "family": Path(cfg.out).name, "kind": "demo"}
     entries = []
     before = None
-    for task, text in zip(table["task_index"].to_pylist(), texts):
+    for task, text in zip(tasks, texts):
         if task != before:
-            entry = {"length": 0, "task": tasks[task], "reason": [], "success": True, "disturbed": []}
+            if not str(source.tasks.get(task) or "").strip():
+                raise UserError(
+                    f"{place}: its task is number {task}, which has no text in {source.root}/meta/tasks.*; "
+                    "write the instruction there"
+                )
+            entry = {"length": 0, "task": source.tasks[task], "reason": [], "success": good, "disturbed": []}
             entries.append(entry | common)
             before = task
             said = ""
         entry = entries[-1]
+        text = text or ""
         if text != said:
             entry["reason"].append([entry["length"], text])
             said = text
@@ -376,18 +816,57 @@ def make_entries(table: Any, tasks: dict, common: dict) -> list[dict]:
     return entries
 
 
-def read_picture(cfg: Config, cell: dict, root: Path) -> ndarray:
-    """A picture in a parquet file, {"bytes", "path"}, or without bytes in a file -> (px, px, 3) uint8."""
-    file = io.BytesIO(cell["bytes"]) if cell["bytes"] else root / cell["path"]
-    with Image.open(file) as picture:
-        return resize_image(picture, cfg.image_size, cfg.fit)
+def succeeded(source: LeRobotSet, episode: dict, table: Any) -> bool:
+    """Did an episode succeed, by its frames and by the list of episodes? Where nothing is said, it did."""
+    told = [is_true(episode[name]) for name in SUCCESS if episode.get(name) is not None]
+    if "success" in source.features:
+        cells = [cell for cell in table[source.features["success"]].to_pylist() if cell is not None]
+        told += [any(map(is_true, cells))] if cells else []
+    return all(told)
 
 
-def read_film(cfg: Config, path: Path, begin: float, fps: int, kept: range) -> ndarray:
+def is_true(cell: Any) -> bool:
+    """A bool as tables hold it: true, 1.0, [true], "success"."""
+    if isinstance(cell, str):
+        return cell.strip().lower() in ("true", "yes", "success", "1")
+    return bool(np.nan_to_num(np.array(cell, np.float32)).any())
+
+
+def open_picture(cell: Any, root: Path) -> Image.Image:
+    """A picture of a parquet file, in RGB: {"bytes", "path"}, bytes, a file's path, or rows of pixels."""
+    if isinstance(cell, list):
+        return to_rgb(Image.fromarray(np.array(cell, np.uint8)))
+    if not isinstance(cell, dict):
+        cell = {"path": cell} if isinstance(cell, str) else {"bytes": cell}
+    file = io.BytesIO(cell["bytes"]) if cell.get("bytes") else root / cell["path"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as picture:
+            return to_rgb(picture)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture as a person sees it: upright, on white where it is transparent, 16 bits as 8."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        grey = np.nan_to_num(np.asarray(picture))
+        grey = grey * 255 if grey.max() <= 1 else grey
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def read_film(cfg: Config, path: Path, begin: float, fps: float, kept: range) -> ndarray:
     """Frames of the episode that begins so many seconds into a film -> (kept, px, px, 3) uint8."""
     pictures = {}  # frame of the episode -> (px, px, 3)
-    with naming(path), require("av").open(str(path)) as film:
+    with require("av").open(str(path)) as film:
         stream = film.streams.video[0]
+        # Some films begin later than at 0.
+        begin += float((stream.start_time or 0) * stream.time_base)
         # Decoding starts at the key frame before the episode, with frames of the episode before.
         film.seek(max(0, int((begin - 0.5 / fps) / stream.time_base)), stream=stream)
         for frame in film.decode(stream):
@@ -398,9 +877,9 @@ def read_film(cfg: Config, path: Path, begin: float, fps: int, kept: range) -> n
             if at > kept[-1] - 0.5:
                 break
     if len(pictures) < len(kept):
-        raise UserError(
-            f"{path} ends early or has another frame rate than {fps}: {len(pictures)} of {len(kept)} frames "
-            f"are found from {begin:.2f} s on; download it again"
+        raise ValueError(
+            f"it ends early or has another frame rate than {fps:g}: {len(pictures)} of {len(kept)} frames "
+            f"are found from {begin:.2f} s on"
         )
     return np.stack([pictures[frame] for frame in kept])
 
@@ -449,12 +928,7 @@ def find_parquet_files(cfg: Config) -> list[Path]:
     """The files of --questions_from: folders, or names on the hub with or without /PART, comma-separated."""
     files = []
     for name in cfg.questions_from.split(","):
-        repository, part = name, ""
-        on_hub = re.fullmatch(r"([^/]+/[^/]+)/(.+)", name)
-        if on_hub and not Path(name).is_dir():
-            repository, part = on_hub.groups()
-        folder = fetch(repository, [str(Path(part, "*.parquet"))]) / part
-        found = sorted(folder.rglob("*.parquet"))
+        found = sorted(fetch(name, ["*.parquet"]).rglob("*.parquet"))
         if not found:
             raise UserError(
                 f"{name} holds no parquet file; a part of a set on the hub is written USER/SET/PART"
@@ -466,19 +940,22 @@ def find_parquet_files(cfg: Config) -> list[Path]:
 def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict, list, Counter]:
     """Rows first .. first + n of a row group.
 
-    -> {camera: (pictures, px, px, 3) uint8}; [kind, question, answer] of each picture; what was left out.
+    -> {camera: (pictures, px, px, 3) uint8, "size" (pictures, 2) as they came}; [kind, question, answer] of
+    each picture; what was left out.
     """
     path, group, camera = source  # one row group is the least that parquet reads
     parquet = require("pyarrow.parquet", "pyarrow")
     with naming(path):
         table = parquet.ParquetFile(path).read_row_group(group, columns=["images", "texts"])
     pictures = []
+    sizes = []
     texts = []
     left_out = Counter()
     for row in table.slice(first, n).to_pylist():
         questions = []
         for turn in row["texts"] or ():
-            words = [(turn[key] or "").strip() for key in ("user", "assistant")]
+            turn = turn if isinstance(turn, dict) else {}
+            words = [str(turn.get(key) or "").strip() for key in ("user", "assistant")]
             # The model's rows have room for short texts only.
             if all(0 < len(text) <= cfg.longest for text in words):
                 questions.append([turn.get("source") or path.parent.name, *words])
@@ -487,12 +964,15 @@ def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict
         try:
             with naming(path):
                 (cell,) = row["images"] if questions else ()  # ValueError unless there is exactly one
-                pictures.append(read_picture(cfg, cell, path.parent))
+                picture = open_picture(cell, path.parent)
+                pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
+            sizes.append(picture.size)
             texts.append(questions)
         except UserError:
             left_out["rows without a question or without exactly one readable picture"] += 1
     images = np.array(pictures, np.uint8)  # (pictures, px, px, 3); (0,) if there are none
-    return {camera: images.reshape(-1, cfg.image_size, cfg.image_size, 3)}, texts, left_out
+    images = images.reshape(-1, cfg.image_size, cfg.image_size, 3)
+    return {camera: images, "size": np.array(sizes, int).reshape(-1, 2)}, texts, left_out
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -508,46 +988,61 @@ def export(cfg: Config) -> str:
     if Path(cfg.out).exists():
         raise UserError(f"{cfg.out} already exists; delete it or choose another --out")
     meta = read_meta(cfg.export)
-    arrays = {}  # feature -> (frames, ...), mapped: a set need not fit in memory
-    features = {"reason": {"dtype": "string", "shape": (1,), "names": None}}
+    named = {}  # array -> feature; mapped: a set need not fit in memory
     for name in ("state", "action", *meta["cameras"]):
-        array = np.load(Path(cfg.export, f"{name}.npy"), mmap_mode="r")
-        feature = FEATURES.get(name, f"observation.images.{name}")
-        arrays[feature] = array
+        named[name] = FEATURES.get(name, f"observation.images.{name}")
+    arrays = {name: open_array(cfg.export, name) for name in named}
+    check_set(cfg.export, meta, arrays)
+    features = {
+        "reason": {"dtype": "string", "shape": (1,), "names": None},
+        "next.success": {"dtype": "bool", "shape": (1,), "names": None},
+    }
+    for name, feature in named.items():
         kind = "video" if cfg.video else "image"
         names = ["height", "width", "channels"]
         if name in FEATURES:
             kind = "float32"
-            names = (
-                meta.get(name) or meta["motors"]
-            )  # "state": names of its numbers if they are not the motors
+            # "state": names of its numbers if they are not the motors
+            names = meta.get(name) or meta["motors"]
             if names == list(MOTORS):
                 names = [f"{motor}.pos" for motor in MOTORS]  # by this, LeRobot and we know the zero
-        features[feature] = {"dtype": kind, "shape": array.shape[1:], "names": names}
+        features[feature] = {"dtype": kind, "shape": arrays[name].shape[1:], "names": names}
+    episodes = chosen_kinds(cfg, meta["episodes"])
     folder = Path(f"{cfg.out}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
-    dataset = create_dataset(cfg.video, folder, meta["fps"], features)
-    for episode in tqdm(meta["episodes"], disable=None):
+    dataset = create_dataset(cfg.video, folder, round(meta["fps"]), features)
+    for episode in tqdm(episodes, disable=None):
         begin = episode.pop("start")  # its first row in the arrays
         reasoning = dict(episode["reason"])  # step from which a text holds -> text
         text = ""
         for step in range(episode["length"]):
             text = reasoning.get(step, text)
-            frame = {feature: array[begin + step] for feature, array in arrays.items()}
-            dataset.add_frame(frame | {"task": episode["task"], "reason": text})
+            frame = {feature: arrays[name][begin + step] for name, feature in named.items()}
+            # As LeRobot's own recordings have it: the last frame tells of success.
+            done = np.array([episode["success"] and step == episode["length"] - 1])
+            dataset.add_frame(frame | {"task": episode["task"], "reason": text, "next.success": done})
         dataset.save_episode()
     dataset.finalize()
-    # What LeRobot has no words for: kind, family, seed, success and disturbed steps of the episodes.
-    write_json(folder / OURS, {"episodes": meta["episodes"]})
+    # What LeRobot has no words for: kind, family, seed and disturbed steps of the episodes, fit of pictures.
+    write_json(folder / OURS, {"fit": meta.get("fit", ""), "episodes": episodes})
     os.replace(folder, cfg.out)
     return f"{cfg.out}: {dataset.num_episodes} episodes, {dataset.num_frames} frames as a LeRobot data set"
+
+
+def chosen_kinds(cfg: Config, episodes: list) -> list:
+    """The episodes of --kinds, by default all."""
+    kinds = {episode.get("kind", "demo") for episode in episodes}
+    wanted = set(cfg.kinds.split(",")) if cfg.kinds else kinds
+    if not wanted <= kinds:
+        raise UserError(f"--kinds={cfg.kinds}: {cfg.export} has episodes of kind {', '.join(sorted(kinds))}")
+    return [episode for episode in episodes if episode.get("kind", "demo") in wanted]
 
 
 def create_dataset(video: str, folder: Path, fps: int, features: dict) -> Any:
     """LeRobotDataset.create() of LeRobot 0.4 or 0.6, which choose the codec in different ways."""
     # The AV1 encoder and the datasets package would write lines for every episode.
     os.environ |= {"SVT_LOG": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    create = require("lerobot.datasets.lerobot_dataset", "lerobot").LeRobotDataset.create
+    create = require("lerobot.datasets.lerobot_dataset", "'lerobot[dataset]'").LeRobotDataset.create
     options = {}
     if video:
         options["vcodec"] = video.replace("av1", "libsvtav1")

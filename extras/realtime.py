@@ -461,6 +461,8 @@ class TalkingEnv(PacedEnv):
 def listen(lines: queue.SimpleQueue) -> None:
     """Lines of standard input -> queue, then None, however the input ends."""
     try:
+        if sys.stdin is None:  # closed before the program began
+            return
         # not sys.stdin itself: a thread that waits inside it would block the exit
         with open(sys.stdin.fileno(), errors="replace", closefd=False) as words:
             for line in filter(str.strip, words):

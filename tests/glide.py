@@ -1,5 +1,7 @@
 """Environments of test_evaluate.py, built on `reach`, the example of docs/environments.md."""
 
+import time
+
 import numpy as np
 from reach import Reach
 
@@ -46,8 +48,50 @@ class Rolling(Reach):
         return obs, reward, there or out_of_time, False, info | {"is_success": there}
 
 
+class Endless(Reach):
+    """It never ends an episode."""
+
+    def step(self, action):
+        obs, reward, _, _, _ = super().step(action)
+        return obs, reward, False, False, {}
+
+
+class Falling(Reach):
+    """It plays chunks itself and terminates on failure; info tells."""
+
+    def step_chunk(self, actions):
+        for action in actions:
+            obs, reward, _, _, _ = self.step(action)
+        return obs, reward, True, False, {"is_success": False}
+
+
+class Blocked(Reach):
+    """Its step does not come back."""
+
+    def step(self, action):
+        time.sleep(60)
+
+
+class Blind(Reach):
+    """Its state is not a number."""
+
+    def look(self):
+        return super().look() | {"state": np.full(2, np.nan)}
+
+
 class Broken(Reach):
     """Its step fails."""
 
     def step(self, action):
         return 1 / 0
+
+
+class Odd(Reach):
+    """Its observations are spoilt by what the test sets."""
+
+    spoil = None
+
+    def look(self):
+        obs = super().look()
+        Odd.spoil(obs)
+        return obs

@@ -16,10 +16,12 @@ from common import (
     append_log,
     atomic_path,
     check_options,
+    claim_folder,
     opt,
     parse_config,
     read_json,
     read_log,
+    release_folders,
     require,
     resumed_config,
     run_program,
@@ -40,6 +42,10 @@ class Options:
     kind: str = opt("one", "a choice", ("one", "two"))
     width: int = opt(8)
     out: str = opt("out/x", "a folder")
+    views: str = opt("", "a list", many=True)
+    delays: str = opt("", "a list of numbers", "[0, 9]", many=True)
+    port: str = opt("", "for one kind alone", needs="kind=two")
+    again: int = opt(0, "for neither", needs=("not fast", "name|not kind=one"))
 
     def __post_init__(self):
         check_options(self)
@@ -59,7 +65,6 @@ def test_options_in_all_their_forms():
     assert options("--steps", "-4").steps == -4
     assert options("--steps=1e5").steps == 100_000 and options(f"--steps={2**60 + 1}").steps == 2**60 + 1
     assert options("--name=a=b=c").name == "a=b=c"
-    assert options("--name=").name == ""
     assert options("--rate", "0").rate == 0.0
     assert options("a b", "--steps=1", positional="name").name == "a b"
     for words, value in (
@@ -94,10 +99,29 @@ def test_options_in_all_their_forms():
         (["--steps"], "needs a value"),
         (["--steps", "--fast"], "needs a value"),
         (["--steps=2", "--steps=3"], "--steps is given twice: 2 and 3"),
+        (["--name="], "--name is empty"),
+        (["--name", " "], "--name is empty"),
+        (["--rate=-inf"], "--rate must be a finite number"),
+        (["--views=front,front"], "--views must list different words"),
+        (["--views=front,"], "--views must list different words"),
+        (["--views=front, wrist"], "--views must list different words"),
+        (["--delays=1,-1"], "--delays must lie in [0, 9], not -1"),
+        (["--delays=1,10"], "--delays must lie in [0, 9], not 10"),
+        (["--delays=1,a"], "--delays must lie in [0, 9], not a"),
+        (["--port=x"], "--port does nothing without --kind=two: add it or leave --port out"),
+        (["--again=1", "--fast"], "--again does nothing with --fast: leave --again out"),
+        (["--again=1"], "--again does nothing without --name and with --kind=one: leave --again out"),
     ],
 )
 def test_bad_options_exit_with_one_line(fails, argv, said):
     assert said in fails(lambda a: options(*a), argv)
+
+
+def test_options_that_do_something_or_ask_for_nothing_pass():
+    assert options("--port=x", "--kind=two").port == "x"
+    assert options("--again=1", "--name=y").again == options("--again=1", "--kind=two").again == 1
+    assert options("--again=0", "--fast").fast  # a zero asks for nothing
+    assert options("--views=front,wrist", "--delays=0,4").views == "front,wrist"
 
 
 def test_help_shows_every_option_and_what_it_allows(capsys):
@@ -164,6 +188,58 @@ def test_log_lines_behind_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     assert [line["step"] for line in read_log(path)] == [0, 1, 2, 3]
     trim_log(path, "step", 2)
     assert [line["step"] for line in read_log(path)] == [0, 1, 2] and path.read_text().endswith("}\n")
+
+
+def test_a_folder_belongs_to_the_program_that_made_it(tmp_path):
+    new = tmp_path / "new"
+    claim_folder(new, "train.py")
+    assert not new.exists()  # before there is anything to write
+    claim_folder(new, "train.py", create=True)
+    (new / "log.jsonl").write_text("mine")
+    release_folders()
+    claim_folder(new, "train.py")
+    release_folders()
+    with pytest.raises(UserError, match="was made by train.py and is left as it is"):
+        claim_folder(new, "rl.py")
+    for name in ("model.safetensors", "config.json", "meta.json", "log.jsonl"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("somebody's")
+        with pytest.raises(UserError, match=f"holds other things .{name}"):
+            claim_folder(folder, "train.py", create=True)
+        assert [path.name for path in folder.iterdir()] == [name]
+        with pytest.raises(UserError, match="is a file; choose another --out"):
+            claim_folder(folder / name, "train.py")
+
+
+def test_two_programs_do_not_share_a_folder(tmp_path, root):
+    script = (
+        "import common, sys; common.claim_folder(sys.argv[1], 'train.py', True); print(flush=True); input()"
+    )
+    child = [sys.executable, "-c", script, tmp_path / "run"]
+    other = subprocess.Popen(child, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(UserError, match="another program is at work"):
+        claim_folder(tmp_path / "run", "train.py")
+    other.kill()
+    other.communicate()
+    claim_folder(tmp_path / "run", "train.py")  # the dead keep no lock
+    release_folders()
+
+
+def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--out={tmp_path}", "--task=a b"])
+    config = options(f"--out={tmp_path}")
+    config.resume = False
+    for ending in ("'--task=a b'", "'--task=a b' --resume"):
+        with pytest.raises(SystemExit) as caught:
+            run_program(stopped, config)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert caught.value.code == 130 and line.endswith(f"python train.py --out={tmp_path} {ending}")
+        (tmp_path / "train_state.pt").touch()
 
 
 # -- libraries ----------------------------------------------------------------------------------------------

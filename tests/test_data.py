@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from conftest import debug_config
 
 import sim_env
-from data import Episodes, Questions, Tokenizer, pack, statistics
+from data import Episodes, Questions, Tokenizer, check_set, pack, read_meta, save_episodes, statistics
 from model import Config
 
 CFG = debug_config()
@@ -394,3 +396,201 @@ def test_questions_too_long_for_the_tokenizer_are_left_out(data, tokenizer):
     asked.questions = [[["long", "word " * 200, "yes"]]]
     with pytest.raises(ValueError, match="--longest"):
         asked.drop_long(tokenizer)
+
+
+# -- the door for data --------------------------------------------------------------------------------------
+
+
+def a_set():
+    """A right meta.json and its arrays: two episodes of 6 frames, one camera."""
+    x = np.arange(24, dtype=np.float32).reshape(12, 2)
+    episodes = []
+    for start in (0, 6):
+        entry = {
+            "start": start,
+            "length": 6,
+            "task": "push",
+            "reason": [[0, "go"], [3, "on"]],
+            "success": True,
+        }
+        episodes.append(entry | {"family": "push", "kind": "demo", "disturbed": [[2, 15]]})
+    meta = {"cameras": ["top"], "motors": ["x", "y"], "fps": 10, "episodes": episodes}
+    meta["statistics"] = {"state": statistics(x), "action": statistics(x)}
+    return meta, {"state": x.copy(), "action": x.copy(), "top": np.zeros((12, 8, 8, 3), np.uint8)}
+
+
+def test_a_right_set_passes():
+    """Also one whose disturbance was planned for after a start episode's end."""
+    meta, arrays = a_set()
+    check_set("set", meta, arrays)
+
+
+def turned_around(meta, arrays):
+    meta["statistics"]["action"]["q01"] = [100.0, 100.0]
+
+
+def of_another_set(meta, arrays):
+    meta["statistics"]["state"] = statistics(arrays["state"] * 10)
+
+
+def not_a_number(meta, arrays):
+    arrays["state"][5, 1] = np.nan
+
+
+def one_action_less(meta, arrays):
+    arrays["action"] = arrays["action"][:-1]
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (turned_around, "set/meta.json: the statistics of action are not those of action.npy"),
+        (of_another_set, "set/meta.json: the statistics of state are not those of state.npy"),
+        (not_a_number, "set/state.npy: frame 5 is not finite"),
+        (one_action_less, "set: arrays of different numbers of frames"),
+    ],
+)
+def test_arrays_that_cannot_be_are_named(spoil, said):
+    meta, arrays = a_set()
+    spoil(meta, arrays)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_set("set", meta, arrays)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, ">f4", object, bool, complex], ids=str)
+def test_numbers_of_another_type_are_refused(dtype):
+    meta, arrays = a_set()
+    arrays["action"] = arrays["action"].astype(dtype)
+    with pytest.raises(ValueError, match=r"set/action.npy must be \(frames, 2\) float32"):
+        check_set("set", meta, arrays)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((12, 8, 8, 3), np.float32),
+        ((12, 8, 8), np.uint8),
+        ((12, 8, 8, 4), np.uint8),
+        ((12, 8, 6, 3), np.uint8),
+    ],
+    ids=["float", "grey", "alpha", "oblong"],
+)
+def test_pictures_that_are_no_square_colour_bytes_are_refused(shape, dtype):
+    meta, arrays = a_set()
+    arrays["top"] = np.zeros(shape, dtype)
+    with pytest.raises(ValueError, match=r"set/top.npy must be \(frames, px, px, 3\) uint8"):
+        check_set("set", meta, arrays)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"start": -1}, "is frames -1 to 5, the set has 12"),
+        ({"start": 0}, "overlap"),
+        ({"start": 6.0}, "start must be int, not 6.0"),
+        ({"length": 7}, "is frames 6 to 13, the set has 12"),
+        ({"length": 0}, "is frames 6 to 6"),
+        ({"task": " "}, "has no instruction"),
+        ({"task": None}, "task must be str"),
+        ({"success": "no"}, "success must be bool"),
+        ({"reason": [[3, "b"], [0, "a"]]}, "reason must be [step, text] pairs"),
+        ({"reason": [[0, "a"], [6, "b"]]}, "reason must be [step, text] pairs with steps rising from 0 to 5"),
+        ({"reason": [[0, 5]]}, "reason must be"),
+        ({"disturbed": [[3, 1]]}, "disturbed must be [first, end] pairs"),
+        ({"family": 3}, "family must be str"),
+    ],
+    ids=str,
+)
+def test_episodes_that_cannot_be_are_named(changes, said):
+    meta, arrays = a_set()
+    meta["episodes"][1] |= changes
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        check_set("set", meta, arrays)
+    assert "set/meta.json: episode" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "no JSON object"),
+        ("{}", "lacks cameras, motors, fps, statistics, episodes"),
+        ({"fps": 0}, "fps must be a whole number above 0, not 0"),
+        ({"fps": "10"}, "fps must be"),
+        ({"fps": None}, "fps must be"),
+        ({"cameras": ["top", "top"]}, "cameras must be a list of different names"),
+        ({"cameras": "top"}, "cameras must be a list"),
+        ({"motors": ["x,y", "z"]}, "motors must be a list of different names without commas"),
+        ({"state": ["x", "x"]}, "state must be a list of different names"),
+    ],
+    ids=str,
+)
+def test_meta_json_that_cannot_be_is_named(tmp_path, content, said):
+    text = content if isinstance(content, str) else json.dumps(a_set()[0] | content)
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        read_meta(tmp_path)
+    assert str(tmp_path / "meta.json") in str(caught.value)
+
+
+def test_a_whole_frame_rate_may_be_written_as_a_float(tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps(a_set()[0] | {"fps": 30.0}))
+    assert type(read_meta(tmp_path)["fps"]) is int
+
+
+@pytest.mark.parametrize("task", ["put " * 2500, "zqx! " * 100], ids=["10 kB", "bytes"])
+def test_an_instruction_too_long_names_its_episode(data, tmp_path, tokenizer, task):
+    shutil.copytree(data, tmp_path / "long")
+    meta = json.loads((data / "meta.json").read_text())
+    meta["episodes"][2]["task"] = task
+    (tmp_path / "long" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="meta.json: episode 2: the instruction is"):
+        Episodes(tmp_path / "long", CFG).check_tasks(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "cannot be read as JSON"),
+        ({}, "must be a list"),
+        ([["abc"], []], "picture 0 has 'abc', not [kind, question, answer]"),
+        ([[["kind", "why", ""]], []], "not [kind, question, answer]"),
+        ([[]], "has questions for 1 pictures, there are 2"),
+    ],
+    ids=str,
+)
+def test_questions_that_cannot_be_are_named(data, tmp_path, content, said):
+    folder = tmp_path / "asked"
+    shutil.copytree(data / "questions_val", folder)
+    (folder / "questions.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        Questions(folder, CFG)
+    assert str(folder / "questions.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"state": np.zeros((13, 2))}, "episode 1 has different numbers of frames"),
+        ({"action": np.full((6, 2), np.nan)}, "episode 1: action: frame 0 is not finite"),
+        ({"state": [["a", "b"]] * 6}, "episode 1: state must be an array of numbers"),
+        ({"state": [[1], [2, 3]] * 3}, "episode 1: state must be an array of numbers"),
+        ({"images": {"top": np.zeros((6, 8, 8, 3))}}, "episode 1: top must be (frames, px, px, 3) uint8"),
+        ({"images": {"front": np.zeros((6, 8, 8, 3), np.uint8)}}, "top is missing"),
+        ({"images": {"top": np.zeros((6, 9, 9, 3), np.uint8)}}, "must have one size"),
+        ({"task": ""}, "episode 1 has no instruction"),
+        ({"reason": [[9, "a"]]}, "episode 1: reason must be"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_save_episodes_goes_through_the_same_door(tmp_path, changes, said):
+    x = np.arange(12.0).reshape(6, 2)
+    episode = {"images": {"top": np.zeros((6, 8, 8, 3), np.uint8)}, "state": x, "action": x, "task": "push"}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        save_episodes(tmp_path / "new", [episode, episode | changes], ("top",), ("x", "y"))
+    assert not (tmp_path / "new").exists()
+    save_episodes(
+        tmp_path / "new", [episode, episode | {"start": 99, "seed": np.int64(3)}], ["top"], ["x", "y"]
+    )
+    entries = read_meta(tmp_path / "new")["episodes"]
+    assert [entry["start"] for entry in entries] == [0, 6] and entries[1]["seed"] == 3

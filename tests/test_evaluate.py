@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -166,6 +167,30 @@ def test_success_in_info_is_believed_over_the_end(reach):
     assert env.terminated[0] and not episode.success
 
 
+@pytest.mark.parametrize("name, steps", [("Endless", 30), ("Falling", 10)])
+def test_an_episode_ends_at_its_familys_limit_and_info_tells_success(reach, name, steps):
+    def nowhere(obs):
+        return np.repeat(obs["state"][:, None], 10, axis=1), [None]
+
+    env = SingleEnv(evaluate.make_env(f"glide:{name}", 32), 32, ("top",), 2)
+    (episode,) = run_episodes(env, [Episode(3, {"family": "reach"})], nowhere)
+    assert env.truncated[0] == (name == "Endless") and not episode.success and episode.steps == steps
+
+
+def test_an_environment_that_blocks_is_named(reach, monkeypatch):
+    with VecEnv(1, 1, "glide:Blocked", 32) as vec:
+        vec.reset([0], [1], [{}])
+        monkeypatch.setattr(evaluate, "ANSWER_SECONDS", 0.5)
+        with pytest.raises(ValueError, match="--env=glide:Blocked has not answered step_chunk"):
+            vec.step_chunk({0: np.zeros((1, 2))})
+
+
+def test_an_environment_that_does_not_fit_is_told_before_the_training(reach, fails):
+    learn = [*DEBUG, *NO_WORDS, "--data=data/reach", "--eval=1", "--out=late"]
+    assert "not finite" in fails(train.main, [*learn, "--env=glide:Blind"])
+    assert not Path("late").exists()
+
+
 def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
     learn = [*DEBUG, *NO_WORDS, "--data=data/reach", "--eval=0"]
     train.main([*learn, "--env=reach:Reach", "--out=run"])
@@ -181,6 +206,25 @@ def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
     assert "lacks cameras" in tell("--env=json:JSONDecoder")
     assert "['top'] missing" in tell("--env=sim")
     assert "--families" in tell("--families=push") and "--families" in tell("--eval=2", "--families=push")
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("state", [math.nan, 0], "state is not finite"),
+        ("state", ["a", "b"], "state is (2,) <U1"),
+        ("images", {"top": np.zeros((32, 32, 3))}, "camera top gives (32, 32, 3) float64"),
+        ("images", {"top": np.zeros((33, 32, 3), np.uint8)}, "camera top gives (33, 32, 3) uint8"),
+        ("images", {}, "gives an observation without ['top']"),
+        ("task", "", "gives no instruction"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_observations_that_cannot_be_are_told_not_scored(reach, monkeypatch, key, value, said):
+    env = SingleEnv(evaluate.make_env("glide:Odd", 32), 32, ("top",), 2)
+    monkeypatch.setattr(type(env.env.env), "spoil", staticmethod(lambda obs: obs.update({key: value})))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        env.reset([0], [1], [{"family": "reach"}])
 
 
 def test_an_environments_own_exception_keeps_its_traceback(reach):
@@ -216,7 +260,7 @@ def glide(reach):
         top, state, action = map(np.stack, zip(*seen))
         episode = {"images": {"top": top}, "state": state, "action": action, "task": obs["task"]}
         episodes.append(episode | {"family": "reach"})
-    with pytest.raises(ValueError, match=r"\(frames, 2\) numbers for \['x', 'y'\]; it is \(\d+, 3\)"):
+    with pytest.raises(ValueError, match=r"\(frames, 2\) float32 for \['x', 'y'\]; it is \(\d+, 3\)"):
         save_episodes("data/glide", episodes, env.cameras, env.motors)
     save_episodes("data/glide", episodes, env.cameras, env.motors, state=env.state)
     return module
@@ -248,11 +292,11 @@ def test_a_state_of_other_numbers_than_the_action(glide, fails):
     assert all(side in fails(train.main, [*DEBUG, *start, "--data=data/reach"]) for side in both)
     assert "class attribute state" in tell("--env=glide:Wrong")
     broken = VecEnv(1, 1, "glide:Short", 32)
-    with broken, pytest.raises(ValueError, match=r"shape \(3,\), its class names 4 numbers"):
+    with broken, pytest.raises(ValueError, match=r"is \(3,\) float32, its class names 4 numbers"):
         broken.reset([0], [1], [{}])
     np.save("data/glide/state.npy", np.load("data/glide/state.npy")[:, :2])
     said = fails(train.main, [*learn, "--out=late"])
-    assert "must be (frames, 3) numbers for ['speed', 'x', 'y']" in said
+    assert "must be (frames, 3) float32 for ['speed', 'x', 'y']" in said
 
 
 def test_an_arm_that_waits_stays_where_its_state_says_that_its_motors_are(glide, fails):

@@ -4,6 +4,7 @@ statistics.
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -668,12 +669,50 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
         ((images.float(), state, ["x"]), ("uint8", "float32")),
         ((images, state * float("nan"), ["x"]), ("finite", "nan")),
         ((images, state[:, :5], ["x"]), ("(B, 6)", "(1, 5)", "gripper")),
-        ((images, state, "a string"), ("one task a row",)),
-        ((images, state, ["x", "y"]), ("one task a row",)),
+        ((images, state, "a string"), ("tasks", "one for each row")),
+        ((images, state, ["x", "y"]), ("tasks", "one for each row")),
     ):
         with pytest.raises(ValueError) as caught:
             policy.act(*arguments)
         assert all(part in str(caught.value) for part in shown) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "method, changes, said",
+    [
+        ("act", {"images": [[1], [2, 3]]}, "images must be an array of numbers"),
+        ("act", {"state": None}, "state must be an array of numbers"),
+        ("act", {"state": [["a"] * 6]}, "state must be an array of numbers"),
+        ("act", {"state": [0.0] * 6}, "state must be (B, 6)"),
+        ("act", {"state": [[math.inf] * 6]}, "state must be finite"),
+        ("act", {"task": [3]}, "tasks must be a list of 1 strings"),
+        ("act", {"reasoning": ["a", "b"]}, "reasoning must be a list of 1 strings"),
+        ("act", {"seed": 1.5}, "seed must be a whole number"),
+        ("answer", {"images": np.zeros((1, 2, 32, 32, 3))}, "images must be (B, 2, 32, 32, 3) uint8"),
+        (
+            "answer",
+            {"images": np.zeros((1, 1, 32, 32, 3), np.uint8)},
+            "images must be (B, 2, 32, 32, 3) uint8",
+        ),
+        ("answer", {"questions": "where"}, "questions must be a list of 1 strings"),
+        ("answer", {"limit": 0}, "limit must be a whole number"),
+        ("plan", {"state": [[math.nan] * 6]}, "state must be finite"),
+        ("plan", {"query_states": np.zeros((1, 2, 32))}, "query_states must be (1, 4, 32)"),
+        ("plan", {"age": "old"}, "age must be an array of numbers"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_python_users_get_a_value_error(make_policy, method, changes, said):
+    policy = make_policy()
+    seen = {"images": np.zeros((1, 2, 32, 32, 3), np.uint8)}
+    right = {
+        "act": seen | {"state": np.zeros((1, 6)), "task": ["put"]},
+        "answer": seen | {"questions": ["where"]},
+        "plan": {"query_states": np.zeros((1, 4, 32)), "state": np.zeros((1, 6))},
+    }
+    getattr(policy, method)(**right[method])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        getattr(policy, method)(**right[method] | changes)
 
 
 # -- statistics and weights on disk -------------------------------------------------------------------------

@@ -362,21 +362,38 @@ def test_a_finished_folder_and_foreign_parts_are_refused(data, tmp_path, fails):
     assert "other settings" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])
 
 
+@pytest.mark.parametrize("name", ["parts/notes.txt", "films/x.tmp1", "questions/questions.json", "front.npy"])
+def test_what_others_have_put_there_stays(tmp_path, fails, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("somebody's")
+    assert "is left as it is" in fails(prepare.main, ["--config", "debug", f"--out={tmp_path}"])
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--families=plaice"], "unknown family"),
+        (["--families=plaice"], "--families must be one of place"),
         (["--seed=200000"], "seeds of that kind"),
+        (["--families=place,place"], "--families must list different words"),
+        (["--held_out_scenes=100000000"], "--held_out_scenes must lie in"),
+        (["--video=h264"], "--video does nothing without --export"),
+        (["--fit=crop"], "--fit does nothing without --lerobot and without --questions_from"),
+        (["--lerobot=x", "--out=x", "--demos=3"], "--demos does nothing with --lerobot"),
         (["--seed=-1"], "--seed"),
-        (["--starts=300000"], "seeds of that kind"),
+        (["--starts=300000"], "--starts must lie in [0, 200000]"),
         (["--demos=-1"], "--demos"),
         (["--workers=-1"], "--workers"),
         (["--image_size=4"], "--image_size"),
         (["--fit=zoom"], "stretch, crop"),
-        (["--convention=percent"], "--calibration=FILE"),
-        (["--calibration=arm.json"], "--calibration=FILE"),
+        (["--convention=percent"], "without --lerobot"),
+        (["--lerobot=x", "--out=x", "--calibration=arm.json"], "--calibration=FILE"),
+        (["--episodes=0-2"], "without --lerobot"),
+        (["--kinds=demo"], "without --export"),
+        (["--cameras=front=top"], "--cameras does nothing without --lerobot"),
         (["--start_steps=3"], "unknown option"),
-        (["--export=data/small", "--lerobot=x", "--out=x"], "a command of its own"),
+        (["--export=data/small", "--lerobot=x", "--out=x"], "leave out --lerobot"),
         (["--lerobot=x"], "--out="),
     ],
 )

@@ -420,8 +420,8 @@ def test_film_on_a_simulated_clock(run, capsys):
     "words, said",
     [
         (["--mode=asink"], "not 'asink'"),
-        (["--delay=-1"], "counts control steps"),
-        (["--delay=fast"], "counts control steps"),
+        (["--delay=-1"], "--delay must lie in"),
+        (["--delay=fast"], "--delay must lie in"),
         (["--mode=wait,async"], "add --eval"),
         (["--delay=0,4"], "add --eval"),
         (["--mode=wait+rtc"], "not 'wait+rtc'"),

@@ -528,7 +528,12 @@ def test_two_processes_make_the_same_update_as_one(make_policy, tmp_path):
     "flags, said",
     [
         (["--experts=all"], "experts must be one of"),
-        (["--seed=99999999"], "leave the training seeds"),
+        (["--seed=99999999"], "leaves the training seeds"),
+        (["--lr=0"], "--lr must lie in (0, 1]"),
+        (["--expert_weight=-1"], "--expert_weight must lie in"),
+        (["--port=/dev/ttyACM0"], "--port does nothing without --env=real"),
+        (["--experts=none", "--expert_advantage=gae"], "--expert_advantage does nothing with --experts=none"),
+        (["--eval_episodes=1e7"], "--eval_episodes must lie in"),
         (["--families=place,calculate"], "calculate"),
         (["--data=nowhere"], "no data set"),
         (["--sigma=0"], "sigma"),
@@ -543,6 +548,14 @@ def test_bad_input_is_one_line(trained, tmp_path, fails, flags, said):
 
 def test_a_start_that_is_no_checkpoint_is_one_line(tmp_path, fails):
     assert "no checkpoint" in fails(rl.main, arguments("nowhere", tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    "name, value", [("gamma", 2.0), ("gae_lambda", 5.0), ("clip_coef", -1.0), ("arms", 0)]
+)
+def test_settings_of_presets_have_bounds_too(name, value):
+    with pytest.raises(ValueError, match=f"--{name} must lie in"):
+        rl.RLConfig(**{name: value})
 
 
 def test_the_real_arm_spends_no_episode_on_tables():

@@ -5,6 +5,7 @@ it refuses.
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -338,7 +339,8 @@ def test_a_kill_between_any_two_files_leaves_a_run_that_goes_on(trained, data, t
 def test_non_finite_numbers_stop_the_run_and_spare_the_checkpoint(data, tmp_path, fails, monkeypatch):
     monkeypatch.setitem(PRESETS["debug"], "save_every", 1)
     out = tmp_path / "run"
-    said = fails(train.main, arguments(data, out, "--adam_lr=1e30", "--steps=9"))
+    monkeypatch.setattr(train, "learning_rate", lambda step, cfg: 1e30)
+    said = fails(train.main, arguments(data, out, "--steps=9"))
     assert "non-finite" in said and "lower the learning rates" in said
     if (out / "model.safetensors").is_file():
         assert all(tensor.isfinite().all() for tensor in weights(out).values())
@@ -371,8 +373,14 @@ def test_folders_and_stages(trained, data, tmp_path, fails):
         "--steps=-1",
         "--mix=1",
         "--adam_lr=0",
+        "--adam_lr=1e30",
         "--muon_lr=nan",
         "--seed=-1",
+        "--seed=1e30",
+        "--chunk_size=1e9",
+        "--cameras=front,front",
+        "--families=place,",
+        "--out=",
     ],
 )
 def test_numbers_that_cannot_be_are_refused(fails, data, tmp_path, flag):
@@ -483,6 +491,90 @@ def test_foreign_checkpoints_are_named_in_one_line(trained, data, tmp_path, fail
     assert "(2, 2) there" in tell(foreign)
     (foreign / "model.safetensors").write_bytes(b"not weights")
     assert "model.safetensors" in tell(foreign)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None])
+def test_a_damaged_state_is_named(trained, data, tmp_path, fails, content):
+    run = shutil.copytree(trained, tmp_path / "run")
+    torch.save({"step": 1}, run / "train_state.pt")
+    if content is not None:
+        (run / "train_state.pt").write_bytes(content)
+    assert "run/train_state.pt cannot be read" in fails(train.main, arguments(data, run, "--resume"))
+
+
+def test_settings_of_wrong_types_are_named(trained, data, tmp_path, fails):
+    run = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    for wrong in ([], config | {"width": None}, config | {"chunk_size": "8"}, config | {"env": 3}):
+        (run / "config.json").write_text(json.dumps(wrong))
+        assert "run/config.json" in fails(train.main, arguments(data, run, "--resume"))
+
+
+def broken_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def no_object(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def words_of_numbers(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"chunk_size": 8', '"chunk_size": "8"'))
+
+
+def other_words(folder):
+    words = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(words[::-1]))
+
+
+def whole_numbers(folder):
+    rewrite(folder, lambda name, tensor: tensor.to(torch.int8))
+
+
+def no_numbers(folder):
+    rewrite(folder, lambda name, tensor: tensor * (math.nan if name == "vlm.queries" else 1))
+
+
+def upside_down(folder):
+    rewrite(folder, lambda name, tensor: -tensor if name in ("action_low", "action_high") else tensor)
+
+
+def rewrite(folder, change):
+    tensors = {name: change(name, tensor).contiguous() for name, tensor in weights(folder).items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (broken_json, "config.json cannot be read as JSON"),
+        (no_object, "config.json is not what train.py writes"),
+        (words_of_numbers, "config.json: --chunk_size takes int, not '8'"),
+        (other_words, "tokenizer.json is another checkpoint's"),
+        (whole_numbers, "torch.int8; weights must be floating-point"),
+        (no_numbers, "model.safetensors: weight vlm.queries not finite"),
+        (upside_down, "action_low lies above action_high"),
+    ],
+)
+def test_every_program_refuses_a_checkpoint_that_cannot_be(trained, data, tmp_path, fails, spoil, said):
+    broken = tmp_path / "broken"
+    shutil.copytree(trained, broken)
+    spoil(broken)
+    new = arguments(data, tmp_path / "new", "--stage=finetune", f"--init_from={broken}", "--mix=0")
+    again = arguments(data, broken, "--resume", "--steps=9")
+    for words in (new, again):
+        assert said in fails(train.main, words)
+    with pytest.raises(ValueError, match=re.escape(said)):  # rl.py and sample.py
+        load_policy(broken)
+
+
+def test_targets_beyond_the_scale_are_counted(make_policy):
+    policy = make_policy()
+    actions = np.tile(policy.action_high.numpy(), (4, 1))
+    assert policy.clipped(actions) == "none"
+    actions[0, 4] += 1000
+    assert policy.clipped(actions) == "wrist_roll 25.0%"
 
 
 def test_resuming_another_run_is_refused_in_one_line(trained, data, tmp_path, fails):

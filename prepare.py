@@ -747,8 +747,8 @@ def check_reasoner(cfg: PrepareConfig, cameras: Sequence[str]) -> None:
     for name, fits in wanted.items():
         if not fits:
             raise UserError(
-                f"--reasoning_from={cfg.reasoning_from} has {name} {getattr(policy, name)}, which does not suit "
-                f"{cfg.lerobot} (cameras {','.join(cameras)}; {cfg.image_size} pixels): leave it out"
+                f"--reasoning_from={cfg.reasoning_from} has {name} {getattr(policy, name)}, which does not "
+                f"suit {cfg.lerobot} (cameras {','.join(cameras)}; {cfg.image_size} pixels): leave it out"
             )
 
 

@@ -273,13 +273,13 @@ def evaluate(cfg: Options) -> None:
         arm = LevelEnv(emulator, policy.cfg.image_size, LONGEST * RealEnv.fps)
         decide = policy_fn(policy)
         with SingleEnv(arm, arm.px, CAMERAS, policy.cfg.state_dim) as vec:
-            for seed in seeds:
-                if seed in done:
-                    continue
+            for seed in sorted(set(seeds) - set(done)):
                 arm.reasons.clear()
+                emulator.trace.clear()
                 episode = Episode(seed, {"family": "place"})
                 run_episodes(vec, [episode], decide, "")
                 line = {"seed": seed, "success": episode.success, "steps": episode.steps}
+                line["wrist_roll"] = float(np.median(emulator.trace, axis=0)[4])
                 done[seed] = line | {"limited": dict(arm.reasons), "weights": weights}
                 append_log(log, done[seed])
                 won = [done[s]["success"] for s in seeds if s in done]
@@ -302,7 +302,12 @@ def report(cfg: Options, lines: list[dict], faults: int) -> None:
     print(f"{cfg.run}: {percent(len(won) / n)} % of {n} ({percent(low)} - {percent(high)})")
     sent = sum(line["steps"] for line in lines)
     print(f"limited targets: {limited or 'none'} of {sent}; bus faults: {faults}")
+    roll = float(np.median([line["wrist_roll"] for line in lines]))
+    print(
+        f"wrist_roll was {roll:.0f} degrees; {FOLDED[4]:.0f} where recorded, {REST[4]:.0f} in the simulation"
+    )
     result = {"success": len(won) / n, "n": n, "low": low, "high": high, "limited": limited}
+    result["wrist_roll"] = roll
     result["steps"] = float(np.mean(won)) if won else None
     path = Path(cfg.run, "eval_emulated.json")
     write_json(path, result)

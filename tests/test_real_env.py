@@ -862,9 +862,10 @@ def test_practice_goes_on_after_kill_9(trained, tmp_path):
 # -- from a recording to the arm -----------------------------------------------------------------------------
 
 
-def test_a_recording_through_lerobots_arm_and_back(trained, tmp_path):
+def test_a_recording_through_lerobots_arm_and_back(trained, tmp_path, fails):
     """benchmarks/recording_to_arm.py: an episode is recorded, converted, and a policy is run in one scene."""
     import prepare
+    from model import load_policy
 
     program = Path(__file__).parent.parent / "benchmarks" / "recording_to_arm.py"
 
@@ -880,9 +881,18 @@ def test_a_recording_through_lerobots_arm_and_back(trained, tmp_path):
     info = json.loads((level / "meta" / "info.json").read_text())
     assert (info["fps"], info["features"]["observation.images.wrist"]["shape"]) == (30, [480, 640, 3])
 
-    prepare.main(
-        [f"--lerobot={level}", "--fps=10", "--fit=crop", f"--out={tmp_path / 'data'}", "--workers=1"]
-    )
+    policy = load_policy(trained)
+    convert = [f"--lerobot={level}", "--fps=10", "--fit=crop", f"--out={tmp_path / 'data'}", "--workers=1"]
+    convert.append(f"--reasoning_from={trained}")
+    assert "image_size" in fails(prepare.main, [*convert, f"--image_size={policy.cfg.image_size + 8}"])
+    prepare.main([*convert, f"--image_size={policy.cfg.image_size}"])
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    assert (meta["fps"], meta["fit"]) == (10, "crop")
+    (episode,) = meta["episodes"]
+    cameras = [np.load(tmp_path / "data" / f"{name}.npy")[:1] for name in policy.cfg.camera_names]
+    pictures = torch.from_numpy(np.stack(cameras, axis=1))  # (1, V, px, px, 3)
+    assert episode["reason"][0] == [0, policy.reason(pictures, [episode["task"]])[0][0]]
+
     state, action = (np.load(tmp_path / "data" / f"{name}.npy") for name in ("state", "action"))
     assert np.abs(state[0] - REST - [0, 0, 0, 0, 90, 0]).max() < 12  # folded up, with level jaws
     assert np.abs(state[:, 4]).max() < 70  # about 0, where the simulation's wrist is about -90

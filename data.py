@@ -251,6 +251,12 @@ class Episodes:
                 reasoning = text
         return episode["task"], reasoning
 
+    def home(self) -> str:
+        """Where demonstrations begin: the median of their first states, with commas; "" if there are none."""
+        first = [episode["start"] for episode in self.episodes if episode.get("kind") != "start"]
+        middle = np.median(self.state[first], axis=0) if first else ()  # (S,)
+        return ",".join(f"{number:.6g}" for number in middle)
+
     def check_tasks(self, tokenizer: Tokenizer) -> None:
         """UserError names the episode whose instruction or reasoning the model cannot take."""
         known = set()

@@ -123,6 +123,7 @@ class Config:
     state: str = opt("", many=True)  # names of the state's numbers; empty: the motors' positions
     fps: int = opt(10, allowed="[1, 10000]")  # control steps a second, as recorded
     fit: str = opt("")  # how camera pictures became square: crop, stretch, or empty: they were
+    home: str = opt("")  # where demonstrations begin: the state's numbers, with commas; empty: unknown
     image_size: int = opt(96, allowed="[1, 4096]")  # pixels per side of a camera image
     vision_width: int = opt(48, allowed="[2, 65536]")
     mlp_width: int = opt(256, allowed="[1, 65536]")  # language model SwiGLU width

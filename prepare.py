@@ -46,7 +46,7 @@ from common import (
 )
 from data import read_meta, statistics
 from evaluate import save_film, wilson
-from model import PRESETS
+from model import PRESETS, Config, load_policy
 from sim_env import (
     CAMERAS,
     CLOSED,
@@ -421,6 +421,11 @@ class PrepareConfig:
         "features of --lerobot by other names, as in observation.state=state,action=actions",
         needs="lerobot",
     )
+    reasoning_from: str = opt(
+        "",
+        "checkpoint folder of a policy whose reasoning stands in where --lerobot has none, as in out/small",
+        needs="lerobot",
+    )
     questions_from: str = opt(
         "",
         "image-text sets (columns images, texts), comma-separated: folders or hub names, also with /PART",
@@ -528,6 +533,8 @@ def make_plan(cfg: PrepareConfig) -> tuple[list[Shard], dict[str, Any], int]:
     pictures = 0
     if cfg.lerobot:
         shards, common, pictures = lerobot_io.plan_episodes(cfg)
+        if cfg.reasoning_from:
+            check_reasoner(cfg, common["cameras"])
     elif Path(cfg.out, "meta.json").is_file():
         # Questions for demonstrations that are there get the same cameras and picture size.
         meta = read_meta(cfg.out)
@@ -712,6 +719,8 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     arrays = {}
     for name in (*common["cameras"], "state", "action"):
         arrays[name] = write_array(out / f"{name}.npy", filled, [...] * len(filled), frames)
+    if cfg.reasoning_from:
+        add_reasoning(cfg.reasoning_from, episodes, arrays)
     meta = common | {
         "statistics": {"state": statistics(arrays["state"]), "action": statistics(arrays["action"])},
         "failures": failures,
@@ -728,6 +737,44 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
         if len(failed) == len(episodes):
             said += "; if nobody judged them, add --rename=next.success="
     print(f"{out}: {frames} frames of {dict(kinds)}; {said}")
+
+
+def check_reasoner(cfg: PrepareConfig, cameras: Sequence[str]) -> None:
+    """UserError, before any work, for a policy of --reasoning_from that cannot reason about the set."""
+    policy = Config.read(cfg.reasoning_from)
+    wanted = {"cameras": set(policy.camera_names) <= set(cameras), "reasoning": policy.reasoning}
+    wanted["image_size"] = policy.image_size == cfg.image_size
+    for name, fits in wanted.items():
+        if not fits:
+            raise UserError(
+                f"--reasoning_from={cfg.reasoning_from} has {name} {getattr(policy, name)}, which does not "
+                f"suit {cfg.lerobot} (cameras {','.join(cameras)}; {cfg.image_size} pixels): leave it out"
+            )
+
+
+REASON_EVERY = 2  # control steps; a policy that runs reasons every n_action_steps
+
+
+def add_reasoning(run: str, episodes: list[dict], arrays: dict[str, ndarray]) -> None:
+    """Put a policy's own reasoning where episodes have none, so that fine-tuning it does not unlearn it.
+
+    Without this the target of the language model would be empty text in every frame.
+    """
+    policy = load_policy(run)
+    for episode in tqdm(episodes, "reasoning", unit="episode", leave=False, disable=None):
+        if any(text for _, text in episode["reason"]):
+            continue
+        steps = range(0, episode["length"], REASON_EVERY)
+        rows = [episode["start"] + step for step in steps]
+        tasks = [episode["task"]] * len(rows)
+        images = np.stack([arrays[camera][rows] for camera in policy.cfg.camera_names], axis=1)
+        images, _ = policy.check_inputs(images, arrays["state"][rows], tasks)
+        texts, _ = policy.reason(images, tasks)
+        changes = []
+        for step, text in zip(steps, texts):
+            if not changes or text != changes[-1][1]:
+                changes.append([step, text])
+        episode["reason"] = changes
 
 
 def merge(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:

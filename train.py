@@ -500,6 +500,7 @@ def open_data(cfg: TrainConfig) -> tuple[Episodes, Questions | None, Questions |
     if cfg.resume and cfg.data_id != identity:
         raise UserError(f"{cfg.data} is another data set than {cfg.out} was begun with; choose a new --out")
     cfg.data_id = identity
+    cfg.home = episodes.home()
     asks = cfg.mix > 0 or cfg.ground_steps > 0
     if asks and not Path(cfg.data, "questions").is_dir():
         raise UserError(

@@ -190,7 +190,8 @@ class RealEnv:
         width = np.array(ticks) * 360 / 4095  # degrees, (6,)
         nominal = HIGH - LOW  # (6,)
         nominal[5] = 110.2  # the gripper's 0 to 100, in degrees of its servo
-        bad = (width < 0.6 * nominal) | (width > nominal + 60)  # (6,)
+        # A joint that was not moved to both ends has its zero elsewhere: table and reach would be wrong.
+        bad = (width < 0.9 * nominal) | (width > nominal + 60)  # (6,)
         if bad.any():
             j = bad.argmax()
             raise UserError(
@@ -226,8 +227,8 @@ class RealEnv:
         width, height = size
         for view, source in cameras.items():
             device = int(source) if str(source).isdigit() else Path(source)
-            config = opencv.OpenCVCameraConfig(device, fps=30, width=width, height=height)
-            camera = opencv.OpenCVCamera(config)
+            # At the camera's own rate: not all have the 30 frames a second that LeRobot's guide asks for.
+            camera = opencv.OpenCVCamera(opencv.OpenCVCameraConfig(device, width=width, height=height))
             try:
                 camera.connect()
             except Exception as error:
@@ -237,6 +238,11 @@ class RealEnv:
                 ) from None
             self.opened[view] = camera
             self.exits.callback(camera.disconnect)
+            if 0 < camera.fps < FPS:  # 0: the driver does not say
+                raise UserError(
+                    f"camera {view} ({source}) gives {camera.fps:g} frames a second, the arm needs {FPS}: "
+                    f"give it more light, or choose another one with --{view}=..."
+                )
 
     def _prepare_servos(self):
         """Write LeRobot's settings, then switch torque on in place.
@@ -610,13 +616,31 @@ def connect(cfg: Any, policy: Any, judged: bool, dry_run: bool = False) -> Singl
     judged: a person begins and judges the episodes (JudgedEnv). dry_run: nothing is sent to the servos.
     UserError, before anything is opened, for a policy that does not fit the arm and a missing instruction.
     """
-    camera_indices(policy, "real")
+    check_policy(policy)
     if not cfg.task.strip() and not getattr(cfg, "interactive", False):
         raise UserError(NO_TASK)
     kind = JudgedEnv if judged else RealEnv
     cameras = {view: getattr(cfg, view) for view in policy.cfg.camera_names}
     arm = kind(cfg.port, cameras, cfg.id, policy.cfg.image_size, dry_run)
+    arm.home = start_pose(policy)
     return SingleEnv(arm, arm.px, CAMERAS, policy.cfg.state_dim)
+
+
+def check_policy(policy: Any) -> None:
+    """UserError for a policy that learnt to see, to move or to keep time in another way than the arm does."""
+    camera_indices(policy, "real")
+    if policy.cfg.fit == "stretch":
+        raise UserError(
+            "the policy learnt from stretched pictures, but of the arm's cameras it would see the middle, in "
+            "proportion: convert its recordings with prepare.py --fit=crop, and train on them"
+        )
+
+
+def start_pose(policy: Any) -> np.ndarray:
+    """Where an episode begins (6,): as in the policy's recordings, or as in the simulation if it has none."""
+    if not policy.cfg.home:
+        return HOME
+    return np.array([float(position) for position in policy.cfg.home.split(",")])
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ class Emulator:
     fault: function of an instruction (PING ...) that says what befalls its packet. None: nothing, "lost": no
     servo hears it, "silent": it is obeyed, but the last answer is lost, "corrupt": a bit of the answer, or of
     a group write, flips, "absurd": a valid packet with a wrong position. dead: names of servos that neither
-    obey nor answer. camera_fault: {camera: "frozen" or "silent"}.
+    obey nor answer. camera_fault: {camera: "frozen" or "silent"}. camera_rate: frames a
+    second that the driver names.
     goals: every target that reached a servo, as (motor, measured position, target). trace: the arm's position
     (6,) after every TICK.
     """
@@ -116,6 +117,7 @@ class Emulator:
         self.injected = []  # the faults so far
         self.dead = set()
         self.camera_fault = {}
+        self.camera_rate = 30.0
         self.counts = Counter()  # packets by instruction
         self.goals = []
         self.trace = []
@@ -378,16 +380,22 @@ class Emulator:
 
         Simulated time does not run on meanwhile.
         """
-        images = self.sim._obs()["images"]
+        pictures = self.pictures()
         self.drawn = self.now
-        side = self.sim.px // 6  # sim_env draws squares, cameras deliver 4:3; the margins are cropped again
         with self.changed:
-            for camera, image in images.items():
-                wide = np.pad(image, ((0, 0), (side, side), (0, 0)), "edge")  # (px, px * 4 / 3, 3)
-                self.frames[camera] = wide[..., ::-1].copy()
+            for camera, picture in pictures.items():
+                self.frames[camera] = picture[..., ::-1].copy()
             self.version += 1
             self.changed.notify_all()
             self.changed.wait_for(self.all_fetched, timeout=1)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the cameras see, each (px, px * 4 / 3, 3): sim_env's squares, with margins to be cropped."""
+        side = self.sim.px // 6
+        images = self.sim._obs()["images"]
+        return {
+            camera: np.pad(image, ((0, 0), (side, side), (0, 0)), "edge") for camera, image in images.items()
+        }
 
     def all_fetched(self) -> bool:
         """Has every camera's thread stored the newest picture?"""
@@ -421,7 +429,7 @@ def capture_class(emulator: Emulator) -> type:
             sizes = {
                 cv2.CAP_PROP_FRAME_WIDTH: width,
                 cv2.CAP_PROP_FRAME_HEIGHT: height,
-                cv2.CAP_PROP_FPS: 30.0,
+                cv2.CAP_PROP_FPS: emulator.camera_rate,
             }
             return sizes.get(key, 0)
 
@@ -520,16 +528,15 @@ def emulated_arm(folder: str | Path, monkeypatch: Any = None, terminal: bool = T
 class EmulatedEnv(real_env.RealEnv):
     """RealEnv on an emulated arm: the simulation lays out the scenes and judges.
 
-    reasons: why targets were limited, counted.
+    px: side of the images. reasons: why targets were limited, counted.
     """
 
-    def __init__(self, emulator: Emulator, family: str):
+    def __init__(self, emulator: Emulator, px: int, limit: int):
         self.emulator = emulator
         self.world = emulator.sim
         self.reasons = Counter()
-        px = self.world.px
-        size = (px + 2 * (px // 6), px)
-        super().__init__(emulator.port, {"front": 0, "wrist": 2}, px=px, limit=LIMIT[family], size=size)
+        height, width, _ = emulator.frames["front"].shape
+        super().__init__(emulator.port, {"front": 0, "wrist": 2}, px=px, limit=limit, size=(width, height))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         self.world.reset(seed=seed, options=options)
@@ -557,7 +564,7 @@ def compare(run: str, n: int = 100, family: str = "place") -> None:
     world.reset(seed=SEEDS["report"][0], options={"family": family})
     emulator = Emulator(world)
     install(emulator, tempfile.mkdtemp(), terminal=False)
-    arm = EmulatedEnv(emulator, family)
+    arm = EmulatedEnv(emulator, px, LIMIT[family])
     simulated = SingleEnv(make_env("sim", px), px, CAMERAS, policy.cfg.state_dim)
     real = SingleEnv(arm, px, CAMERAS, policy.cfg.state_dim)
     won = {"sim_env": [], "real_env": []}

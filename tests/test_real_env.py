@@ -293,6 +293,13 @@ def test_cameras(arm):
     says(arm, "camera wrist (7)", "lerobot-find-cameras opencv", "--wrist=", cameras=both)
     says(arm, "camera front ()", "--front=", cameras={"front": ""})
     says(arm, "camera front (0)", "capture_width=640", size=(640, 480))
+    arm.camera_rate = 5.0
+    says(arm, "camera front (0) gives 5 frames a second", "needs 10", "--front=")
+
+
+def test_a_camera_of_another_rate_than_30(arm, opened):
+    arm.camera_rate = 25.0
+    assert opened(dry_run=True).opened["front"].fps == 25
 
 
 def test_calibrations(arm, opened):
@@ -302,14 +309,31 @@ def test_calibrations(arm, opened):
     opened(name="emulated", dry_run=True)
     says(arm, "no calibration of missing", "lerobot-calibrate --robot.type=so100_follower", name="missing")
     other.unlink()
-    narrow = json.loads(arm.file.read_text())
-    narrow["elbow_flex"]["range_max"] = narrow["elbow_flex"]["range_min"] + 800
-    arm.file.write_text(json.dumps(narrow))
-    says(arm, "elbow_flex turns by 70 degrees", "190", "lerobot-calibrate", "--robot.id=emulated")
+    for width in (70, 127, 168):  # degrees, of 190; what is left after a third is lost, and a ninth
+        calibrated_to(arm, width)
+        says(arm, f"elbow_flex turns by {width} degrees", "190", "lerobot-calibrate", "--robot.id=emulated")
     arm.file.write_text("{}")
     says(arm, "no calibration of an SO-100", "lerobot-calibrate")
     arm.file.unlink()
     says(arm, "no calibration", "lerobot-calibrate")
+
+
+def calibrated_to(arm, width):
+    """Write a calibration whose elbow turns by so many degrees about the same middle, also into its servo."""
+    narrow = json.loads(arm.file.read_text())
+    elbow = narrow["elbow_flex"]
+    middle = (elbow["range_min"] + elbow["range_max"]) // 2
+    ticks = round(width * 4095 / 360)
+    elbow["range_min"], elbow["range_max"] = middle - ticks // 2, middle + ticks - ticks // 2
+    arm.file.write_text(json.dumps(narrow))
+    for register, key in ((MIN, "range_min"), (MAX, "range_max")):
+        arm.put("elbow_flex", register, elbow[key])
+
+
+def test_a_calibration_that_lost_a_few_degrees_is_one(arm, opened):
+    calibrated_to(arm, 176)
+    env = opened(dry_run=True)
+    assert env.high[2] == pytest.approx(87, abs=0.2) and env.low[2] == pytest.approx(-87, abs=0.2)
 
 
 def test_a_factory_fresh_servo_is_calibrated_from_the_file(arm, opened):
@@ -601,6 +625,26 @@ def test_connect_complains_before_anything_moves(arm, small, make_policy):
     assert not arm.goals
 
 
+def test_connect_refuses_a_policy_of_other_pictures_or_another_rate(arm, small, make_policy):
+    for changes, word in ({"fps": 30}, "--fps=10"), ({"fit": "stretch"}, "--fit=crop"):
+        policy = make_policy()
+        for name, value in changes.items():
+            setattr(policy.cfg, name, value)
+        with pytest.raises(UserError, match=word):
+            real_env.connect(options(arm), policy, judged=False)
+    assert not arm.goals and arm.torque() == []
+
+
+def test_episodes_begin_where_the_recorded_ones_did(arm, small, make_policy):
+    policy = make_policy()
+    folded_up = REST + [20, 0, 0, 0, 90, 0]
+    for home, there in (("", HOME), (",".join(map(str, folded_up)), folded_up)):
+        policy.cfg.home = home
+        with real_env.connect(options(arm), policy, judged=False) as vec:
+            vec.reset([0], [0], [ASK])
+            assert np.abs(vec.observe([0])["state"][0] - there).max() < 4
+
+
 def test_a_terminal_is_restored(arm, small, make_policy, monkeypatch):
     import pty
     import termios
@@ -813,3 +857,42 @@ def test_practice_goes_on_after_kill_9(trained, tmp_path):
     now = kept_episodes(out)
     assert len(now) == 4 and kept.items() <= now.items()
     assert [(line["iteration"], line["success real"]) for line in read_log(out)] == [(1, 0.5), (2, 0.5)]
+
+
+# -- from a recording to the arm -----------------------------------------------------------------------------
+
+
+def test_a_recording_through_lerobots_arm_and_back(trained, tmp_path):
+    """benchmarks/recording_to_arm.py: an episode is recorded, converted, and a policy is run in one scene."""
+    import prepare
+
+    program = Path(__file__).parent.parent / "benchmarks" / "recording_to_arm.py"
+
+    def command(*words):
+        done = subprocess.run([sys.executable, program, *words], capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout + done.stderr
+
+    level = tmp_path / "level"
+    status, said = command("record", f"--out={level}", "--episodes=1")
+    assert status == 0 and "1 episodes" in said, said
+    status, said = command("record", f"--out={level}")
+    assert status == 2 and "already exists" in said
+    info = json.loads((level / "meta" / "info.json").read_text())
+    assert (info["fps"], info["features"]["observation.images.wrist"]["shape"]) == (30, [480, 640, 3])
+
+    prepare.main(
+        [f"--lerobot={level}", "--fps=10", "--fit=crop", f"--out={tmp_path / 'data'}", "--workers=1"]
+    )
+    state, action = (np.load(tmp_path / "data" / f"{name}.npy") for name in ("state", "action"))
+    assert np.abs(state[0] - REST - [0, 0, 0, 0, 90, 0]).max() < 12  # folded up, with level jaws
+    assert np.abs(state[:, 4]).max() < 70  # about 0, where the simulation's wrist is about -90
+    lead = np.abs(action - state).max(axis=0)  # of a target before the position
+    assert (lead[:5] > 5).all() and (lead < 30).all()
+    assert len(state) == -(-info["total_frames"] // 3)
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    status, said = command("evaluate", f"--run={run}", "--episodes=1")
+    assert status == 0, said
+    assert json.loads((run / "eval_emulated.json").read_text())["n"] == 1
+    status, again = command("evaluate", f"--run={run}", "--episodes=1")  # it is known: nothing is played
+    assert status == 0 and "after" not in again

@@ -32,7 +32,7 @@ from numpy import ndarray
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common import UserError, read_json, require, write_json
+from common import UserError, claim_folder, read_json, require, write_json
 from data import check_set, open_array, read_meta
 from sim_env import HIGH, LOW, MOTORS, resize_image
 
@@ -1009,6 +1009,10 @@ def export(cfg: Config) -> str:
         features[feature] = {"dtype": kind, "shape": arrays[name].shape[1:], "names": names}
     episodes = chosen_kinds(cfg, meta["episodes"])
     folder = Path(f"{cfg.out}.tmp")
+    ours = folder.with_name(f".{folder.name}")  # there while an export is under way, and after a kill
+    if folder.exists() and not ours.is_dir():
+        raise UserError(f"{folder} is in the way and is left as it is; choose another --out")
+    claim_folder(ours, "prepare.py", create=True)
     shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
     dataset = create_dataset(cfg.video, folder, round(meta["fps"]), features)
     for episode in tqdm(episodes, disable=None):
@@ -1026,6 +1030,7 @@ def export(cfg: Config) -> str:
     # What LeRobot has no words for: kind, family, seed and disturbed steps of the episodes, fit of pictures.
     write_json(folder / OURS, {"fit": meta.get("fit", ""), "episodes": episodes})
     os.replace(folder, cfg.out)
+    shutil.rmtree(ours)
     return f"{cfg.out}: {dataset.num_episodes} episodes, {dataset.num_frames} frames as a LeRobot data set"
 
 

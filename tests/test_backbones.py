@@ -513,7 +513,7 @@ def test_a_language_model_without_pictures_is_refused(checkpoints, tmp_path):
 def test_wrong_use_is_answered_in_one_line(checkpoints, data, tmp_path, fails):
     nowhere = arguments(data, tmp_path / "x", "no such//name")
     assert "cannot download" in fails(train.main, nowhere)
-    assert "add --backbone" in fails(train.main, ["--config", "debug", "--lora=4"])
+    assert "without --backbone" in fails(train.main, ["--config", "debug", "--lora=4"])
 
 
 # -- training -----------------------------------------------------------------------------------------------
@@ -680,7 +680,7 @@ def test_checkpointing_in_training_and_caches_in_evaluation(family, checkpoints,
     # before and not behind: the second run stops as soon as it has what the backward pass needs
     block.register_forward_pre_hook(lambda *_: runs.update(["language"]))
     tower.register_forward_pre_hook(lambda *_: runs.update(["vision"]))
-    action_batch = train.batches(run, 0)[0][-1]
+    _, action_batch = train.batches(run, 0)[0][-1]
     losses = policy(action_batch)
     (losses["text"] + losses["action"]).backward()
     assert runs == {"language": 2, "vision": 1}  # the frozen tower needs no backward pass

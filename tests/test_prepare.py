@@ -27,7 +27,8 @@ def make(out, *more):
 
 
 def config(out, **changes):
-    known = {name: value for name, value in PRESETS["debug"].items() if name in asdict(PrepareConfig())}
+    mine = set(asdict(PrepareConfig())) - {"episodes"}  # this one is rl.py's
+    known = {name: value for name, value in PRESETS["debug"].items() if name in mine}
     return PrepareConfig(**known | changes | {"config": "debug", "out": str(out)})
 
 

@@ -176,6 +176,19 @@ def test_readme_is_short_and_its_links_lead_somewhere(root):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def test_line_numbers_of_the_readme_are_true(root):
+    text = (root / "README.md").read_text()
+    for file, count in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", text, re.M):
+        assert len((root / file).read_text().splitlines()) == int(count), f"{file} has another length"
+    for file, rest in re.findall(r"^\d\. `(\w+\.py)`: (.*)", text, re.M):
+        lines = (root / file).read_text().splitlines()
+        for first, last in re.findall(r"(\d+)-(\d+)", rest):
+            begin = lines[int(first) - 1].strip()
+            assert begin.startswith(("def ", "class ", "@")), f"{file}:{first} is {begin!r}"
+            after = "".join(lines[int(last) : int(last) + 1]).strip()
+            assert not after, f"{file}:{last} does not end what begins there: {after!r}"
+
+
 def test_no_path_of_somebodys_machine(root):
     folders = "|".join(("work", "tmp", "home", "root", "Users"))
     pattern = re.compile(rf"(?<![\w.~])/({folders})/\w")

@@ -289,7 +289,8 @@ def test_shards_do_not_depend_on_the_order_in_which_they_are_made(data, tmp_path
         prepare.make_shard(cfg, shard)
     prepare.merge(cfg, shards, common)
     for file in data.rglob("*"):
-        if file.suffix == ".npy" or file.name == "questions.json":
+        cached = file.name.startswith("states_")  # left by a test of train.py's --new_expert
+        if (file.suffix == ".npy" and not cached) or file.name == "questions.json":
             assert file.read_bytes() == (tmp_path / "again" / file.relative_to(data)).read_bytes(), file.name
 
 

@@ -593,11 +593,14 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
     missing = [shard for shard in shards if not shard.path(cfg.out).is_file()]
     if len(missing) < len(shards):
         print(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are there already")
-    if not missing:
+    workers = min(cfg.workers or multiprocessing.cpu_count(), len(missing))
+    if workers <= 1:  # nothing to fork
+        for shard in tqdm(missing, unit="shard", disable=None):
+            make_shard(cfg, shard)
         return
     with (
         terminable(),
-        multiprocessing.Pool(cfg.workers or None, leave_signals) as pool,
+        multiprocessing.Pool(workers, leave_signals) as pool,
         tqdm(total=len(missing), unit="shard", disable=None) as bar,
     ):
         processes = multiprocessing.active_children()

@@ -725,7 +725,7 @@ def test_bad_input(arm, command, fails, sample):
     assert "lerobot-find-port" in fails(sample.main, [*changed(command, "--port=/dev/nothing"), TASK])
     assert "does not open" in fails(sample.main, [*changed(command, "--wrist=9"), TASK])
     assert "--wrist" in fails(sample.main, [*changed(command, "--wrist="), TASK])
-    assert "--env=real" in fails(sample.main, [*changed(command, "--env=reel"), TASK])
+    assert "neither sim, real" in fails(sample.main, [command[0], "--env=reel", TASK])
 
 
 def changed(command, option):

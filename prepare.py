@@ -48,6 +48,8 @@ from data import read_meta, statistics
 from evaluate import save_film, wilson
 from model import PRESETS, Config, load_policy
 from sim_env import (
+    ASKED,
+    ASKED_SUMS,
     CAMERAS,
     CLOSED,
     COLOURS,
@@ -273,8 +275,13 @@ def check_expert(families: Sequence[str], n: int) -> None:
 # Questions about a scene
 
 
-def scene_questions(scene: dict, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
-    """(kind, question, answer) about SO100Env.scene(). The held-out test reports its accuracy by kind."""
+def scene_questions(
+    scene: dict, rng: np.random.Generator, split: str = "id"
+) -> Iterator[tuple[str, str, str]]:
+    """(kind, question, answer) about SO100Env.scene(), in the words of a split.
+
+    The held-out test reports its accuracy by kind.
+    """
     cubes = scene["cubes"]
     pads = scene["pads"]
 
@@ -305,13 +312,13 @@ def scene_questions(scene: dict, rng: np.random.Generator) -> Iterator[tuple[str
     neighbour = max(left, default=(0, "none"))[1]
     yield "left of", f"what colour is the cube left of the {one['colour']} cube", neighbour
     for _ in range(2):
-        expression = random_sum(rng)
+        expression = random_sum(rng, split)
         yield "sum", f"what is {expression}", str(number_of(expression))
     colour = COLOURS[rng.integers(len(COLOURS))]
     name = rng.choice(VAGUE_NAMES[colour])  # held-out ones too: instructions never name those in training
     yield "looks like", f"what colour is {name}", f"{name} is {colour}"
     for family in ("place", "place", "calculate", "sequence", "sequence", "sequence"):
-        task, answer = random_task(scene, family, rng)
+        task, answer = random_task(scene, family, rng, split)
         if rng.random() < 0.2:
             task = replace_function_words(task, rng)
         yield "instruction", f"<task> {task}", answer  # the answer is the reasoning
@@ -322,12 +329,13 @@ def by_distance(cube: dict) -> float:
     return cube["distance"]
 
 
-def random_sum(rng: np.random.Generator) -> str:
-    """Any sum or difference of digits with a result of 0 or more, except the held-out ones."""
+def random_sum(rng: np.random.Generator, split: str) -> str:
+    """Any sum or difference of digits with a result of 0 or more, except those new to the split."""
+    banned = HELD_OUT_SUMS if split == ASKED else HELD_OUT_SUMS + ASKED_SUMS
     while True:
         a, b = rng.integers(10, size=2)  # digits
         expression = f"{a} + {b}" if rng.random() < 0.5 else f"{max(a, b)} - {min(a, b)}"
-        if expression not in HELD_OUT_SUMS:
+        if expression not in banned:
             return expression
 
 
@@ -389,6 +397,11 @@ class PrepareConfig:
     )
     held_out_scenes: int = opt(
         300, "pictures with questions never trained on", "[0, 1000000]", needs=QUESTIONS
+    )
+    ask_beyond: bool = opt(
+        True,
+        "training questions also about places, sums, names and phrasings that no demonstration has",
+        needs=SIMULATED,
     )
     image_size: int = opt(96, "pixels per side", "[8, 1024]", needs="not export")
     lerobot: str = opt("", "LeRobot data set to read instead of simulating: a folder or a name on the hub")
@@ -579,9 +592,10 @@ def simulate(cfg: PrepareConfig, shard: Shard) -> tuple[dict[str, ndarray], list
                     left_out[f"{shard.name}: {failure}"] += 1
                     continue
             else:
-                obs, _ = env.reset(seed=seed, options={"family": shard.name, "split": "id", "start": True})
+                split = ASKED if cfg.ask_beyond and shard.kind == "questions" else "id"
+                obs, _ = env.reset(seed=seed, options={"family": shard.name, "split": split, "start": True})
                 arrays = {camera: image[None] for camera, image in obs["images"].items()}  # (1, px, px, 3)
-                entry = list(scene_questions(env.scene(), np.random.default_rng([7, seed])))
+                entry = list(scene_questions(env.scene(), np.random.default_rng([7, seed]), split))
             info.append(entry)
             for name, array in arrays.items():
                 pieces[name].append(array)

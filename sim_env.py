@@ -48,7 +48,10 @@ CAMERAS = ("front", "wrist")
 FAMILIES = ("place", "calculate", "sequence")
 LIMIT = {"place": 60, "calculate": 60, "sequence": 110, "tiny": 60}  # control steps before truncation
 LEGS = {"place": 1, "calculate": 1, "sequence": 2, "tiny": 1}  # cubes that the task moves
-SPLITS = ("id", "ood_position", "ood_instruction")
+# Kinds of scenes. What is new in asked_* is in training questions, but in no demonstration. What is new in ood_* is
+# in neither. Their order is part of every scene's seed.
+SPLITS = ("id", "ood_position", "ood_instruction", "asked_position", "asked_instruction")
+ASKED = "asked"  # scenes of training questions: all of id, and what the asked_* splits hold
 SEEDS = {
     "train": range(1_000_000),
     "val": range(1_000_000, 2_000_000),
@@ -134,13 +137,34 @@ def number_of(expression: str) -> int:
     return int(a) + int(sign + b)  # "-" and "1" are -1
 
 
-# The last two names of each colour and every fifth sum are said in ood_instruction only.
-VAGUE_NAMES = {colour: list(phrases) for colour, phrases in WORDS["vague_names"].items()}
-HELD_OUT_NAMES = {colour: names[-2:] for colour, names in VAGUE_NAMES.items()}
+VAGUE_NAMES = {colour: list(phrases) for colour, phrases in WORDS["vague_names"].items()}  # six a colour
 EXPRESSIONS = [f"{a} {sign} {b}" for sign, a, b in itertools.product("+-", range(10), range(10))]
 ALL_SUMS = sorted((s for s in EXPRESSIONS if 1 <= number_of(s) <= 5), key=number_of)  # 11 for each result
 HELD_OUT_SUMS = ALL_SUMS[2::5]  # two or three for each result
-SUMS = sorted(set(ALL_SUMS) - set(HELD_OUT_SUMS), key=ALL_SUMS.index)
+ASKED_SUMS = ALL_SUMS[4::5]  # the same
+SUMS = sorted(set(ALL_SUMS) - {*HELD_OUT_SUMS, *ASKED_SUMS}, key=ALL_SUMS.index)
+
+
+class Wording(NamedTuple):
+    """What the instructions of a split are made of."""
+
+    sums: list[str]
+    names: slice  # of each colour's vague names
+    frames: list[str]  # sentences with gaps
+
+
+WORDING = {
+    "id": Wording(SUMS, slice(0, 3), WORDS["frames"]),
+    "asked_instruction": Wording(ASKED_SUMS, slice(3, 4), WORDS["asked_frames"]),
+    "ood_instruction": Wording(HELD_OUT_SUMS, slice(4, 6), WORDS["held_out_frames"]),
+    ASKED: Wording(SUMS + ASKED_SUMS, slice(0, 4), WORDS["frames"] + WORDS["asked_frames"]),
+}
+NEW_WORDS = ("asked_instruction", "ood_instruction")  # splits whose words no demonstration has
+
+
+def wording(split: str) -> Wording:
+    """The words of a split; where positions are new the words are those of training."""
+    return WORDING.get(split, WORDING["id"])
 
 
 def contents(scene: dict) -> tuple[list, dict]:
@@ -153,14 +177,14 @@ def contents(scene: dict) -> tuple[list, dict]:
 def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> dict:
     """A random goal that the cubes and pads of SO100Env.scene() allow; UserError if there are too few.
 
-    In ood_position the target cubes are the first in the list. Pads that hold a cube are not asked for. Where
-    there is such a pad, a share of the goals has its first leg done already.
+    Where positions are new the target cubes are the first in the list. Pads that hold a cube are not asked
+    for. Where there is such a pad, a share of the goals has its first leg done already.
     """
     n = LEGS[family]
     colours, pad_colour = contents(scene)
     if min(len(colours), len(pad_colour)) < n:
         raise UserError(f"family {family} needs {n} cubes and {n} pads; here are {colours} and {pad_colour}")
-    if split != "ood_position":
+    if split not in TARGET_AREA:
         colours = rng.permutation(colours).tolist()
     colours = colours[:n]  # of the cubes to move
     cube_on = {cube["pad"]: cube["colour"] for cube in scene["cubes"] if cube["pad"]}
@@ -174,28 +198,23 @@ def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> 
         if done in colours:
             colours.remove(done)
         colours = [done, *colours][:n]
-    # What is said: words and sums of the split.
-    sums = SUMS
-    known = slice(-2)  # of the vague names
+    said = wording(split)
     named = 0.15  # probability that the instruction says a cube's vague name
     expression = None
     coin = 0.0
-    if split == "ood_instruction":
-        sums = HELD_OUT_SUMS
-        known = slice(-2, None)
     if family == "calculate":
         # The pad was drawn first: pads are equally frequent, however many sums name them.
-        matching = [s for s in sums if number_of(s) == numbers[0]]
+        matching = [s for s in said.sums if number_of(s) == numbers[0]]
         expression = str(rng.choice(matching))
     else:
         coin = float(rng.random() < 0.5)  # drawn in every split, so that all consume the same random numbers
-    if split == "ood_instruction":
+    if split in NEW_WORDS:
         named = coin
     legs = []
     for colour, number in zip(colours, numbers):
         vague = None
         if family != "tiny" and rng.random() < named:
-            vague = str(rng.choice(VAGUE_NAMES[colour][known]))
+            vague = str(rng.choice(VAGUE_NAMES[colour][said.names]))
         legs.append(Leg(colour, vague, pad_colour[number], number))
     return {"legs": legs, "sum": expression}
 
@@ -232,12 +251,12 @@ def pad_phrase(leg: Leg, expression: str | None, rng: Generator, plain: bool) ->
 def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> str:
     """The sentence for a goal, lower case, words and punctuation separated by single spaces.
 
-    Training sentences are the canonical one (30 %) or a random phrasing. Split ood_instruction uses sentence
-    frames that training never has, except where something else is new already: in half of the sums, and for
-    held-out vague names.
+    Training sentences are the canonical one (30 %) or a random phrasing. Where words are new the sentence
+    frame is one that demonstrations never have, except where something else is new already: in half of the
+    sums, and for new vague names.
     """
     legs = goal["legs"]
-    new = split == "ood_instruction" and family != "tiny"
+    new = split in NEW_WORDS and family != "tiny"
     if new:
         named = any(leg.vague for leg in legs)
         new = rng.random() < 0.5 if goal["sum"] else not named
@@ -250,7 +269,7 @@ def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> s
         }
         frame = "{cube} on {pad}"  # behind "put": the canonical sentence
         if not plain:
-            frame = rng.choice(WORDS["held_out_frames" if new else "frames"])
+            frame = rng.choice(wording(split if new or split == ASKED else "id").frames)
             if clauses and not new and rng.random() < 0.3:
                 frame = "{cube} {preposition} {pad}"  # "... , then the green cube onto the yellow pad"
             words["verb"] = rng.choice(VERBS)
@@ -340,7 +359,9 @@ PAD_PHI = (-40, -20, 0, 20, 40)  # pads 1..5
 CUBE_AREA = ((-42, 42), (0.13, 0.21))
 TINY_AREA = ((-25, 25), (0.15, 0.20))
 DROPPED_AREA = ((-50, 50), (0.13, 0.30))
-HELD_OUT_AREA = ((9, 25), (0.165, 0.21))  # empty in training; in ood_position all target cubes are there
+HELD_OUT_AREA = ((9, 25), (0.165, 0.21))  # empty in training
+ASKED_AREA = ((-25, -9), (0.165, 0.21))  # empty in demonstrations
+TARGET_AREA = {"ood_position": HELD_OUT_AREA, "asked_position": ASKED_AREA}  # where all target cubes are
 TOOL_AREA = ((-60, 60), (0.13, 0.29))  # where the tool is when an episode starts amid work
 CUBE_GAP = 0.055  # between centres: room for an open jaw between two cubes
 
@@ -353,9 +374,9 @@ def sample_place(rng: Generator, area: tuple) -> tuple[float, float]:
     return phi, math.sqrt(rng.uniform(r0**2, r1**2))
 
 
-def held_out(phi: float, r: float) -> bool:
-    """Does a place lie in the area that training scenes leave empty?"""
-    (phi0, phi1), (r0, r1) = HELD_OUT_AREA
+def inside(area: tuple, phi: float, r: float) -> bool:
+    """Does a place lie in an area?"""
+    (phi0, phi1), (r0, r1) = area
     return phi0 <= phi <= phi1 and r0 <= r <= r1
 
 
@@ -365,24 +386,27 @@ def is_free(xy: Array, others: list) -> bool:
 
 
 def sample_cubes(rng: Generator, family: str, split: str, n: int, pads: list) -> list[tuple]:
-    """Places of n cubes [(phi, r), ...], targets of ood_position first, at least CUBE_GAP apart.
+    """Places of n cubes [(phi, r), ...], at least CUBE_GAP apart; those of TARGET_AREA come first.
 
     With the places of pads [(phi, r), ...], some cubes lie on a pad already and some anywhere, as amid work.
     """
     usual = CUBE_AREA
     targets = 0
+    empty = [HELD_OUT_AREA]  # areas in which no other cube may lie
     if family == "tiny":
         usual = TINY_AREA
-    if split == "ood_position":
+    if split in TARGET_AREA:
         targets = LEGS[family]
+    if split in ("id", "asked_position", "asked_instruction"):
+        empty.append(ASKED_AREA)
     while True:
         places = []
         for i in range(n):
-            area = HELD_OUT_AREA if i < targets else usual
+            area = TARGET_AREA[split] if i < targets else usual
             others = [polar_to_xy(*place) for place in places]
             for _ in range(50):  # trials for this cube
                 phi, r = sample_place(rng, amid_work(rng, area, places, pads))
-                allowed = i < targets or not held_out(phi, r)
+                allowed = i < targets or not any(inside(hole, phi, r) for hole in empty)
                 if allowed and is_free(polar_to_xy(phi, r), others):
                     places.append((phi, r))
                     break
@@ -553,7 +577,7 @@ def check_task(family: str, split: str) -> None:
     """UserError for a family or a split that does not exist."""
     if family not in LIMIT:
         raise UserError(f"unknown family {family!r}: type one of {', '.join(LIMIT)}")
-    if split not in SPLITS:
+    if split not in (*SPLITS, ASKED):
         raise UserError(f"unknown split {split!r}: type one of {', '.join(SPLITS)}")
 
 
@@ -575,7 +599,7 @@ def check_actions(actions: Array) -> Array:
 class SO100Env:
     """One simulated arm with Gymnasium's signatures.
 
-    family: place, calculate, sequence or tiny. split: id, ood_position or ood_instruction. px: side of the
+    family: place, calculate, sequence or tiny. split: one of SPLITS, or ASKED. px: side of the
     images. moved: at this control step (plus the seed modulo 4, so that no fixed interval of looking has an
     advantage) the cube to be fetched is suddenly elsewhere; 0: never.
 
@@ -611,8 +635,8 @@ class SO100Env:
 
         options: family, split, start (True: amid work, with any valid arm pose and some cubes on pads
         already) and task (a person's own instruction: the first scene from `seed` on that has what it names,
-        a scene of sequence or of tiny). Without a seed a training one is drawn, or for the two
-        out-of-distribution splits a report one.
+        a scene of sequence or of tiny). Without a seed a training one is drawn, or for the
+        other splits a report one.
         """
         known = {"family": self.family, "split": self.split, "start": False, "task": ""}
         chosen = known | (options or {})
@@ -623,7 +647,7 @@ class SO100Env:
         if seed is None:
             usual = "train" if split == "id" else "report"
             seed = int(default_rng().choice(SEEDS[usual]))
-        if seed in SEEDS["train"] and split != "id":
+        if seed in SEEDS["train"] and split not in ("id", ASKED):
             raise UserError(
                 f"seed {seed} is a training seed and split {split} must never be trained on: "
                 f"type a seed of at least {SEEDS['val'].start}"
@@ -670,7 +694,7 @@ class SO100Env:
         self.moved_at = None
         # Every kind of scene has random numbers of its own.
         family = list(LIMIT).index(self.family)
-        split = SPLITS.index(self.split)
+        split = (*SPLITS, ASKED).index(self.split)
         rng = default_rng([family, split, seed, int(start)])
         mujoco.mj_resetData(self.model, self.data)
         self._place_things(rng, start)
@@ -779,7 +803,7 @@ class SO100Env:
             phi, r = sample_place(rng, CUBE_AREA)
             there = polar_to_xy(phi, r)
             far = math.dist(there, here) >= 0.05
-            if far and not held_out(phi, r) and is_free(there, others):
+            if far and not inside(HELD_OUT_AREA, phi, r) and is_free(there, others):
                 i = self.cube_colours.index(todo[0])
                 self.cube_pose[i, :2] = there
                 self.cube_velocity[i] = 0

@@ -48,8 +48,8 @@ CAMERAS = ("front", "wrist")
 FAMILIES = ("place", "calculate", "sequence")
 LIMIT = {"place": 60, "calculate": 60, "sequence": 110, "tiny": 60}  # control steps before truncation
 LEGS = {"place": 1, "calculate": 1, "sequence": 2, "tiny": 1}  # cubes that the task moves
-# Kinds of scenes. What is new in asked_* is in training questions, but in no demonstration. What is new in ood_* is
-# in neither. Their order is part of every scene's seed.
+# Kinds of scenes. What is new in asked_* is in training questions, but in no demonstration. What is new in
+# ood_* is in neither. Their order is part of every scene's seed.
 SPLITS = ("id", "ood_position", "ood_instruction", "asked_position", "asked_instruction")
 ASKED = "asked"  # scenes of training questions: all of id, and what the asked_* splits hold
 SEEDS = {

@@ -13,23 +13,27 @@ from PIL import Image
 import sim_env
 from common import UserError
 from sim_env import (
+    ASKED,
+    ASKED_AREA,
     CLOSED,
     COLOURS,
     CUBE,
     FAMILIES,
-    HELD_OUT_NAMES,
+    HELD_OUT_AREA,
     HELD_OUT_SUMS,
     HIGH,
     LIMIT,
     LOW,
+    NEW_WORDS,
     OPEN,
     SEEDS,
     SPLITS,
-    SUMS,
+    TARGET_AREA,
     VAGUE_NAMES,
+    WORDING,
     Leg,
     SO100Env,
-    held_out,
+    inside,
     instruction,
     inverse,
     mujoco,
@@ -382,7 +386,7 @@ def test_layouts_keep_to_their_split(env):
         for seed in range(75):
             begin_layout(env, family, seed, "id")
             places = [xy_to_polar(env.cube_xyz(colour)) for colour in env.cube_colours]
-            assert not any(held_out(*place) for place in places)
+            assert not any(inside(area, *place) for place in places for area in TARGET_AREA.values())
             if family != "tiny":
                 turned = xy_to_polar(env.pad_xy(3))[0]
                 assert abs(turned) <= 3 and len(set(env.pad_colours)) == 5 and 2 <= len(places) <= 4
@@ -390,10 +394,23 @@ def test_layouts_keep_to_their_split(env):
             assert all(np.linalg.norm(a - b) > 0.054 for i, a in enumerate(xy) for b in xy[:i])
     for family in FAMILIES:
         for seed in range(VAL, VAL + 20):
-            begin_layout(env, family, seed, "ood_position")
-            goal = sample_goal(env.scene(), family, np.random.default_rng(seed), "ood_position")
-            assert all(held_out(*xy_to_polar(env.cube_xyz(leg[0]))) for leg in goal["legs"])
-            assert 5 <= abs(xy_to_polar(env.pad_xy(3))[0]) <= 8
+            for split, area in TARGET_AREA.items():
+                begin_layout(env, family, seed, split)
+                goal = sample_goal(env.scene(), family, np.random.default_rng(seed), split)
+                assert all(inside(area, *xy_to_polar(env.cube_xyz(leg[0]))) for leg in goal["legs"])
+                turned = abs(xy_to_polar(env.pad_xy(3))[0])
+                assert 5 <= turned <= 8 if split == "ood_position" else turned <= 3
+
+
+def test_questions_go_where_demonstrations_never_go(env):
+    """Scenes of kind ASKED have cubes in the area of asked_position, and never in that of ood_position."""
+    asked = 0
+    for seed in range(100):
+        begin_layout(env, "sequence", seed, ASKED, start=True)
+        places = [xy_to_polar(env.cube_xyz(colour)) for colour in env.cube_colours]
+        assert not any(inside(HELD_OUT_AREA, *place) for place in places)
+        asked += sum(inside(ASKED_AREA, *place) for place in places)
+    assert asked > 5
 
 
 def test_scenes_amid_work(env):
@@ -406,7 +423,8 @@ def test_scenes_amid_work(env):
         scene = env.scene()
         cubes += len(scene["cubes"])
         on_pads += sum(cube["pad"] is not None for cube in scene["cubes"])
-        assert not any(held_out(*xy_to_polar(env.cube_xyz(colour))) for colour in env.cube_colours)
+        places = [xy_to_polar(env.cube_xyz(colour)) for colour in env.cube_colours]
+        assert not any(inside(area, *place) for place in places for area in TARGET_AREA.values())
         for family in FAMILIES:
             goal = sample_goal(scene, family, np.random.default_rng(seed))
             assert goal["sum"] is None or number_of(goal["sum"]) == goal["legs"][0][3]
@@ -421,7 +439,7 @@ def begin_layout(env, family, seed, split, start=False):
     """Only the part of reset() that lays things out: a reset without pictures."""
     env.family, env.split = family, split
     mujoco.mj_resetData(env.model, env.data)
-    rng = np.random.default_rng([list(LIMIT).index(family), SPLITS.index(split), seed, int(start)])
+    rng = np.random.default_rng([list(LIMIT).index(family), (*SPLITS, ASKED).index(split), seed, int(start)])
     env._place_things(rng, start)
     env.cube_pose[: len(env.cube_colours), 2] = CUBE
     mujoco.mj_forward(env.model, env.data)
@@ -443,18 +461,26 @@ def texts(family, split, n=500):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_text_has_nothing_held_out(family):
-    train = {task for task, _ in texts(family, "id")}
-    held_sums = HELD_OUT_SUMS + [s.replace("+", "plus").replace("-", "minus") for s in HELD_OUT_SUMS]
-    for task in train:
-        words = task.split()
-        assert not any(name in words for names in HELD_OUT_NAMES.values() for name in names)
-        assert not any(s in task for s in held_sums)
-        assert not {"want", "make", "should", "drop", "carry", "has", "take", "let"} & set(words)
-        assert task == task.lower() == " ".join(words)
-    new = {task for task, _ in texts(family, "ood_instruction")}
-    assert not train & new and len(train) > 150
-    said = " ".join(new)
-    assert all(word in said for word in ("i want", "make sure", "should hold"))
+    # what demonstrations say, what questions say, and what is said in a split alone
+    said = {split: {task for task, _ in texts(family, split)} for split in ("id", ASKED, *NEW_WORDS)}
+    banned = {"id": WORDING["asked_instruction"].sums + HELD_OUT_SUMS, ASKED: HELD_OUT_SUMS}
+    for split, sums in banned.items():
+        sums = sums + [s.replace("+", "plus").replace("-", "minus") for s in sums]
+        names = {
+            name for of_colour in VAGUE_NAMES.values() for name in of_colour[WORDING[split].names.stop :]
+        }
+        for task in said[split]:
+            words = task.split()
+            assert names.isdisjoint(words)
+            assert not any(s in task for s in sums)
+            assert not {"want", "make", "hold", "drop", "carry", "has", "take", "let"} & set(words)
+            assert task == task.lower() == " ".join(words)
+    assert not {"find", "belongs", "transfer", "waits"} & set(" ".join(said["id"]).split())
+    assert {"find", "belongs", "transfer", "waits"} <= set(" ".join(said[ASKED]).split())
+    assert not said["id"] & said["asked_instruction"] and not said[ASKED] & said["ood_instruction"]
+    assert len(said["id"]) > 150
+    new = " ".join(said["ood_instruction"])
+    assert all(word in new for word in ("i want", "make sure", "should hold"))
 
 
 def test_canonical_sentences_and_reasoning():
@@ -476,11 +502,13 @@ def test_canonical_sentences_and_reasoning():
 
 
 def test_sums_and_names():
-    assert not set(SUMS) & set(HELD_OUT_SUMS)
-    assert {number_of(s) for s in HELD_OUT_SUMS} == {number_of(s) for s in SUMS} == {1, 2, 3, 4, 5}
-    assert 0.15 < len(HELD_OUT_SUMS) / len(SUMS + HELD_OUT_SUMS) < 0.25
+    sums = [WORDING[split].sums for split in ("id", *NEW_WORDS)]
+    assert len({*sum(sums, [])}) == len(sum(sums, [])) == 55  # none is in two of them
+    assert all({number_of(s) for s in some} == {1, 2, 3, 4, 5} for some in sums)
     names = [name for group in VAGUE_NAMES.values() for name in group]
-    assert len(names) == len(set(names)) and all(HELD_OUT_NAMES[c] == VAGUE_NAMES[c][-2:] for c in COLOURS)
+    assert len(names) == len(set(names)) == 30
+    frames = [set(WORDING[split].frames) for split in ("id", *NEW_WORDS)]
+    assert len(set.union(*frames)) == sum(map(len, frames))
     assert not set(SEEDS["train"]) & set(SEEDS["val"]) and SEEDS["val"].stop <= SEEDS["report"].start
 
 
@@ -572,7 +600,7 @@ def test_the_target_moves_once():
     for c, place in before.items():
         distance = np.linalg.norm(env.cube_xyz(c) - place)
         assert distance >= 0.049 if c == colour else distance < 0.002
-    assert not held_out(*xy_to_polar(env.cube_xyz(colour)))
+    assert not inside(HELD_OUT_AREA, *xy_to_polar(env.cube_xyz(colour)))
     assert env.step_chunk(hold)[4]["moved_at"] == info["moved_at"]
     env.close()
 
@@ -634,5 +662,5 @@ def test_the_program_draws_every_family_and_split(tmp_path, monkeypatch, capsys)
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")  # no viewer
     sim_env.main()
-    assert Image.open("out/sim/contact_sheet.png").size == (3 * 2 * 224, 3 * 224)
+    assert Image.open("out/sim/contact_sheet.png").size == (len(SPLITS) * 2 * 224, 3 * 224)
     assert len(capsys.readouterr().out.splitlines()) == 10

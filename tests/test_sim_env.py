@@ -663,4 +663,4 @@ def test_the_program_draws_every_family_and_split(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "platform", "linux")  # no viewer
     sim_env.main()
     assert Image.open("out/sim/contact_sheet.png").size == (len(SPLITS) * 2 * 224, 3 * 224)
-    assert len(capsys.readouterr().out.splitlines()) == 10
+    assert len(capsys.readouterr().out.splitlines()) == 3 * len(SPLITS) + 1

@@ -1,7 +1,6 @@
-"""What every program shares: the command line, files that are written whole, devices, processes.
+"""What every program shares: the command line, files that are written whole, devices, processes."""
 
-torch is imported inside the functions that need it, so that the workers of a simulation start without it.
-"""
+# torch is imported inside the functions that need it, so that the workers of a simulation start without it.
 
 import contextlib
 import ctypes
@@ -35,20 +34,16 @@ class UserError(ValueError):
 
 
 def opt(
-    default: Any,
-    help: str = "",
-    allowed: str | Sequence[str] = "",
-    needs: str | Sequence[str] = (),
-    many: bool = False,
+    default: Any,  # its type is the option's
+    help: str = "",  # the line of --help; without one only presets, data sets and checkpoints set the field
+    allowed: str | Sequence[str] = "",  # an interval such as "[0, 1)", or a tuple of words
+    needs: str | Sequence[str] = (),  # without these other options it does nothing, see check_needs()
+    many: bool = False,  # it is a list with commas, of different entries that are all allowed
 ) -> Any:
-    """A config field: its default, the line that --help prints, and the values that it may take.
-
-    allowed: an interval such as "[0, 1)", or a tuple of words. many: the field is a list with commas, of
-    different entries that are all allowed. needs: without these other options the field does nothing, see
-    check_needs(). A field without help is not an option: presets, data sets and checkpoints set it.
-    """
-    needs = (needs,) if isinstance(needs, str) else needs
-    return field(default=default, metadata={"help": help, "allowed": allowed, "needs": needs, "many": many})
+    """A config field."""
+    if isinstance(needs, str):
+        needs = (needs,)
+    return field(default=default, metadata=dict(help=help, allowed=allowed, needs=needs, many=many))
 
 
 def check_options(config: Any) -> None:
@@ -205,8 +200,11 @@ def _convert(name: str, kind: type, text: str) -> Any:
 
 
 def _nearest(word: str, names: Sequence[str]) -> str:
+    """The end of a message about a word that is none of these names."""
     close = difflib.get_close_matches(word, names, 1)
-    return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(sorted(names))}"
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; choose from {', '.join(sorted(names))}"
 
 
 def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> Any:
@@ -215,6 +213,7 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
         raise UserError(f"{config.out} was begun by an older version and cannot go on: choose another --out")
     changed = {}
     for name, value in config.typed.items():
+        # Others would make another run of it: what was typed as it was saved may stay.
         if name in may_change:
             changed[name] = value
         elif saved.get(name, value) != value:
@@ -222,6 +221,7 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
                 f"{config.out} was begun with --{name}={saved[name]}, not {value}; leave --{name} out"
             )
     known = {f.name: saved[f.name] for f in fields(config) if f.name in saved}
+    # The saved settings are checked again: a person may have edited the file.
     try:
         resumed = type(config)(**known | changed)
     except UserError as error:
@@ -253,6 +253,7 @@ def run_program(program: Callable[[Any], None], config: Any) -> None:
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
+        # Tests run several programs in one process.
         _drop_output()
         release_folders()
         leave_processes()
@@ -270,7 +271,8 @@ def _again(config: Any) -> str:
 
 
 def _drop_output() -> None:
-    """Forget words that cannot be written, or Python would complain of them when it exits."""
+    """Forget words that cannot be written."""
+    # Python would complain of them when it exits, behind the one line that says what is wrong.
     try:
         if sys.stdout:
             sys.stdout.flush()
@@ -356,11 +358,15 @@ def check_array(what: str, x: np.ndarray, shape: tuple, dtype: type, note: str =
 
 def check_robot(where: str, cfg: Any, motors: Sequence[str], state: Sequence[str], fps: int) -> None:
     """UserError where a data set or an environment is of another robot than the model `cfg` was made for."""
-    own = (cfg.motor_names, cfg.state_names, cfg.fps)
-    for name, theirs, ours in zip(("motors", "state", "fps"), (list(motors), list(state), fps), own):
-        if theirs != ours:
-            hint = "; prepare.py --fps=... converts recordings" if name == "fps" else ""
-            raise UserError(f"{where} has {name} {theirs}, the model {ours}{hint}")
+    if list(motors) != cfg.motor_names:
+        raise UserError(f"{where} has motors {list(motors)}, the model {cfg.motor_names}")
+    if list(state) != cfg.state_names:
+        raise UserError(f"{where} has state {list(state)}, the model {cfg.state_names}")
+    # Actions are targets of single control steps: at another rate they would be other speeds.
+    if fps != cfg.fps:
+        raise UserError(
+            f"{where} has fps {fps}, the model {cfg.fps}; prepare.py --fps=... converts recordings"
+        )
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -375,6 +381,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`: renamed to it when the block ends well, and removed if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder: a file cannot be renamed from one disk to another.
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
@@ -401,9 +408,12 @@ def read_json(path: str | Path) -> Any:
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; the last one is left out if a kill cut it short."""
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
+    if not path.is_file():
+        return []
+    # A line is whole when its end is written.
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
     try:
-        return [dict(json.loads(line)) for line in whole.splitlines()]
+        return [dict(json.loads(line)) for line in whole]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to go on without") from None
 
@@ -412,7 +422,9 @@ def trim_log(path: Path, key: str, last: int) -> None:
     """Drop the lines of a log.jsonl behind the checkpoint of a resumed run: they will be written again."""
     kept = [line for line in read_log(path) if line.get(key, math.inf) <= last]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.touch()
+        for line in kept:
+            append_log(temporary, line)
 
 
 def append_log(path: Path, line: dict) -> None:
@@ -556,6 +568,7 @@ def choose_device(name: str) -> tuple[Any, Callable, str]:
     # Under torchrun every process has a GPU of its own.
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # Only a tensor shows whether a device can be used: a driver may be too old for torch.
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -594,6 +607,7 @@ def join_processes(device: Any) -> None:
 
 def wait_for_all() -> None:
     """Wait until every process has come here."""
+    # The first process writes files that the others read.
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -631,6 +645,7 @@ def run_child(command: Sequence[str | Path]) -> int:
         child = subprocess.Popen(command)
     finally:
         signal.signal(signal.SIGINT, before)
+    # A killed parent must not leave a child behind that writes to the same folder.
     with terminable():
         try:
             return child.wait()
@@ -642,7 +657,7 @@ def run_child(command: Sequence[str | Path]) -> int:
 class Stopwatch:
     """Seconds per stage of work: inside `with Stopwatch() as watch:` every mark(stage) ends a stage."""
 
-    active: "Stopwatch | None" = None
+    active: "Stopwatch | None" = None  # the model's code marks its stages without being handed one
 
     def __init__(self, device: Any = None):
         self.device = device

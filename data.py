@@ -58,7 +58,15 @@ class Tokenizer:
     words.
     """
 
-    SPECIAL = ("<pad>", "<task>", "<reason>", "</reason>", "<ask>", "<answer>", "<end>")
+    SPECIAL = (
+        "<pad>",
+        "<task>",  # an instruction follows
+        "<reason>",  # its chain of thought follows
+        "</reason>",  # the feature queries follow
+        "<ask>",  # a question about the picture follows
+        "<answer>",  # its answer follows
+        "<end>",  # of an answer
+    )
     PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s")
     LONGEST = 128  # tokens of an instruction or question; the longest of ours has under 40
     start = image_open = image_close = ()  # nothing stands around the images
@@ -124,7 +132,9 @@ class Tokenizer:
     def prompt(self, task: str, reasoning: bool = True) -> list[int]:
         """Instruction -> the ids that the chain of thought follows; without reasoning the feature queries."""
         ids = [self.task, *self.encode_user_text(task, "instruction")]
-        return [*ids, self.reason] if reasoning else ids
+        if reasoning:
+            ids.append(self.reason)
+        return ids
 
     def reasoning_ids(self, reasoning: str) -> list[int]:
         """A chain of thought as training target."""
@@ -175,14 +185,20 @@ def pack(rows: list[list[Segment]]) -> dict[str, np.ndarray]:
     for b, row in enumerate(rows):
         start = 0
         for number, (prompt, target) in enumerate(row, 1):
-            end = start + len(prompt) + len(target)
-            first_target = start + len(prompt)
-            tokens[b, start:end] = prompt + target
+            middle = start + len(prompt)
+            end = middle + len(target)
+            tokens[b, start:middle] = prompt
+            tokens[b, middle:end] = target
             segments[b, start:end] = number
             positions[b, start:end] = np.arange(end - start)
-            labels[b, first_target - 1 : end - 1] = target  # what follows the token at this place
+            labels[b, middle - 1 : end - 1] = target  # what follows the token at this place
             start = end
-    return {"tokens": tokens, "segments": segments, "positions": positions, "labels": labels}
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "positions": positions,
+        "labels": labels,
+    }
 
 
 def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -204,6 +220,7 @@ class Episodes:
 
     def __init__(self, folder: str | Path, cfg: Config, families: list[str] | None = None):
         """Open a data set; UserError shows both sides of what does not fit the model. families None: all."""
+        # Everything is checked here: a training must not fail at a frame that it meets after hours.
         self.cfg = cfg
         self.folder = folder
         self.meta = read_meta(folder)
@@ -217,41 +234,41 @@ class Episodes:
         self.episodes = usable_episodes(folder, self.meta, families)
         self.cache = None  # of a frozen VLM's query states, see cache_query_states()
 
-        # One entry per frame: its row in the arrays, its step, the row at which its chunk ends, its episode
-        self.frames: list[int] = []
-        self.steps: list[int] = []
-        self.end: list[int] = []
-        self.episode_of: list[int] = []
+        rows = []  # per frame: its row in the arrays, its step, the row at which its chunk ends, its episode
         weights = []
         for number, episode in enumerate(self.episodes):
+            start = episode["start"]
             changes = [step for step, _ in episode["reason"]]
             for step in range(episode["length"]):
-                self.frames.append(episode["start"] + step)
-                self.steps.append(step)
-                self.end.append(episode["start"] + chunk_end(episode, step))
-                self.episode_of.append(number)
+                rows.append((start + step, step, start + chunk_end(episode, step), number))
                 # Only the frames at which a new reasoning begins need the words: in later ones the arm's own
                 # motion gives the target away. Drawing them more often makes the policy listen.
                 new = any(0 <= step - change < 3 for change in changes)
                 weights.append(3.0 if new else 1.0)
-        self.cumulative = np.cumsum(weights) / np.sum(weights)
+        self.rows = np.array(rows)  # (N, 4)
+        self.frames, _, _, self.episode_of = self.rows.T.tolist()
+        self.cumulative = np.cumsum(weights) / np.sum(weights)  # (N,), the last one is 1
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def reason_at(self, i: int) -> tuple[str, str]:
         """(task, reasoning) of the i-th frame."""
-        episode = self.episodes[self.episode_of[i]]
+        _, step, _, number = self.rows[i]
+        episode = self.episodes[number]
         reasoning = ""
         for first, text in episode["reason"]:
-            if first <= self.steps[i]:  # the last one that has begun holds
+            if first <= step:  # the last one that has begun holds
                 reasoning = text
         return episode["task"], reasoning
 
     def home(self) -> str:
         """Where demonstrations begin: the median of their first states, with commas; "" if there are none."""
+        # A `start` episode begins anywhere.
         first = [episode["start"] for episode in self.episodes if episode.get("kind") != "start"]
-        middle = np.median(self.state[first], axis=0) if first else ()  # (S,)
+        if not first:
+            return ""
+        middle = np.median(self.state[first], axis=0)  # (S,)
         return ",".join(f"{number:.6g}" for number in middle)
 
     def check_tasks(self, tokenizer: Tokenizer) -> None:
@@ -286,7 +303,11 @@ class Episodes:
         t = flow_times(rng, (n, M))
         uniform = rng.random((n, cfg.queries), dtype=np.float32)
         older = rng.integers(cfg.stale + 1, size=n)[rows] if cfg.stale else None
-        noise = {"eps": eps[rows], "t": t[rows], "uniform": uniform[rows]}
+        noise = {
+            "eps": eps[rows],  # (B, M, H, A), the noise
+            "t": t[rows],  # (B, M), flow times: 1 is noise, 0 is data
+            "uniform": uniform[rows],  # (B, Q), for the control that drops queries at random
+        }
         return self.samples(tokenizer, picks[rows], older) | to_tensors(noise)
 
     def samples(
@@ -298,15 +319,15 @@ class Episodes:
         "age" (B,) says how many. Where query states are cached, "query_states" (B, Q, D) stand in place of
         images and text.
         """
-        frames = choose(self.frames, picks)  # (B,)
+        frames, since_start, end, _ = self.rows[picks].T  # (B,) each
         batch = {}
         seen = picks  # the frames whose pictures and text the VLM gets
         if older is not None:
-            batch["age"] = np.minimum(older, choose(self.steps, picks))
-            seen = picks - batch["age"]
+            batch["age"] = np.minimum(older, since_start)
+            seen = np.subtract(picks, batch["age"])
         # the chunk from each frame on; behind its end the last action is repeated and not valid
         steps = frames[:, None] + np.arange(self.cfg.chunk_size)  # (B, H)
-        last = choose(self.end, picks)[:, None] - 1  # (B, 1)
+        last = end[:, None] - 1  # (B, 1)
         batch["state"] = self.state[frames]  # (B, S)
         batch["actions"] = self.action[np.minimum(steps, last)]  # (B, H, A)
         batch["valid"] = steps <= last  # (B, H)
@@ -323,7 +344,7 @@ class Episodes:
             task, reasoning = self.reason_at(i)
             target = tokenizer.reasoning_ids(reasoning) if self.cfg.reasoning else []
             rows.append([(tokenizer.prompt(task, self.cfg.reasoning), target)])
-        return pack(rows) | {"images": pictures(self.images, choose(self.frames, picks))}
+        return pack(rows) | {"images": pictures(self.images, self.rows[picks, 0])}
 
     def cache_query_states(self, path: Path, shape: tuple[int, int], query_states_of: Callable) -> None:
         """From now on keep a frozen VLM's query states in a file, each frame's when it is first drawn.
@@ -341,18 +362,13 @@ class Episodes:
 
     def cached_query_states(self, tokenizer: Tokenizer, picks: np.ndarray) -> np.ndarray:
         """Query states (B, Q, D) float32 of frames by index, computed where the cache has none yet."""
-        frames = choose(self.frames, picks)
+        frames = self.rows[picks, 0]  # (B,)
         new = np.flatnonzero(~self.cache["known"][frames])  # rows of the batch
         if len(new):
             states = self.query_states_of(to_tensors(self.prompts(tokenizer, picks[new])))
             self.cache["states"][frames[new]] = states.cpu().numpy()
             self.cache["known"][frames[new]] = True
         return self.cache["states"][frames].astype(np.float32)
-
-
-def choose(numbers: list[int], picks: Iterable[int]) -> np.ndarray:
-    """Some of a list's numbers, by their places in it."""
-    return np.array([numbers[i] for i in picks])
 
 
 def pictures(views: list[np.ndarray], frames: Sequence[int]) -> np.ndarray:
@@ -445,19 +461,24 @@ class Questions:
 
         -> {kind: {"accuracy", "n"}, ..., "all": ...}
         """
-        items = [(scene, *item) for scene, asked in enumerate(self.questions) for item in asked]
-        items = [items[i] for i in np.random.default_rng(0).permutation(len(items))[:n]]
+        items = []
+        for scene, asked in enumerate(self.questions):
+            items += [(scene, *item) for item in asked]
+        chosen = np.random.default_rng(0).permutation(len(items))[:n]
+        items = [items[i] for i in chosen]
         items.sort(key=lambda item: len(item[2]))  # rows of like length decode together without waste
-        right = Counter()
-        total = Counter()
+        hits = defaultdict(list)  # kind -> whether each answer was right
         for start in range(0, len(items), batch):
             scenes, kinds, questions, truths = zip(*items[start : start + batch])
             images = pictures(self.images, list(scenes))
-            for kind, truth, said in zip(kinds, truths, answer(images, list(questions))):
-                for name in (kind, "all"):
-                    right[name] += said == truth
-                    total[name] += 1
-        return {kind: {"accuracy": right[kind] / total[kind], "n": total[kind]} for kind in sorted(total)}
+            answers = answer(images, list(questions))
+            for kind, truth, said in zip(kinds, truths, answers):
+                hits[kind].append(said == truth)
+                hits["all"].append(said == truth)
+        result = {}
+        for kind, right in sorted(hits.items()):
+            result[kind] = {"accuracy": sum(right) / len(right), "n": len(right)}
+        return result
 
 
 def fill_row(tokenizer: Tokenizer, items: list[list[str]], room: int) -> list[Segment]:
@@ -479,8 +500,18 @@ def fill_row(tokenizer: Tokenizer, items: list[list[str]], room: int) -> list[Se
 
 SET = ("cameras", "motors", "fps", "statistics", "episodes")  # what meta.json must hold
 # What an entry of its episodes must hold, and what it may hold besides
-EPISODE = {"start": int, "length": int, "task": str, "reason": list, "success": bool}
-OPTIONAL = {"family": str, "kind": str, "disturbed": list}
+EPISODE = {
+    "start": int,  # row of its first frame in the arrays
+    "length": int,  # frames
+    "task": str,  # the instruction
+    "reason": list,  # [[first step, text], ...]
+    "success": bool,  # failures are not learnt from
+}
+OPTIONAL = {
+    "family": str,  # of tasks, for --families
+    "kind": str,  # "demo", or "start": a few good steps
+    "disturbed": list,  # [[first step, end], ...], where the arm did not obey the actions
+}
 
 
 def read_meta(folder: str | Path, questions: bool = False) -> dict:
@@ -549,7 +580,7 @@ def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]
                 f"make it with prepare.py --image_size={cfg.image_size}"
             )
     check_lengths(str(folder), stored)
-    blank = np.broadcast_to(np.uint8(128), array.shape)  # takes no memory
+    blank = np.broadcast_to(np.uint8(128), array.shape)  # (frames, px, px, 3), takes no memory
     return [stored.get(camera, blank) for camera in wanted]
 
 
@@ -584,24 +615,27 @@ def check_set(where: str | Path, meta: dict, arrays: dict[str, np.ndarray]) -> N
     where: the folder, for messages. meta: as read_meta() takes it. arrays: state (frames, S), action
     (frames, A), and the cameras' (frames, px, px, 3).
     """
-    names = column_names(meta)
+    asked = layout(meta)
     for name, x in arrays.items():
-        file = f"{where}/{name}.npy"
-        if name in names:
-            shape = ("frames", len(names[name]))
-            check_array(file, x, shape, np.float32, f" for {list(names[name])}")
-        else:
-            check_array(file, x, IMAGES, np.uint8)
+        check_array(f"{where}/{name}.npy", x, *asked[name])
     check_lengths(str(where), arrays)
     path = f"{where}/meta.json"
-    for name in names:
+    for name in ("state", "action"):
         check_statistics(path, name, meta["statistics"], arrays[name])
     check_episodes(path, meta["episodes"], len(arrays["state"]))
 
 
+def layout(meta: dict) -> dict[str, tuple]:
+    """What check_array() asks of every array of a set: {name: (shape, type, words for the message)}."""
+    asked = dict.fromkeys(meta["cameras"], (IMAGES, np.uint8))
+    for name, words in column_names(meta).items():
+        asked[name] = (("frames", len(words)), np.float32, f" for {list(words)}")
+    return asked
+
+
 def check_lengths(where: str, arrays: dict[str, np.ndarray]) -> None:
     """UserError unless all arrays have the same number of frames."""
-    lengths = {name: len(array) for name, array in arrays.items()}
+    lengths = dict(zip(arrays, map(len, arrays.values())))
     if len(set(lengths.values())) > 1:
         raise UserError(f"{where} has different numbers of frames: {lengths}")
 
@@ -657,8 +691,9 @@ def check_episode(where: str, episode: Any, frames: int) -> None:
         raise UserError(f"{where} has no instruction: its task is {episode['task']!r}")
     reasons = episode["reason"]
     pairs = all(is_row(entry, int, str) for entry in reasons)
-    steps = [-1, *(entry[0] for entry in reasons), length] if pairs else []
-    if not pairs or steps != sorted(set(steps)):
+    steps = [entry[0] for entry in reasons] if pairs else [-1]
+    # Each reasoning holds from its step until the next one's.
+    if steps != sorted(set(steps)) or not 0 <= min(steps, default=0) <= max(steps, default=0) < length:
         asked = f"[step, text] pairs with steps rising from 0 to {length - 1}"
         raise UserError(f"{where}: reason must be {asked}; it is {reasons}"[:300])
     # A span may reach beyond a short episode's end: what was planned need not have happened.
@@ -690,24 +725,24 @@ def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) 
     """The successful episodes of some families; UserError where one has none."""
     # A `start` episode is a few good steps and need not succeed.
     usable = [e for e in meta["episodes"] if e["success"] or e.get("kind") == "start"]
-    known = sorted({episode.get("family", "") for episode in usable})
-    if families is None:
-        families = known
-    missing = [family for family in families if family not in known]
-    if missing or not usable:
+    known = {episode.get("family", "") for episode in usable}
+    wanted = known
+    if families is not None:
+        wanted = set(families)
+    if not usable or wanted - known:
         raise UserError(
-            f"{folder} has no successful episode of family {', '.join(missing) or 'any'}; "
-            f"it has {', '.join(known) or 'none'}: set --families"
+            f"{folder} has no successful episode of family {', '.join(wanted - known) or 'any'}; "
+            f"it has {', '.join(sorted(known)) or 'none'}: set --families"
         )
-    return [episode for episode in usable if episode.get("family", "") in families]
+    return [episode for episode in usable if episode.get("family", "") in wanted]
 
 
 def statistics(array: np.ndarray) -> dict[str, list[float]]:
     """Per column of (N, D): min, max, mean, std and the quantiles that normalisation uses."""
-    x = np.asarray(array, np.float64)
+    x = np.asarray(array, np.float64)  # sums of many float32 numbers would lose digits
     found = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
-    for name, share in (("q01", 0.01), ("q50", 0.5), ("q99", 0.99)):
-        found[name] = np.quantile(x, share, axis=0)
+    # The extremes of a column may be single slips; the quantiles are not moved by them.
+    found |= zip(("q01", "q50", "q99"), np.quantile(x, (0.01, 0.5, 0.99), axis=0))
     return {name: value.tolist() for name, value in found.items()}
 
 
@@ -735,23 +770,28 @@ def save_episodes(
     if state:
         meta["state"] = state
     check_meta("save_episodes()", meta, SET[:3])
-    names = column_names(meta)
     entries = []
     pieces = defaultdict(list)  # array -> its part of every episode
     start = 0
     for number, episode in enumerate(episodes):
-        arrays, said = split_episode(f"episode {number}", episode, cameras, names)
+        arrays, said = split_episode(f"episode {number}", episode, meta)
         length = len(arrays["state"])
-        defaults = {"reason": [], "success": True, "seed": number, "family": "demo", "kind": "demo"}
+        defaults = {
+            "reason": [],
+            "success": True,
+            "seed": number,
+            "family": "demo",
+            "kind": "demo",
+        }
         entries.append(defaults | said | {"start": start, "length": length})
         start += length
         for name, array in arrays.items():
             pieces[name].append(array)
-    sizes = {piece.shape[1:] for camera in cameras for piece in pieces[camera]}
-    if len(sizes) > 1:
-        raise UserError(f"all pictures of all episodes must have one size: {sorted(sizes)}")
-    arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
-    meta["statistics"] = {name: statistics(arrays[name]) for name in names}
+    try:
+        arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
+    except ValueError:  # split_episode() has checked all sizes but px
+        raise UserError("all pictures of all episodes must have one size") from None
+    meta["statistics"] = {name: statistics(arrays[name]) for name in ("state", "action")}
     meta["episodes"] = entries
     check_set(folder, meta, arrays)
     folder.mkdir(parents=True, exist_ok=True)
@@ -760,22 +800,19 @@ def save_episodes(
     write_json(folder / "meta.json", meta)  # last: a folder without it is no data set
 
 
-def split_episode(
-    where: str, episode: Any, cameras: Sequence[str], names: dict[str, list[str]]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def split_episode(where: str, episode: Any, meta: dict) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """An episode of save_episodes() -> its arrays, and what else meta.json should say of it."""
     check_keys(where, episode, ("images", "state", "action", "task"))
     said = dict(episode)
-    images = said.pop("images")
-    check_keys(f"{where}: images", images, cameras)
+    given = said.pop("images")
+    check_keys(f"{where}: images", given, meta["cameras"])
+    given = given | {"state": said.pop("state"), "action": said.pop("action")}
     arrays = {}
-    for name, words in names.items():
-        arrays[name] = as_floats(f"{where}: {name}", said.pop(name))
-        shape = ("frames", len(words))
-        check_array(f"{where}: {name}", arrays[name], shape, np.float32, f" for {list(words)}")
-    for camera in cameras:
-        arrays[camera] = as_array(f"{where}: {camera}", images[camera])
-        check_array(f"{where}: {camera}", arrays[camera], IMAGES, np.uint8)
+    for name, asked in layout(meta).items():
+        what = f"{where}: {name}"
+        convert = as_array if name in meta["cameras"] else as_floats
+        arrays[name] = convert(what, given[name])
+        check_array(what, arrays[name], *asked)
     check_lengths(where, arrays)
     # JSON knows no numpy numbers.
     for name, value in said.items():

@@ -202,8 +202,10 @@ def serve() -> None:
             try:
                 # Environments are made here, where what goes wrong is answered.
                 envs = envs or {arm: make_env(name, **options) for arm in arms}
-                answer = {arm: getattr(envs[arm], method)(**arguments) for arm, arguments in calls.items()}
-                answer = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+                results = {}
+                for arm, arguments in calls.items():
+                    results[arm] = getattr(envs[arm], method)(**arguments)
+                answer = pickle.dumps(results, pickle.HIGHEST_PROTOCOL)
             except UserError as error:
                 answer = pickle.dumps(error)
             except Exception:  # a traceback cannot be pickled, its text can
@@ -241,6 +243,7 @@ class VecEnv:
                 self._send(worker, (self.workers[worker], env, options | {"px": px}))
 
     def _allocate(self, n: int, px: int, cameras: Sequence[str], S: int) -> None:
+        """Room for what n arms see and what comes of them."""
         self.n = n
         self.cameras = list(cameras)
         self.images = np.zeros((n, len(cameras), px, px, 3), np.uint8)
@@ -330,6 +333,7 @@ class VecEnv:
         calls = {arm: {"actions": chunk} for arm, chunk in actions.items()}
         for arm, (obs, *outcome, info) in self._call("step_chunk", calls).items():
             self._store(arm, obs, info)
+            # Gymnasium's two ends: the task's own, and the time limit's
             reward[arm], self.terminated[arm], self.truncated[arm] = outcome
         return reward
 
@@ -358,8 +362,9 @@ class SingleEnv(VecEnv):
         self.env = env
 
     def _call(self, method: str, calls: dict[int, dict]) -> dict[int, Any]:
+        function = getattr(self.env, method)
         try:
-            return {arm: getattr(self.env, method)(**arguments) for arm, arguments in calls.items()}
+            return {arm: function(**arguments) for arm, arguments in calls.items()}
         except (OSError, ModuleNotFoundError) as error:  # the environment's own, no mistake of this command
             raise RuntimeError("the environment failed") from error
 
@@ -504,6 +509,8 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a success rate -> (low, high)."""
     z = 1.959964  # the normal distribution's 97.5th percentile
+    # Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927. Unlike the
+    # normal approximation it stays within [0, 1] and holds for few episodes.
     p = successes / n
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -536,11 +543,11 @@ def latency(policy: Any, family: str, env: str = "sim") -> dict[str, float]:
 def evaluate(
     policy: Any,
     families: Sequence[str],
-    n: int,
+    n: int,  # episodes per family and split
     seeds: str = "report",
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[str] = SPLITS,  # an environment's own are fewer
     env: str = "sim",
-    teacher: bool = False,
+    teacher: bool = False,  # the policy acts on a teacher's reasoning
 ) -> dict[str, dict[str, dict]]:
     """Closed-loop episodes on the first n scenes of a range of seeds -> {family: {split: cell}}.
 
@@ -581,22 +588,27 @@ def check_evaluation(policy: Any, families: Sequence[str], env: str = "sim") -> 
 
 
 def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Success and first reasoning of some episodes, a cell of evaluate()'s table.
-
-    "low" and "high" are the ends of the 95 % interval, "steps" the mean of the successful episodes,
-    "target_at_0" the share of cube and pad named correctly in the first reasoning, "reasoning" the share of
-    first reasonings that equal the teacher's; these two are None for a policy that does not reason.
-    """
+    """Success and first reasoning of some episodes, a cell of evaluate()'s table."""
     n = len(episodes)
     won = [episode.steps for episode in episodes if episode.success]
     low, high = wilson(len(won), n)
-    cell = {"success": len(won) / n, "n": n, "low": low, "high": high, "target_at_0": None, "reasoning": None}
     own = [episode.extras[0] for episode in episodes]
     teachers = [episode.teacher_reasoning for episode in episodes]
+    cell = {
+        "success": len(won) / n,
+        "n": n,
+        "low": low,  # ends of the 95 % interval
+        "high": high,
+        "target_at_0": None,  # how often the first reasoning names the right cube and pad; None: no reasoning
+        "reasoning": None,  # how often it equals the teacher's
+        "steps": None,  # mean of the successful episodes
+    }
     if any(own):
         cell["target_at_0"] = _agreement(map(target_of, own), map(target_of, teachers))
         cell["reasoning"] = _agreement(own, teachers)
-    return cell | {"steps": float(np.mean(won)) if won else None}
+    if won:
+        cell["steps"] = float(np.mean(won))
+    return cell
 
 
 def _agreement(one: Iterable, other: Iterable) -> float:
@@ -615,8 +627,10 @@ def report(results: dict[str, dict[str, dict]], path: Path) -> None:
     times = []
     for family, splits in results.items():
         for split, c in splits.items():
-            success, low, high, target, exact = (percent(c[key]) for key in SHARES)
-            steps = f"{c['steps']:.1f}" if c["steps"] else "-"
+            success, low, high, target, exact = map(percent, map(c.get, SHARES))
+            steps = "-"  # no episode succeeded
+            if c["steps"]:
+                steps = f"{c['steps']:.1f}"
             print(row(family, split, success, c["n"], f"{low} - {high}", target, exact, steps))
         # All splits of a family share one measurement; the real arm has none.
         if "ms_per_chunk" in c:
@@ -638,10 +652,16 @@ def percent(share: float | None) -> str:
 
 
 def draw_frame(
-    env: Any, cameras: Sequence[str], task: str, reasoning: str, weights: Sequence[float], note: str = ""
+    env: Any,
+    cameras: Sequence[str],
+    task: str,
+    reasoning: str,
+    weights: Sequence[float],  # (Q,)
+    note: str = "",  # beside the bars
 ) -> Image.Image:
     """The first two views, and underneath instruction, reasoning and a bar per feature query state (0..1)."""
     px = 256  # of a view
+    grey = (120, 120, 120)
     frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
     for i, camera in enumerate(cameras[:2]):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
@@ -655,7 +675,7 @@ def draw_frame(
             y += 16
     # a bar for every feature query state: how much the chosen chunk depends on it
     label = f"query states {note}" if len(weights) else note
-    pen.text((6, px + 92), label, fill=(120, 120, 120), font=ImageFont.load_default(11))
+    pen.text((6, px + 92), label, fill=grey, font=ImageFont.load_default(11))
     width = 294 / max(1, len(weights))  # 294 px lie beside the label
     bottom = px + 106
     for i, weight in enumerate(weights):

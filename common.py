@@ -62,6 +62,7 @@ def check_options(config: Any) -> None:
             values = value.split(",") if value else []
             if len(set(values)) < len(values) or not all(word and word == word.strip() for word in values):
                 raise UserError(f"--{f.name} must list different words, as in a,b without spaces: {value!r}")
+        # An interval is a string, a choice of words a tuple.
         for word in values:
             if not isinstance(allowed, str) and word not in allowed:
                 known = ", ".join(filter(None, allowed))
@@ -262,6 +263,7 @@ def run_program(program: Callable[[Any], None], config: Any) -> None:
 def _again(config: Any) -> str:
     """The command that goes on with what this one has begun."""
     _, world = rank_and_world()
+    # torchrun sets sys.argv as python does: what started the program is known from its processes alone.
     start = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
     words = list(sys.argv)
     # Only a run that has saved a state can be resumed.
@@ -469,6 +471,7 @@ def claim_folder(folder: str | Path, program: str, create: bool = False) -> None
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --out")
+    # Hidden files are those of desktops and editors, and the lock.
     there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     owner = ""
     if (folder / LOCK).is_file():
@@ -574,6 +577,7 @@ def choose_device(name: str) -> tuple[Any, Callable, str]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device={name} is not available here ({reason}); try --device=cpu") from None
+    # fp16 would need a scaled loss; bf16 has the range of fp32.
     if has_bf16(device):
         return device, lambda: torch.autocast("cuda", torch.bfloat16), "bf16 (the GPU has it), fp32 masters"
     return device, contextlib.nullcontext, "fp32"
@@ -588,6 +592,7 @@ def has_bf16(device: Any) -> bool:
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number and the number of processes, as torchrun sets them."""
+    # Read anew at every call: the programs' output depends on it before torch.distributed is there.
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -607,7 +612,7 @@ def join_processes(device: Any) -> None:
 
 def wait_for_all() -> None:
     """Wait until every process has come here."""
-    # The first process writes files that the others read.
+    # The first process makes the data set that the others then read.
     import torch.distributed as dist
 
     if dist.is_initialized():

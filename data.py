@@ -102,7 +102,7 @@ class Tokenizer:
                 ids.append(self.ids[piece])
             else:  # a word that training has not met
                 ids += [len(self.SPECIAL) + byte for byte in piece.encode("utf-8", "surrogatepass")]
-        if len(self.encoded) < 1_000_000:
+        if len(self.encoded) < 1_000_000:  # people's words must not fill the memory
             self.encoded[text] = ids
         return ids
 
@@ -176,8 +176,10 @@ Segment = tuple[list[int], list[int]]  # prompt ids, target ids
 
 def pack(rows: list[list[Segment]]) -> dict[str, np.ndarray]:
     """Rows of (prompt ids, target ids) pairs -> padded arrays (B, T) int64; a pair is a segment."""
-    T = max(sum(len(prompt) + len(target) for prompt, target in row) for row in rows)
     B = len(rows)
+    T = 0
+    for row in rows:
+        T = max(T, sum(len(prompt) + len(target) for prompt, target in row))
     tokens = np.zeros((B, T), np.int64)
     segments = np.full((B, T), -1)  # 1, 2, ...; -1: padding. A token attends to its own segment alone
     positions = np.zeros((B, T), np.int64)  # within the segment
@@ -227,7 +229,9 @@ class Episodes:
         self.images = open_images(folder, self.meta, cfg)  # per camera (frames, px, px, 3)
         self.state = open_array(folder, "state")  # (frames, S)
         self.action = open_array(folder, "action")  # (frames, A)
-        arrays = {"state": self.state, "action": self.action} | dict(zip(cfg.camera_names, self.images))
+        arrays = dict(zip(cfg.camera_names, self.images))
+        arrays["state"] = self.state
+        arrays["action"] = self.action
         check_set(folder, self.meta, arrays)
         names = column_names(self.meta)
         check_robot(str(folder), cfg, names["action"], names["state"], self.meta["fps"])
@@ -302,7 +306,9 @@ class Episodes:
         eps = rng.standard_normal((n, M, cfg.chunk_size, cfg.action_dim), dtype=np.float32)
         t = flow_times(rng, (n, M))
         uniform = rng.random((n, cfg.queries), dtype=np.float32)
-        older = rng.integers(cfg.stale + 1, size=n)[rows] if cfg.stale else None
+        older = None
+        if cfg.stale:
+            older = rng.integers(cfg.stale + 1, size=n)[rows]
         noise = {
             "eps": eps[rows],  # (B, M, H, A), the noise
             "t": t[rows],  # (B, M), flow times: 1 is noise, 0 is data
@@ -342,8 +348,11 @@ class Episodes:
         rows = []
         for i in picks:
             task, reasoning = self.reason_at(i)
-            target = tokenizer.reasoning_ids(reasoning) if self.cfg.reasoning else []
-            rows.append([(tokenizer.prompt(task, self.cfg.reasoning), target)])
+            prompt = tokenizer.prompt(task, self.cfg.reasoning)
+            target = []
+            if self.cfg.reasoning:
+                target = tokenizer.reasoning_ids(reasoning)
+            rows.append([(prompt, target)])
         return pack(rows) | {"images": pictures(self.images, self.rows[picks, 0])}
 
     def cache_query_states(self, path: Path, shape: tuple[int, int], query_states_of: Callable) -> None:
@@ -417,8 +426,11 @@ class Questions:
             except UserError:
                 return False
 
-        self.questions = [[item for item in scene if fits(*item[1:])] for scene in self.questions]
-        self.scenes = np.array([i for i, scene in enumerate(self.questions) if scene])
+        kept = []
+        for scene in self.questions:
+            kept.append([item for item in scene if fits(*item[1:])])
+        self.questions = kept
+        self.scenes = np.flatnonzero(list(map(len, kept)))
         if not len(self.scenes):
             raise UserError(
                 f"{self.path} has no question of at most {tokenizer.LONGEST} tokens: "
@@ -451,9 +463,12 @@ class Questions:
         seeds = rng.integers(2**31, size=n)[rows]
         packed = []
         for scene, seed in zip(picks, seeds):
-            pool = [item for item in self.questions[scene] if kinds is None or item[0] in kinds]
+            pool = self.questions[scene]
+            if kinds is not None:
+                pool = [item for item in pool if item[0] in kinds]
             order = np.random.default_rng(seed).permutation(len(pool))
-            packed.append(fill_row(tokenizer, [pool[i] for i in order], room))
+            shuffled = [pool[i] for i in order]
+            packed.append(fill_row(tokenizer, shuffled, room))
         return to_tensors(pack(packed) | {"images": pictures(self.images, picks)})
 
     def accuracy(self, answer: Callable, n: int = 2000, batch: int = 50) -> dict[str, dict]:
@@ -523,7 +538,10 @@ def read_meta(folder: str | Path, questions: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is no data set (no meta.json); run: python prepare.py --config small")
     meta = read_json(path)
-    check_meta(str(path), meta, SET[:1] if questions else SET)
+    needed = SET
+    if questions:
+        needed = ("cameras",)
+    check_meta(str(path), meta, needed)
     return meta
 
 
@@ -553,7 +571,11 @@ def check_meta(where: str, meta: Any, needed: Sequence[str]) -> None:
 
 def column_names(meta: dict) -> dict[str, list[str]]:
     """{array: names of its columns}; a state without names is the motors' positions."""
-    return {"state": meta.get("state") or meta["motors"], "action": meta["motors"]}
+    motors = meta["motors"]
+    return {
+        "state": meta.get("state") or motors,
+        "action": motors,  # targets of the motors' positions
+    }
 
 
 def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]:
@@ -629,13 +651,14 @@ def layout(meta: dict) -> dict[str, tuple]:
     """What check_array() asks of every array of a set: {name: (shape, type, words for the message)}."""
     asked = dict.fromkeys(meta["cameras"], (IMAGES, np.uint8))
     for name, words in column_names(meta).items():
-        asked[name] = (("frames", len(words)), np.float32, f" for {list(words)}")
+        shape = ("frames", len(words))
+        asked[name] = (shape, np.float32, f" for {list(words)}")
     return asked
 
 
 def check_lengths(where: str, arrays: dict[str, np.ndarray]) -> None:
     """UserError unless all arrays have the same number of frames."""
-    lengths = dict(zip(arrays, map(len, arrays.values())))
+    lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise UserError(f"{where} has different numbers of frames: {lengths}")
 
@@ -648,7 +671,7 @@ def check_statistics(path: str, name: str, said: Any, x: np.ndarray) -> None:
     real = np.array([found[key] for key in keys])  # (4, D)
     tolerance = 1e-3 * np.ptp(x, axis=0) + 1e-4 * np.abs(x).max(axis=0) + 1e-9  # (D,)
     try:
-        stated = np.array([said[name][key] for key in keys], np.float64)
+        stated = np.array([said[name][key] for key in keys], np.float64)  # (4, D) if it is right
         fits = stated.shape == real.shape and np.all(np.abs(stated - real) <= tolerance)
     except (TypeError, KeyError, ValueError):
         fits = False
@@ -731,7 +754,7 @@ def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) 
         wanted = set(families)
     if not usable or wanted - known:
         raise UserError(
-            f"{folder} has no successful episode of family {', '.join(wanted - known) or 'any'}; "
+            f"{folder} has no successful episode of family {', '.join(sorted(wanted - known)) or 'any'}; "
             f"it has {', '.join(sorted(known)) or 'none'}: set --families"
         )
     return [episode for episode in usable if episode.get("family", "") in wanted]
@@ -740,7 +763,12 @@ def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) 
 def statistics(array: np.ndarray) -> dict[str, list[float]]:
     """Per column of (N, D): min, max, mean, std and the quantiles that normalisation uses."""
     x = np.asarray(array, np.float64)  # sums of many float32 numbers would lose digits
-    found = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
+    found = {
+        "min": x.min(0),  # (D,) each
+        "max": x.max(0),
+        "mean": x.mean(0),
+        "std": x.std(0),
+    }
     # The extremes of a column may be single slips; the quantiles are not moved by them.
     found |= zip(("q01", "q50", "q99"), np.quantile(x, (0.01, 0.5, 0.99), axis=0))
     return {name: value.tolist() for name, value in found.items()}
@@ -766,7 +794,11 @@ def save_episodes(
         raise UserError(f"{folder} already holds a data set; delete it or choose another folder")
     if not isinstance(episodes, (list, tuple)) or not episodes:
         raise UserError("there is no episode to save: episodes must be a list with one at least")
-    meta = {"cameras": cameras, "motors": motors, "fps": fps}
+    meta = {
+        "cameras": cameras,
+        "motors": motors,
+        "fps": fps,
+    }
     if state:
         meta["state"] = state
     check_meta("save_episodes()", meta, SET[:3])
@@ -810,7 +842,10 @@ def split_episode(where: str, episode: Any, meta: dict) -> tuple[dict[str, np.nd
     arrays = {}
     for name, asked in layout(meta).items():
         what = f"{where}: {name}"
-        convert = as_array if name in meta["cameras"] else as_floats
+        # Any numbers will do for state and action; pictures are not converted, 0..1 would become black.
+        convert = as_floats
+        if name in meta["cameras"]:
+            convert = as_array
         arrays[name] = convert(what, given[name])
         check_array(what, arrays[name], *asked)
     check_lengths(where, arrays)

@@ -135,11 +135,14 @@ class ChunkedEnv:
     def _info(self, info: dict, terminated: bool, executed: int) -> dict:
         # Gymnasium's environments may terminate on failure, too: what info says of success counts more.
         success = bool(info.get("success", info.get("is_success", terminated)))
-        counted = {"success": success, "steps": self.steps, "executed": executed}
-        return {"reason": "", "failure": "", **info, **counted}
-
-    def step(self, action: np.ndarray) -> tuple:
-        return self.step_chunk(np.asarray(action)[None])
+        return {
+            "reason": "",  # an environment with a teacher says what to think
+            "failure": "",
+            **info,
+            "success": success,
+            "steps": self.steps,
+            "executed": executed,
+        }
 
     def step_chunk(self, actions: np.ndarray) -> tuple:
         actions = np.asarray(actions, np.float32)[: self.limit - self.steps]  # (h, A)
@@ -312,8 +315,11 @@ class VecEnv:
     def observe(self, arms: Sequence[int]) -> dict[str, Any]:
         """What n arms see now: images (n, V, px, px, 3) uint8, state (n, S) float32, task, n strings."""
         arms = list(arms)
-        task = [self.task[arm] for arm in arms]
-        return {"images": self.images[arms], "state": self.state[arms], "task": task}
+        return {
+            "images": self.images[arms],
+            "state": self.state[arms],
+            "task": [self.task[arm] for arm in arms],
+        }
 
     def reset(self, arms: Sequence[int], seeds: Sequence[int], options: Sequence[dict]) -> None:
         """Begin an episode on each of these arms."""
@@ -460,7 +466,9 @@ def run_episodes(
 def _start(vec: VecEnv, arms: list[int], waiting: list[Episode]) -> dict[int, Episode]:
     """Begin the next waiting episodes on free arms -> {arm: its episode}."""
     begun = [waiting.pop(0) for _ in arms]
-    vec.reset(arms, [episode.seed for episode in begun], [episode.options for episode in begun])
+    seeds = [episode.seed for episode in begun]
+    options = [episode.options for episode in begun]
+    vec.reset(arms, seeds, options)
     started = dict(zip(arms, begun))
     for arm, episode in started.items():
         episode.task = vec.task[arm]
@@ -473,7 +481,9 @@ def camera_indices(policy: Any, env: str) -> list[int]:
 
     UserError where cameras, motors or state do not fit: a policy must not run on another robot.
     """
-    cls = environment_class("sim" if env == "real" else env)  # the simulated arm is the real one's model
+    if env == "real":
+        env = "sim"  # the simulated arm has the real one's cameras and motors
+    cls = environment_class(env)
     wanted = policy.cfg.camera_names
     missing = [camera for camera in wanted if camera not in cls.cameras]
     if missing:
@@ -514,7 +524,8 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     p = successes / n
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    scale = 1 + z * z / n
+    return (centre - spread) / scale, (centre + spread) / scale
 
 
 def target_of(reasoning: str | None) -> tuple[str, str] | None:
@@ -537,7 +548,11 @@ def latency(policy: Any, family: str, env: str = "sim") -> dict[str, float]:
             watch.seconds["total"] = time.perf_counter() - began
             samples.append(watch.seconds)
     warm = samples[5:]  # the first calls choose kernels and fill caches
-    return {stage: 1e3 * float(np.median([sample[stage] for sample in warm])) for stage in warm[0]}
+    medians = {}
+    for stage in warm[0]:
+        seconds = [sample[stage] for sample in warm]
+        medians[stage] = 1e3 * float(np.median(seconds))
+    return medians
 
 
 def evaluate(
@@ -564,10 +579,15 @@ def evaluate(
         total = stages.pop("total")
         wanted = ["id"] if family == "tiny" else [split for split in splits if split in known]
         for split in wanted:
-            jobs = [Episode(seed, {"family": family, "split": split}) for seed in SEEDS[seeds][:n]]
+            options = {"family": family, "split": split}
+            jobs = [Episode(seed, options) for seed in SEEDS[seeds][:n]]
+            decide = policy_fn(policy, env, teacher)
             with VecEnv(min(24, n), 2, env, policy.cfg.image_size) as vec:
-                episodes = run_episodes(vec, jobs, policy_fn(policy, env, teacher), f"{family} {split}")
-            results[family][split] = summarise(episodes) | {"ms_per_chunk": total, "ms_by_stage": stages}
+                episodes = run_episodes(vec, jobs, decide, f"{family} {split}")
+            cell = summarise(episodes)
+            cell["ms_per_chunk"] = total
+            cell["ms_by_stage"] = stages
+            results[family][split] = cell
     return results
 
 
@@ -662,7 +682,8 @@ def draw_frame(
     """The first two views, and underneath instruction, reasoning and a bar per feature query state (0..1)."""
     px = 256  # of a view
     grey = (120, 120, 120)
-    frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
+    white = (250, 250, 247)
+    frame = Image.new("RGB", (2 * px, px + 112), white)
     for i, camera in enumerate(cameras[:2]):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
     pen = ImageDraw.Draw(frame)
@@ -680,7 +701,8 @@ def draw_frame(
     bottom = px + 106
     for i, weight in enumerate(weights):
         x = 206 + i * width
-        pen.rectangle((x, bottom - 24 * float(weight), x + 0.7 * width, bottom), fill=(40, 90, 170))
+        top = bottom - 24 * float(weight)
+        pen.rectangle((x, top, x + 0.7 * width, bottom), fill=(40, 90, 170))
     return frame
 
 
@@ -695,7 +717,9 @@ def save_film(frames: Sequence[Image.Image], folder: str | Path, title: str) -> 
     # 16 frames, from the first to the last, at half their size
     w, h = frames[0].size
     sheet = Image.new("RGB", (4 * w, 4 * h))
-    for i, pick in enumerate(np.linspace(0, len(frames) - 1, 16).round().astype(int)):
-        sheet.paste(frames[pick], (i % 4 * w, i // 4 * h))
+    picks = np.linspace(0, len(frames) - 1, 16).round().astype(int)
+    for i, pick in enumerate(picks):
+        row, column = divmod(i, 4)
+        sheet.paste(frames[pick], (column * w, row * h))
     sheet.resize((2 * w, 2 * h)).save(f"{path}.png")
     return path

@@ -62,7 +62,7 @@ def check_options(config: Any) -> None:
             values = value.split(",") if value else []
             if len(set(values)) < len(values) or not all(word and word == word.strip() for word in values):
                 raise UserError(f"--{f.name} must list different words, as in a,b without spaces: {value!r}")
-        # An interval is a string, a choice of words a tuple.
+        # An interval is a string, a choice of words is a tuple.
         for word in values:
             if not isinstance(allowed, str) and word not in allowed:
                 known = ", ".join(filter(None, allowed))
@@ -202,7 +202,7 @@ def _convert(name: str, kind: type, text: str) -> Any:
 
 def _nearest(word: str, names: Sequence[str]) -> str:
     """The end of a message about a word that is none of these names."""
-    close = difflib.get_close_matches(word, names, 1)
+    close = difflib.get_close_matches(word, names, 1)  # at most one
     if close:
         return f"; did you mean {close[0]}?"
     return f"; choose from {', '.join(sorted(names))}"
@@ -245,7 +245,7 @@ def run_program(program: Callable[[Any], None], config: Any) -> None:
         if rank_and_world()[0] == 0:
             print(f"stopped; to go on, type: {_again(config)}", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # as in `| head`
+    except BrokenPipeError:  # whoever reads the output has gone, as in `| head`
         raise SystemExit(1) from None
     except Exception as error:
         line = explain(error)
@@ -263,7 +263,7 @@ def run_program(program: Callable[[Any], None], config: Any) -> None:
 def _again(config: Any) -> str:
     """The command that goes on with what this one has begun."""
     _, world = rank_and_world()
-    # torchrun sets sys.argv as python does: what started the program is known from its processes alone.
+    # sys.argv does not tell that torchrun started the program.
     start = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
     words = list(sys.argv)
     # Only a run that has saved a state can be resumed.
@@ -345,6 +345,7 @@ def check_array(what: str, x: np.ndarray, shape: tuple, dtype: type, note: str =
 
     A word in `shape`, as in ("frames", "px", "px", 3), stands for any size above 0, but always for the same.
     """
+    # The size that each word stands for is that of the last axis of its name.
     sizes = dict(zip(shape, x.shape))
     expected = tuple(size if isinstance(size, int) else sizes.get(size) for size in shape)
     if x.shape != expected or x.dtype != dtype or not x.size:
@@ -375,7 +376,8 @@ def check_robot(where: str, cfg: Any, motors: Sequence[str], state: Sequence[str
 # Files. A file appears under its own name only when it is whole: a kill at any moment leaves the old one or
 # the new one.
 
-FORMAT = 2  # of checkpoints; 1 has no such key, its field names are listed in model.RENAMED
+# The number that config.json of a checkpoint holds, so that a later version can tell an older one.
+FORMAT = 2  # 1 has no such key, its field names are listed in model.RENAMED
 
 
 @contextlib.contextmanager
@@ -404,7 +406,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # also bytes that are no UTF-8
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
 
 
@@ -431,6 +433,7 @@ def trim_log(path: Path, key: str, last: int) -> None:
 
 def append_log(path: Path, line: dict) -> None:
     """Add one line to a log.jsonl."""
+    # A kill may cut the line short: read_log() leaves it out.
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -508,6 +511,7 @@ def lock_folder(folder: str | Path, program: str) -> None:
 
 def release_folders() -> None:
     """Let other programs into the folders again."""
+    # Closing a descriptor ends its lock.
     while held:
         os.close(held.popitem()[1])
 
@@ -603,9 +607,10 @@ def print0(*words: Any) -> None:
 
 
 def join_processes(device: Any) -> None:
-    """Meet the other processes of torchrun: nccl between GPUs, gloo between CPUs."""
+    """Meet the other processes of torchrun."""
     import torch.distributed as dist
 
+    # nccl is the fast backend between GPUs and knows no CPU; gloo is the one for CPUs.
     if rank_and_world()[1] > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -633,6 +638,7 @@ def leave_processes() -> None:
 def terminable() -> Iterator[None]:
     """Inside, SIGTERM ends the program by an exception, so that its other processes are ended, too."""
 
+    # By default SIGTERM ends a process without its `finally` blocks.
     def end(*_: Any) -> None:
         raise SystemExit(128 + signal.SIGTERM)
 

@@ -87,7 +87,7 @@ class Tokenizer:
         # A rare piece stays bytes: its embedding would hardly be trained.
         frequent = sorted(piece for piece in counts if counts[piece] >= 20)
         frequent.sort(key=counts.get, reverse=True)  # a stable sort: pieces of one count stay in their order
-        return cls(frequent[: limit - len(cls.SPECIAL) - 256])
+        return cls(frequent[: limit - len(cls.SPECIAL) - 256])  # special tokens and bytes come first
 
     def __len__(self) -> int:
         return self.first_word + len(self.words)
@@ -209,7 +209,9 @@ def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def flow_times(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Random flow times in (0, 1] as pi0 draws them, float32: more of them near noise (t = 1)."""
+    """Random flow times in (0, 1], float32: more of them near noise (t = 1)."""
+    # pi0 (Black et al., 2024) draws its times from this Beta distribution. Time 0 is left out: there is no
+    # noise to remove.
     return rng.beta(1.5, 1.0, shape).astype(np.float32) * 0.999 + 0.001
 
 
@@ -669,6 +671,7 @@ def check_statistics(path: str, name: str, said: Any, x: np.ndarray) -> None:
     keys = ("min", "max", "q01", "q99")
     found = statistics(x)
     real = np.array([found[key] for key in keys])  # (4, D)
+    # Rounding passes: another program may have computed them in float32.
     tolerance = 1e-3 * np.ptp(x, axis=0) + 1e-4 * np.abs(x).max(axis=0) + 1e-9  # (D,)
     try:
         stated = np.array([said[name][key] for key in keys], np.float64)  # (4, D) if it is right
@@ -740,6 +743,7 @@ def check_questions(path: Path, scenes: Any, count: int) -> None:
 
 def data_id(meta: dict) -> str:
     """Twelve hex digits that name the content of a data set by its statistics and episodes."""
+    # A run that goes on must not go on with other data. Reading all arrays would take minutes.
     content = json.dumps([meta["statistics"], meta["episodes"]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
@@ -842,7 +846,7 @@ def split_episode(where: str, episode: Any, meta: dict) -> tuple[dict[str, np.nd
     arrays = {}
     for name, asked in layout(meta).items():
         what = f"{where}: {name}"
-        # Any numbers will do for state and action; pictures are not converted, 0..1 would become black.
+        # Any numbers will do for state and action. Pictures of 0..1 would become black as whole numbers.
         convert = as_floats
         if name in meta["cameras"]:
             convert = as_array

@@ -367,9 +367,9 @@ def check_robot(where: str, cfg: Any, motors: Sequence[str], state: Sequence[str
         raise UserError(f"{where} has state {list(state)}, the model {cfg.state_names}")
     # Actions are targets of single control steps: at another rate they would be other speeds.
     if fps != cfg.fps:
-        raise UserError(
-            f"{where} has fps {fps}, the model {cfg.fps}; prepare.py --fps=... converts recordings"
-        )
+        lower = min(fps, cfg.fps)  # frames can be left out, not made up
+        hint = f"convert the recordings with prepare.py --fps={lower}"
+        raise UserError(f"{where} has fps {fps}, the model {cfg.fps}: {hint}")
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -291,8 +291,7 @@ def chain_likelihood(net: Any, batch: Batch, cfg: RLConfig) -> tuple[Tensor, Ten
     K = chain.shape[1] - 1
     last = torch.full_like(batch["other"], K - 1)
     steps = torch.stack((last, batch["other"]), dim=1)  # (B, 2)
-    rows = torch.arange(len(chain), device=chain.device)[:, None]  # (B, 1)
-    x = chain[rows, steps]  # (B, 2, H, A)
+    x = chain.take_along_dim(steps[..., None, None], dim=1)  # (B, 2, H, A)
     t = timesteps(K, chain.device)[steps]  # (B, 2)
     keys_values = net.expert.condition(net.adapter(batch["query_states"]))
     modulation = net.expert.modulation(t)
@@ -393,6 +392,7 @@ class ExpertSamples:
 
     def __init__(self, policy: SyVLA, cfg: RLConfig):
         self.cfg = cfg
+        self.policy_cfg = policy.cfg
         recorded = Episodes(cfg.data, policy.cfg, cfg.family_names)
         recorded.check_tasks(policy.tokenizer)
         print0(f"expert samples of {cfg.data}; clipped targets: {policy.clipped(recorded.action)}")
@@ -433,24 +433,25 @@ class ExpertSamples:
         queries = F.normalize(views.float(), dim=-1).flatten(1)  # (T, V*E)
         similarity = queries @ self.keys.T  # (T, N)
         if self.cfg.experts == "random":
-            rows = (uniform * len(self.keys)).long()[:, None]  # (T, 1)
+            candidates = torch.arange(len(self.keys)).expand_as(similarity)  # (T, N)
         else:
             other_family = torch.from_numpy(self.families != family)  # (N,)
             ranked = similarity - 100 * other_family  # (T, N), other families' frames last
-            nearest = ranked.topk(NEIGHBOURS, dim=1).indices  # (T, NEIGHBOURS)
-            column = (uniform * NEIGHBOURS).long()[:, None]  # (T, 1)
-            rows = nearest.gather(1, column)  # (T, 1)
+            candidates = ranked.topk(NEIGHBOURS, dim=1).indices  # (T, NEIGHBOURS)
+        column = (uniform * candidates.shape[1]).long()[:, None]  # (T, 1)
+        rows = candidates.gather(1, column)  # (T, 1)
         return rows[:, 0], similarity.gather(1, rows)[:, 0]
 
     def samples(self, rows: Tensor, iteration: int) -> Batch:
         """Rows (n,) of the table and noise for their flow loss, under names that begin with "expert_"."""
         rng = np.random.default_rng([self.cfg.seed, iteration, 1])
+        c = self.policy_cfg
         shape = (len(rows), NOISE_SAMPLES)
         samples = {name: tensor[rows] for name, tensor in self.table.items()}
         noise = {
             "t": flow_times(rng, shape),
-            "eps": rng.standard_normal((*shape, *samples["actions"].shape[1:])),  # (n, M, H, A)
-            "uniform": rng.random(samples["query_states"].shape[:2]),  # (n, Q), for --decouple=random
+            "eps": rng.standard_normal((*shape, c.chunk_size, c.action_dim)),
+            "uniform": rng.random((len(rows), c.queries)),  # for the control --decouple=random
         }
         samples |= {name: torch.from_numpy(array).float() for name, array in noise.items()}
         return {f"expert_{name}": tensor for name, tensor in samples.items()}
@@ -643,12 +644,15 @@ def update(learner: Learner, batch: Batch, iteration: int) -> dict[str, float]:
     n = len(batch["chain"])
     K = policy.cfg.denoise_steps
     rng = np.random.default_rng([cfg.seed, iteration, 2])
-    other = torch.from_numpy(rng.integers(max(1, K - 1), size=n))  # (n,) one of the steps before the last
+    other = rng.integers(max(1, K - 1), size=n)  # (n,) one of the steps before the last
     orders = [rng.permutation(n) for _ in range(CRITIC_PASSES)]  # of rows; the policy takes the first
     advantage = batch["advantage"]  # (n,)
     mean = advantage.mean()
     std = advantage.std().clamp(min=1e-6)
-    batch = batch | {"advantage": (advantage - mean) / std, "other": other.to(advantage.device)}
+    batch = batch | {
+        "advantage": (advantage - mean) / std,
+        "other": torch.as_tensor(other, device=learner.device),
+    }
     numbers = {"updates": 0}
     if iteration >= cfg.critic_warmup:
         if cfg.experts != "none":
@@ -682,11 +686,13 @@ def look(learner: Learner, obs: dict) -> Batch:
     -> query_states (n, Q, D), state (n, S) normalised, value (n,), and views (n, V, E) for the retrieval.
     """
     policy = learner.policy
+    c = policy.cfg
     cameras = camera_indices(policy, learner.cfg.env)
     images, state = policy.check_inputs(obs["images"][:, cameras], obs["state"], obs["task"])
+    # As SyVLA.reason(), but the visual tokens are kept for the retrieval.
     visual = policy.vlm.encode_images(images)  # (n, V, tokens, D)
-    prompts = [policy.tokenizer.prompt(task, policy.cfg.reasoning) for task in obs["task"]]
-    limit = policy.cfg.max_reasoning_tokens if policy.cfg.reasoning else 0
+    prompts = [policy.tokenizer.prompt(task, c.reasoning) for task in obs["task"]]
+    limit = c.max_reasoning_tokens if c.reasoning else 0
     _, query_states = policy.vlm.generate(visual, prompts, policy.tokenizer.end_reasoning, limit, True)
     seen = {"query_states": query_states, "state": policy.normalise(state, "state")}
     seen["value"] = learner.net.critic(seen)
@@ -704,10 +710,10 @@ def explore(learner: Learner, obs: dict) -> tuple[np.ndarray, list[Batch]]:
     mark("simulation")
     policy = learner.policy
     c = policy.cfg
+    shape = (c.denoise_steps + 1, c.chunk_size, c.action_dim)
     draws = []
     for episode in obs["episode"]:
         rng = np.random.default_rng([learner.cfg.seed, episode.seed, len(episode.extras)])
-        shape = (c.denoise_steps + 1, c.chunk_size, c.action_dim)
         draws.append(rng.standard_normal(shape, np.float32))  # the first starts the chain, the last moves it
     noise = torch.from_numpy(np.stack(draws)).to(learner.device)  # (n, K+1, H, A)
     seen = look(learner, obs)
@@ -717,7 +723,7 @@ def explore(learner: Learner, obs: dict) -> tuple[np.ndarray, list[Batch]]:
     actions = policy.denormalise(policy.clip(chain[:, -1], "action"))  # (n, H, A)
     seen["chain"] = chain
     extras = []
-    for row in range(len(chain)):
+    for row in range(len(chain)):  # copies, as a view of the batch would keep and send all of it
         extras.append({name: tensor[row].to("cpu", copy=True) for name, tensor in seen.items()})
     mark("expert")
     return actions[:, : c.n_action_steps].cpu().numpy(), extras
@@ -735,26 +741,23 @@ def play(learner: Learner, vec: VecEnv, jobs: list[Episode]) -> list[Episode]:
 
     # A person's time is not lost when the program dies: an episode is on disk as soon as it ends, and an
     # interrupted run plays only what is missing.
-    played = []
-    missing = []
     folder = Path(learner.cfg.out, "episodes")
     for job in jobs:
         path = folder / f"{job.seed}.pt"
         if path.is_file():
-            played.append(Episode(**torch.load(path, weights_only=True)))
-        else:
-            missing.append(job)
+            vars(job).update(torch.load(path, weights_only=True))
 
     def save(episode: Episode) -> None:
         with atomic_path(folder / f"{episode.seed}.pt") as path:
             torch.save(vars(episode), path)
 
+    missing = [job for job in jobs if not job.extras]
     try:
-        played += run_episodes(vec, missing, decide, "episodes", final_values, save)
+        run_episodes(vec, missing, decide, "episodes", final_values, save)
         vec.env.rest()
     except UserError as error:  # of the arm, of its cameras, or nobody is at the keyboard
         raise UserError(f"{error}; the episodes so far are kept: go on with --resume") from None
-    return played
+    return jobs
 
 
 def gather(episodes: list[Episode]) -> list[Episode]:
@@ -770,8 +773,8 @@ def success_rates(name: str, episodes: list[Episode]) -> dict[str, float]:
     """{"name family": share of successful episodes}."""
     won = defaultdict(list)
     for episode in episodes:
-        won[f"{name} {episode.options['family']}"].append(episode.success)
-    return {key: float(np.mean(values)) for key, values in won.items()}
+        won[episode.options["family"]].append(episode.success)
+    return {f"{name} {family}": float(np.mean(successes)) for family, successes in won.items()}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -783,7 +786,7 @@ def practise(learner: Learner, experts: ExpertSamples | None, vec: VecEnv, itera
     cfg = learner.cfg
     rank, world = rank_and_world()
     jobs = []
-    for i in range(rank, cfg.episodes, world):
+    for i in range(rank, cfg.episodes, world):  # of this process; all families take turns
         options = {"family": cfg.family_names[i % len(cfg.family_names)], "split": "id"}
         if cfg.env == "real":
             options = {"family": "real", "task": cfg.task}
@@ -809,10 +812,8 @@ def practise(learner: Learner, experts: ExpertSamples | None, vec: VecEnv, itera
             average.lerp_(weight, 1 - EMA)
         mark("update")
     line |= success_rates("success", episodes)
-    line["return"] = batch["return"].mean().item()
-    line["seconds"] = sum(watch.seconds.values())
-    line["time"] = dict(watch.seconds)
-    return line
+    line |= {"return": batch["return"].mean().item(), "seconds": sum(watch.seconds.values())}
+    return line | {"time": dict(watch.seconds)}
 
 
 def keep_best(learner: Learner, vec: VecEnv) -> dict[str, float]:

@@ -209,6 +209,9 @@ class MT50:
             self._build(name)
         self.env.seed(seed)
         self.raw, _ = self.env.reset()  # (39,): what the scripted policies see
+        # The benchmark moves targets and furniture in the model after it has computed where things are. Until
+        # the first step its pictures would show them where they were before.
+        mujoco.mj_kinematics(self.env.model, self.env.data)
         self.task = options.get("task") or INSTRUCTIONS[name]
         self.steps = 0
         self.success = False

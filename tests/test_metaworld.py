@@ -106,6 +106,17 @@ def test_seeds_choose_scenes_and_repeat_them(env):
 
 
 @simulates
+def test_the_first_picture_shows_the_scene_of_now(env):
+    """The benchmark moves its marker in reset() without computing where things are; MT50 does."""
+    obs, _ = env.reset(seed=1, options={"family": "reach-v3"})
+    marker = env.env.data.site("goal").xpos
+    np.testing.assert_allclose(marker, env.env._target_pos)
+    later, _, _, _, _ = env.step_chunk(np.zeros((1, 4)))
+    change = np.abs(obs["images"]["corner2"].astype(int) - later["images"]["corner2"])
+    assert change.max(-1).mean() < 3, "the pictures before and after a step without motion differ"
+
+
+@simulates
 def test_seeds_of_a_group_take_its_tasks_in_turns(env):
     tasks = []
     for seed in range(6):

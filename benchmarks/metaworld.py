@@ -428,6 +428,12 @@ def make_parts(cfg: MetaworldConfig) -> None:
     if not missing:
         return
     workers = min(cfg.workers, len(missing))
+    if workers == 1:  # nothing to fork
+        for name in tqdm(missing, unit="task", disable=None):
+            make_part(cfg, name)
+            if not sys.stderr.isatty():
+                print(f"{name} is done", flush=True)
+        return
     with (
         terminable(),
         multiprocessing.Pool(workers, leave_signals) as pool,

@@ -17,12 +17,10 @@ x <- x - v/K.
 Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (SyVLA), arXiv 2606.09009.
 """
 
-import dataclasses
 import hashlib
 import math
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -46,11 +44,10 @@ from common import (
     read_checkpoint_config,
     write_json,
 )
-from data import Tokenizer, as_array
+from data import Tokenizer, as_array, pack, to_tensors
 
-DenoisingStep = Callable[
-    [int, Tensor, Tensor], Tensor
-]  # k, chunk (B, H, A), velocity (B, H, A) -> next chunk
+# k, chunk (B, H, A), velocity (B, H, A) -> next chunk
+DenoisingStep = Callable[[int, Tensor, Tensor], Tensor]
 
 # -----------------------------------------------------------------------------------------------------------
 # Configuration
@@ -58,9 +55,8 @@ DenoisingStep = Callable[
 LEAST_LIMIT = 1.5  # scaled states and actions are clipped no closer than this
 FARTHEST_LIMIT = 4.0  # half ranges that a scale reaches; values farther out widen its range
 DECOUPLE = ("gradient", "random", "attention", "off")
-RMS_EPS = torch.finfo(
-    torch.float32
-).eps  # named: nn.RMSNorm's own default would change with the number format
+# Named, because nn.RMSNorm's own default would change with the number format.
+RMS_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass
@@ -138,27 +134,33 @@ class Config:
 
     def __post_init__(self):
         check_options(self)
-        for width, heads in (("width", "heads"), ("heads", "kv_heads"), ("expert_width", "expert_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise UserError(
-                    f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})"
-                )
-        if self.width // self.heads % 2 or self.expert_width % 2:
-            raise UserError(
-                f"width / heads ({self.width} / {self.heads}) and expert_width ({self.expert_width}) "
-                "must be even: sines and cosines come in pairs"
-            )
-        if not self.backbone and self.patch_size % 2:
-            raise UserError(f"the convolution stem halves patch_size ({self.patch_size}): make it even")
-        if not self.backbone and self.image_size % (self.patch_size * self.pixel_shuffle):
-            raise UserError(
-                f"images of {self.image_size} px must be a multiple of patch_size * pixel_shuffle = "
-                f"{self.patch_size * self.pixel_shuffle}"
-            )
-        if self.n_action_steps > self.chunk_size:
-            raise UserError(
-                f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size})"
-            )
+        from_nothing = not self.backbone
+        pooled = self.patch_size * self.pixel_shuffle  # pixels per side of a visual token
+        rules = (
+            (self.width % self.heads, "width ({width}) must be a multiple of heads ({heads})"),
+            (self.heads % self.kv_heads, "heads ({heads}) must be a multiple of kv_heads ({kv_heads})"),
+            (
+                self.expert_width % self.expert_heads,
+                "expert_width ({expert_width}) must be a multiple of expert_heads ({expert_heads})",
+            ),
+            # sines and cosines come in pairs
+            (self.width // self.heads % 2, "width / heads ({width} / {heads}) must be even"),
+            (self.expert_width % 2, "expert_width ({expert_width}) must be even"),
+            # the convolution stem halves the picture
+            (from_nothing and self.patch_size % 2, "patch_size ({patch_size}) must be even"),
+            (
+                from_nothing and self.image_size % pooled,
+                "images of {image_size} px must be a multiple of patch_size ({patch_size}) times "
+                "pixel_shuffle ({pixel_shuffle})",
+            ),
+            (
+                self.n_action_steps > self.chunk_size,
+                "n_action_steps ({n_action_steps}) must not exceed chunk_size ({chunk_size})",
+            ),
+        )
+        for broken, rule in rules:
+            if broken:
+                raise UserError(rule.format(**vars(self)))
 
     @property
     def camera_names(self) -> list[str]:
@@ -181,47 +183,25 @@ class Config:
         return len(self.state_names)
 
     @classmethod
-    def pick(cls, config: Any) -> "Config":
-        """The model's share of a larger config (dataclass or dict).
-
-        Field names of format 1 are understood.
-        """
-        values = dict(config) if isinstance(config, dict) else dataclasses.asdict(config)
-        for old, new in RENAMED.items():
-            if old in values:
-                values[new] = values.pop(old)
-        if values.get("format", 1) not in (1, FORMAT):
-            raise UserError(f"format {values['format']!r} is not known here; update the program")
-        missing = [name for name in ("width", "chunk_size") if name not in values]
-        if missing:
-            raise UserError(f"{', '.join(missing)} is missing; choose a checkpoint that train.py wrote")
-        if values.get("format", 1) == 1 and isinstance(config, dict):
-            values["norm_eps"] = values.get("norm_eps") or RMS_EPS
-            if (
-                values.get("vision_depth")
-                or values.get("conv_stem") is False
-                or values.get("committed")
-                or values.get("wrapped")
-            ):
-                raise UserError(
-                    "this checkpoint is of format 1 and uses parts that are gone; run it with version e6a1aa6"
-                )
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-
-    @classmethod
     def read(cls, folder: str | Path) -> "Config":
         """The model's share of a checkpoint's config.json; UserError names the file.
 
         The door for checkpoints: every program comes by here, and by SyVLA.load_weights() for the tensors.
         """
         config = read_checkpoint_config(folder)
+        if config.get("format") != FORMAT:
+            raise UserError(
+                f"{folder} is of another format than {FORMAT}; version e6a1aa6 runs checkpoints of format 1"
+            )
         path = Path(folder, "tokenizer.json")
         if not path.is_file():
             raise UserError(f"{folder} lacks tokenizer.json; copy the whole folder of the checkpoint")
-        if config.get("tokenizer", text_id(path.read_bytes())) != text_id(path.read_bytes()):
+        identity = text_id(path.read_bytes())
+        if config.get("tokenizer", identity) != identity:
             raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
+        known = {field.name for field in fields(cls)}
         try:
-            return cls.pick(config)
+            return cls(**{name: value for name, value in config.items() if name in known})
         except UserError as error:
             raise UserError(f"{folder}/config.json: {error}") from None
 
@@ -230,12 +210,6 @@ def text_id(content: bytes) -> str:
     """Twelve hex digits that name the content of a file."""
     return hashlib.sha256(content).hexdigest()[:12]
 
-
-RENAMED = {
-    "chunk": "chunk_size",
-    "execute": "n_action_steps",
-    "max_thought": "max_reasoning_tokens",
-}  # since format 1
 
 # One table for all programs: each takes the fields that its config has.
 PRESETS = {
@@ -247,8 +221,6 @@ PRESETS = {
         vision_width=16,
         width=32,
         depth=2,
-        heads=4,
-        kv_heads=2,
         mlp_width=32,
         expert_width=32,
         expert_depth=1,
@@ -504,44 +476,52 @@ class VLM(nn.Module):
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
 
-        -> embeddings (B, P, D), their positions (P,), the position of the first text token.
+        -> embeddings (B, P, D), their positions (B, P) or (3, B, P), the position of the first text token.
         """
         x = visual.flatten(1, 2)  # (B, V*n, D)
         if len(self.start) or len(self.image_open):
-            B = len(visual)
-            start, before, behind = (
-                self.lm.embed(ids).expand(B, -1, -1)
-                for ids in (self.start, self.image_open, self.image_close)
-            )
+            chat = (self.start, self.image_open, self.image_close)
+            start, before, behind = (self.lm.embed(ids).expand(len(visual), -1, -1) for ids in chat)
             parts = [start]
             for view in visual.unbind(1):  # (B, n, D)
                 parts += [before, view, behind]
             x = torch.cat(parts, dim=1)  # (B, P, D)
-        P = x.shape[1]
-        return x, torch.arange(P, device=x.device), P
+        B, P, _ = x.shape
+        return x, torch.arange(P, device=x.device).expand(B, -1), P
 
     @staticmethod
-    def join_positions(prefix: Tensor, text: Tensor) -> Tensor:
-        """Positions of the prefix (..., P) and of text (B, n) -> (..., B, P + n).
+    def append_positions(positions: Tensor, more: Tensor) -> Tensor:
+        """Positions (..., B, P) and those of what follows (B, n) -> (..., B, P + n).
 
         Leading axes: Qwen's time, row, column.
         """
-        axes = prefix.shape[:-1]
-        B = len(text)
-        return torch.cat((prefix.unsqueeze(-2).expand(*axes, B, -1), text.expand(*axes, B, -1)), dim=-1)
+        more = more.expand(*positions.shape[:-1], -1)
+        return torch.cat((positions, more), dim=-1)
+
+    def query_positions(self, first: Tensor) -> Tensor:
+        """Positions of the feature queries (B, Q), of which the first one stands at `first` (B,)."""
+        return first[:, None] + torch.arange(len(self.queries), device=first.device)
+
+    def embed(self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor) -> tuple:
+        """Images and text in one sequence, see forward().
+
+        -> embeddings (B, P + T, D), segments (B, P + T), positions (B, P + T) or (3, B, P + T), the position
+        of the first text token.
+        """
+        prefix, prefix_positions, first = self.prefix(visual)
+        x = torch.cat((prefix, self.lm.embed(tokens)), dim=1)
+        segments = F.pad(segments, (prefix.shape[1], 0))  # the images are segment 0
+        return x, segments, self.append_positions(prefix_positions, first + positions), first
 
     @staticmethod
     def attention_mask(segments: Tensor) -> Tensor:
         """Segments (B, n) -> (B, n, n) bool: may token i look at token j?"""
-        n = segments.shape[1]
         mine = segments[:, :, None]  # (B, n, 1)
-        theirs = segments[:, None, :]  # (B, 1, n)
-        causal = torch.ones(n, n, dtype=torch.bool, device=segments.device).tril()
-        itself = torch.eye(
-            n, dtype=torch.bool, device=segments.device
-        )  # padding sees itself: no softmax is empty
-        same_segment = (theirs == mine) & (theirs >= 0)
-        return (same_segment | (theirs == 0)) & causal | itself
+        theirs = segments[:, None]  # (B, 1, n)
+        allowed = (theirs == 0) | (theirs > 0) & (theirs == mine)
+        # padding sees itself: a softmax over nothing would be NaN
+        itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
+        return allowed.tril() | itself
 
     def forward(
         self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor, with_queries: bool
@@ -551,22 +531,16 @@ class VLM(nn.Module):
         visual (B, V, n, D); tokens, segments, positions (B, T). positions count within a segment from 0:
         every segment starts right behind the images, as if it were alone.
         """
-        prefix, prefix_positions, first = self.prefix(visual)
-        B, P, _ = prefix.shape
-        T = tokens.shape[1]
-        x = [prefix, self.lm.embed(tokens)]
-        segment = [segments.new_zeros(B, P), segments]
-        position = [first + positions]
-        if with_queries:
+        B, T = tokens.shape
+        length = (segments == 1).sum(1)  # (B,) tokens of instruction and reasoning
+        x, segments, positions, first = self.embed(visual, tokens, segments, positions)
+        P = x.shape[1] - T
+        if with_queries:  # they are the end of segment 1
             Q = len(self.queries)
-            length = (segments == 1).sum(1, keepdim=True)  # (B, 1) tokens of instruction and reasoning
-            x.append(self.queries.expand(B, -1, -1))
-            segment.append(segments.new_ones(B, Q))
-            position.append(first + length + torch.arange(Q, device=tokens.device))
-        positions = self.join_positions(prefix_positions, torch.cat(position, dim=1))  # (B, N)
-        mask = self.attention_mask(torch.cat(segment, dim=1))  # (B, N, N)
-        x = torch.cat(x, dim=1)  # (B, N, D)
-        hidden = self.lm(x, positions, mask)  # (B, N, D)
+            x = torch.cat((x, self.queries.expand(B, -1, -1)), dim=1)  # (B, N, D)
+            segments = F.pad(segments, (0, Q), value=1)  # (B, N)
+            positions = self.append_positions(positions, self.query_positions(first + length))
+        hidden = self.lm(x, positions, self.attention_mask(segments))  # (B, N, D)
         return hidden[:, P : P + T], hidden[:, P + T :] if with_queries else None
 
     @torch.inference_mode()
@@ -578,52 +552,42 @@ class VLM(nn.Module):
         visual (B, V, n, D) -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
         or None. limit 0 writes nothing: the queries follow the prompt.
         """
-        prefix, prefix_positions, first = self.prefix(visual)
-        B, P, _ = prefix.shape
-        device = visual.device
-        length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-        T = int(length.max())
-        tokens = torch.tensor(
-            [list(prompt) + [0] * (T - len(prompt)) for prompt in prompts], device=device
-        )  # (B, T)
-        column = torch.arange(T, device=device)
-        segments = torch.where(column < length[:, None], 1, -1)  # (B, T)
-        segments = torch.cat((segments.new_zeros(B, P), segments), dim=1)  # (B, P + T)
-        positions = self.join_positions(prefix_positions, first + column.expand(B, -1))
+        text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
+        tokens, segments, positions, _ = (ids.to(visual.device) for ids in text.values())  # (B, T)
+        B, T = tokens.shape
+        length = (segments == 1).sum(1)  # (B,)
+        x, segments, positions, first = self.embed(visual, tokens, segments, positions)
         caches = self.lm.new_caches()
-        x = torch.cat((prefix, self.lm.embed(tokens)), dim=1)  # (B, P + T, D)
-        hidden = self.lm(x, positions, self.attention_mask(segments), caches)
-        last = hidden[torch.arange(B, device=device), P + length - 1]  # (B, D) of every prompt's last token
+        hidden = self.lm(x, positions, self.attention_mask(segments), caches)  # (B, P + T, D)
+        last = hidden[range(B), length - 1 - T]  # (B, D) of every prompt's last token
 
         # One token a step; rows that have ended write padding, which nobody sees.
         past = segments >= 0  # (B, P + T): what every later token sees
-        written = [[] for _ in range(B)]
-        alive = torch.ones(B, dtype=torch.bool, device=device)
+        written = tokens.new_empty(B, 0)
         for i in range(limit):
+            alive = (written != stop).all(dim=1)  # (B,)
+            if not alive.any():
+                break
             token = self.lm.logits(last).argmax(-1)  # (B,)
             if i == limit - 1:  # too long: close it
                 token = torch.full_like(token, stop)
-            for row in (alive & (token != stop)).nonzero()[:, 0].tolist():
-                written[row].append(int(token[row]))
+            written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
             past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
             x = self.lm.embed(token)[:, None]  # (B, 1, D)
             last = self.lm(x, (first + length)[:, None], past[:, None], caches)[:, 0]  # (B, D)
             length = length + alive
-            alive = alive & (token != stop)
-            if not alive.any():
-                break
+        # what stands before the first stop of a row
+        texts = [row[: [*row, stop].index(stop)] for row in written.tolist()]
         if not with_queries:
-            return written, None
+            return texts, None
 
         # The feature queries see everything that was written, and each other causally.
         Q = len(self.queries)
-        positions = (first + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
-        causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
-        mask = torch.cat(
-            (past[:, None].expand(-1, Q, -1), causal.expand(B, -1, -1)), dim=2
-        )  # (B, Q, past + Q)
+        positions = self.query_positions(first + length)
+        seen = F.pad(past, (0, Q), value=True)  # (B, past + Q)
+        mask = seen[:, None].expand(-1, Q, -1).tril(past.shape[1])  # (B, Q, past + Q)
         query_states = self.lm(self.queries.expand(B, -1, -1), positions, mask, caches)  # (B, Q, D)
-        return written, query_states
+        return texts, query_states
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -642,6 +606,11 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 def timesteps(K: int, device: torch.device | None = None) -> Tensor:
     """Flow times at which the K denoising steps begin, from noise to data: (K,)."""
     return torch.linspace(1, 1 / K, K, device=device)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: layer norm of x (..., De) whose shift and scale come from flow time."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
 class ExpertBlock(nn.Module):
@@ -682,7 +651,7 @@ class ExpertBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.chunk(9, dim=-1)
 
         # the joint state and the actions of one chunk see each other
-        y = F.layer_norm(x, (De,)) * (1 + scale1) + shift1
+        y = modulated_norm(x, shift1, scale1)
         qkv = self.qkv(y).view(B * M, L, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B*M, nh, L, hd)
         y = F.scaled_dot_product_attention(q, k, v)  # (B*M, nh, L, hd)
@@ -690,7 +659,7 @@ class ExpertBlock(nn.Module):
         x = x + gate1 * self.proj(y)
 
         # they look at the feature query states
-        y = F.layer_norm(x, (De,)) * (1 + scale2) + shift2
+        y = modulated_norm(x, shift2, scale2)
         q = self.cross_q(y).view(B, M * L, self.heads, -1)
         q = q.transpose(1, 2)  # (B, nh, M*L, hd): all noise samples share keys and values
         k, v = keys_values
@@ -701,7 +670,7 @@ class ExpertBlock(nn.Module):
         y = y.transpose(1, 2).reshape(B, M, L, De)
         x = x + gate2 * self.cross_proj(y)
 
-        y = F.layer_norm(x, (De,)) * (1 + scale3) + shift3
+        y = modulated_norm(x, shift3, scale3)
         y = F.relu(self.up(y)).square()  # squared ReLU: as good as GELU here and cheaper on a CPU
         return x + gate3 * self.down(y)
 
@@ -755,8 +724,7 @@ class ActionExpert(nn.Module):
         for block, m, kv in zip(self.blocks, modulation, keys_values):
             h = block(h, m, kv, attention)
         shift, scale = modulation[-1].chunk(2, dim=-1)  # 2 x (B, M, 1, De)
-        h = h[:, :, 1:]  # (B, M, H, De)
-        h = F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
+        h = modulated_norm(h[:, :, 1:], shift, scale)  # (B, M, H, De)
         return self.action_out(h)
 
 
@@ -776,28 +744,20 @@ def scale_of(statistics: dict[str, list[float]]) -> tuple[Tensor, Tensor, Tensor
     )
     middle = (q01 + q99) / 2
     reach = torch.maximum(largest - middle, middle - smallest)
-    half = torch.maximum((q99 - q01) / 2, reach / FARTHEST_LIMIT)
+    low = torch.minimum(q01, middle - reach / FARTHEST_LIMIT)
+    high = torch.maximum(q99, middle + reach / FARTHEST_LIMIT)
     size = torch.maximum(largest.abs(), smallest.abs())
-    half = torch.where(largest - smallest <= 1e-4 * size, 0.0, half)
-    limit = torch.where(half > 0, reach / half.clamp(min=1e-300), 0.0).clamp(min=LEAST_LIMIT)
-    unmoved = half == (q99 - q01) / 2  # the percentiles themselves, without the rounding of middle -+ half
-    low = torch.where(unmoved, q01, middle - half)
-    high = torch.where(unmoved, q99, middle + half)
-    return low.float(), high.float(), limit.float()
-
-
-def to_tensor(what: str, x: Any, device: torch.device) -> Tensor:
-    """Array, tensor or nested lists of numbers -> a tensor on a device; UserError where it is none."""
-    if not isinstance(x, Tensor):
-        x = as_array(what, x)
-        x = torch.from_numpy(np.ascontiguousarray(x.astype(x.dtype.newbyteorder("="))))
-    return x.to(device)
+    constant = largest - smallest <= 1e-4 * size
+    limit = torch.where(constant, 0.0, 2 * reach / (high - low))
+    low = torch.where(constant, middle, low)
+    high = torch.where(constant, middle, high)
+    return low.float(), high.float(), limit.clamp(min=LEAST_LIMIT).float()
 
 
 def check_texts(what: str, texts: Any, rows: int) -> None:
     """UserError unless there is a list with a string for every row."""
-    is_list = isinstance(texts, (list, tuple))
-    if not is_list or len(texts) != rows or not all(isinstance(text, str) for text in texts):
+    is_list = isinstance(texts, (list, tuple)) and len(texts) == rows
+    if not is_list or {type(text) for text in texts} - {str}:
         raise UserError(f"{what} must be a list of {rows} strings, one for each row; got {texts!r}"[:300])
 
 
@@ -850,33 +810,33 @@ class SyVLA(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
-        for block in self.expert.blocks:
-            nn.init.zeros_(block.modulate.weight)
-        nn.init.zeros_(self.expert.modulate.weight)
-        nn.init.zeros_(self.expert.action_out.weight)
+        closed = [self.expert.modulate, self.expert.action_out]
+        closed += [block.modulate for block in self.expert.blocks]
         if self.expert.age is not None:
-            nn.init.zeros_(self.expert.age.weight)  # an age that was never met counts as none
-        if not own_vlm:
-            return
-        # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
-        filters = self.vlm.vision.patch[0].weight.data  # (channels, 3, 3, 3)
-        filters.sub_(filters.mean(dim=(1, 2, 3), keepdim=True)).mul_(2)
-        # As loud as the patches: attention brings a token's content to a word, so where it was must be part
-        # of that.
-        nn.init.normal_(self.vlm.vision.position, std=0.5)
-        for block in self.vlm.lm.blocks:
-            nn.init.zeros_(block.proj.weight)
-            nn.init.zeros_(block.down.weight)
-        if self.vlm.lm.head is not None:
-            nn.init.zeros_(self.vlm.lm.head.weight)
+            closed.append(self.expert.age)  # an age that was never met counts as none
+        if own_vlm:
+            # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
+            filters = self.vlm.vision.patch[0].weight.data  # (channels, 3, 3, 3)
+            filters.sub_(filters.mean(dim=(1, 2, 3), keepdim=True)).mul_(2)
+            # As loud as the patches: attention brings a token's content to a word, so where it was must be
+            # part of that.
+            nn.init.normal_(self.vlm.vision.position, std=0.5)
+            for block in self.vlm.lm.blocks:
+                closed += [block.proj, block.down]
+            if self.vlm.lm.head is not None:
+                closed.append(self.vlm.lm.head)
+        for module in closed:
+            nn.init.zeros_(module.weight)
+
+    def scale_buffers(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """low, high and limit of every number of "state" or "action"."""
+        return tuple(getattr(self, f"{name}_{side}") for side in ("low", "high", "limit"))
 
     def set_statistics(self, statistics: dict[str, dict]) -> None:
         """Take the scale of a data set: {"state": ..., "action": ...} as data.statistics() computes them."""
         for name in ("state", "action"):
-            low, high, limit = scale_of(statistics[name])
-            getattr(self, f"{name}_low").copy_(low)
-            getattr(self, f"{name}_high").copy_(high)
-            getattr(self, f"{name}_limit").copy_(limit)
+            for buffer, value in zip(self.scale_buffers(name), scale_of(statistics[name])):
+                buffer.copy_(value)
 
     def widen_limits(self, statistics: dict[str, dict]) -> list[str]:
         """Keep the scale, but let everything that another data set recorded lie inside its limits.
@@ -886,14 +846,13 @@ class SyVLA(nn.Module):
         """
         replaced = []
         for name, words in (("state", self.cfg.state_names), ("action", self.cfg.motor_names)):
-            own = [getattr(self, f"{name}_{side}") for side in ("low", "high", "limit")]
-            theirs = scale_of(statistics[name])
-            ends = torch.tensor([statistics[name]["min"], statistics[name]["max"]], device=own[0].device)
+            low, high, limit = own = self.scale_buffers(name)
+            ends = torch.tensor([statistics[name]["min"], statistics[name]["max"]], device=low.device)
             reach = self.scale(ends, name).abs().amax(0)  # (S,) or (A,)
             # a constant joint that moves now has no scale at all
-            foreign = (reach > FARTHEST_LIMIT) | ((own[0] == own[1]) & (ends[0] < ends[1]))
-            own[2].copy_(torch.maximum(own[2], reach))
-            for kept, new in zip(own, theirs):
+            foreign = (reach > FARTHEST_LIMIT) | ((low == high) & (ends[0] < ends[1]))
+            limit.copy_(torch.maximum(limit, reach))
+            for kept, new in zip(own, scale_of(statistics[name])):
                 kept[foreign] = new.to(kept)[foreign]
             replaced += [f"{name} {words[i]}" for i in foreign.nonzero()[:, 0].tolist()]
         return replaced
@@ -907,8 +866,8 @@ class SyVLA(nn.Module):
 
     def scale(self, x: Tensor, name: str) -> Tensor:
         """LeRobot units -> low and high mapped to -1 and 1; a constant joint maps to 0."""
-        low = getattr(self, f"{name}_low")
-        span = getattr(self, f"{name}_high") - low
+        low, high, _ = self.scale_buffers(name)
+        span = high - low
         constant = span == 0
         scaled = 2 * (x - low) / torch.where(constant, 1.0, span) - 1
         return torch.where(constant, 0.0, scaled)
@@ -916,15 +875,15 @@ class SyVLA(nn.Module):
     def clip(self, x: Tensor, name: str) -> Tensor:
         """Scaled values, kept within what was recorded."""
         limit = getattr(self, f"{name}_limit")
-        return torch.minimum(torch.maximum(x, -limit), limit)
+        return x.clamp(-limit, limit)
 
     def clipped(self, actions: np.ndarray) -> str:
         """Which share of recorded actions (N, A) lies beyond the limits, as in "gripper 45.0 %", or "none".
 
         Training would teach the limit in their place.
         """
-        limit = self.action_limit.cpu()
-        scaled = self.scale(torch.tensor(actions).to(self.action_limit), "action").cpu()  # (N, A)
+        limit = self.action_limit
+        scaled = self.scale(torch.tensor(actions).to(limit), "action")  # (N, A)
         share = (scaled.abs() > limit * (1 + 1e-4)).float().mean(0).tolist()
         names = self.cfg.motor_names
         return ", ".join(f"{name} {part:.1%}" for name, part in zip(names, share) if part) or "none"
@@ -973,9 +932,8 @@ class SyVLA(nn.Module):
         is made.
         """
         leaf = query_states.detach().requires_grad_()
-        loss = (
-            self.flow_loss(leaf, *flow_args).mean(1).sum()
-        )  # a sum over the batch keeps per-sample gradients exact
+        # the sum over the batch keeps every sample's gradient exact
+        loss = self.flow_loss(leaf, *flow_args).mean(1).sum()
         (gradient,) = torch.autograd.grad(loss, leaf)  # (B, Q, D)
         return gradient.float().norm(dim=-1)
 
@@ -1007,9 +965,8 @@ class SyVLA(nn.Module):
             attention = []  # one (B, nh, H + 1, Q) per block
             with torch.no_grad():
                 self.flow_loss(query_states, *flow_args, attention)
-            score = (
-                torch.stack(attention).float().mean(dim=(0, 2, 3))
-            )  # (B, Q): mean over blocks, heads, tokens
+            # (B, Q): mean over blocks, heads and tokens
+            score = torch.stack(attention).float().mean(dim=(0, 2, 3))
         else:
             score = uniform
         share = self.cfg.decouple_percentile / 100
@@ -1149,29 +1106,19 @@ class SyVLA(nn.Module):
         State and chunk in LeRobot units. age (B,) of the query states in control steps; an expert that learnt
         from fresh ones only is not told. step: as denoise() takes it, by default Euler's.
         """
-        device = self.vlm.queries.device
-        query_states = to_tensor("query_states", query_states, device).float()
         state = self.check_state(state)
-        expected = (len(state), self.cfg.queries, self.cfg.width)
-        if tuple(query_states.shape) != expected or not torch.isfinite(query_states).all():
-            raise UserError(
-                f"query_states must be {expected} finite numbers of reason(); got {tuple(query_states.shape)}"
-            )
+        sizes = (len(state), self.cfg.queries, self.cfg.width)
+        query_states = self.check_array("query_states", query_states, sizes)
         check_whole("seed", seed, -(2**63))
+        if age is not None:
+            age = self.check_array("age", age, sizes[:1]).long()
+            age = age.clamp(0, self.cfg.stale)  # older ones than were learnt count as the oldest
         # on the CPU: a seed means the same noise on every device
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(state), self.cfg.chunk_size, self.cfg.action_dim, generator=generator)
-        noise = self.cfg.temperature * noise.to(device)
-        if age is not None:
-            age = to_tensor("age", age, device)
-            if tuple(age.shape) not in ((1,), (len(state),)) or not torch.isfinite(age).all():
-                raise UserError(f"age must be ({len(state)},) control steps; got {tuple(age.shape)}")
-            age = age.long().clamp(0, self.cfg.stale)
-        if not self.cfg.stale:
-            age = None
-        chain = self.denoise(
-            query_states, self.normalise(state, "state"), noise, step or self.euler_step, age
-        )
+        noise = self.cfg.temperature * noise.to(state.device)
+        state = self.normalise(state, "state")
+        chain = self.denoise(query_states, state, noise, step or self.euler_step, age)
         chunk = self.denormalise(self.clip(chain[:, -1], "action"))  # (B, H, A)
         mark("expert")
         return chunk.float().cpu().numpy()
@@ -1179,7 +1126,8 @@ class SyVLA(nn.Module):
     @torch.inference_mode()
     def answer(self, images: Any, questions: list[str], limit: int = 24) -> list[str]:
         """Answers to B questions about images (B, V, px, px, 3) uint8, at most `limit` tokens each."""
-        images = self.check_images(images)
+        # a pretrained VLM answers about any number of pictures of any size
+        images = self.check_images(images, any_size=bool(self.cfg.backbone))
         check_texts("questions", questions, len(images))
         check_whole("limit", limit, 1)
         visual = self.vlm.encode_images(images)
@@ -1188,39 +1136,43 @@ class SyVLA(nn.Module):
         end = self.tokenizer.end_reasoning  # closes the answer to an instruction
         return [self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids) for ids in written]
 
-    def check_images(self, images: Any) -> Tensor:
-        """Images as a tensor on the model's device; UserError shows both sides of a misfit.
+    def check_array(
+        self, what: str, x: Any, sizes: tuple, note: str = "", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Array, tensor or nested lists of numbers -> a tensor on the model's device.
 
-        A pretrained VLM answers about any number of pictures of any size.
+        UserError shows both sides where the shape is not `sizes`, in which a word stands for any number, or
+        where numbers are not finite. note: what else the message says.
         """
-        cfg = self.cfg
-        images = to_tensor("images", images, self.vlm.queries.device)
-        expected = (len(cfg.camera_names), cfg.image_size, cfg.image_size, 3)
-        fits = images.ndim == 5 and images.shape[-1] == 3 and len(images) > 0
-        if not fits or images.dtype != torch.uint8 or not (cfg.backbone or images.shape[1:] == expected):
-            raise UserError(
-                f"images must be (B, {', '.join(map(str, expected))}) uint8, cameras {cfg.cameras}; "
-                f"got {tuple(images.shape)} {images.dtype}"
-            )
-        return images
+        if not isinstance(x, Tensor):
+            x = as_array(what, x)
+            x = torch.from_numpy(x.astype(x.dtype.newbyteorder("="), order="C"))
+        fits = x.ndim == len(sizes) and len(x) > 0
+        for there, wanted in zip(x.shape, sizes):
+            fits = fits and (there == wanted or isinstance(wanted, str))
+        if not fits or (dtype == torch.uint8 and x.dtype != dtype):
+            expected = ", ".join(map(str, sizes))
+            raise UserError(f"{what} must be ({expected}){note}; got {tuple(x.shape)} {x.dtype}")
+        if not torch.isfinite(x).all():
+            raise UserError(f"{what} must be finite numbers{note}; got {x.tolist()}"[:300])
+        return x.to(self.vlm.queries.device, dtype)
+
+    def check_images(self, images: Any, any_size: bool = False) -> Tensor:
+        """Images (B, V, px, px, 3) uint8 of the policy's cameras, or of `any_size`, as check_array()."""
+        px = self.cfg.image_size
+        sizes = ("V", "h", "w") if any_size else (len(self.cfg.camera_names), px, px)
+        note = f" uint8, cameras {self.cfg.cameras}"
+        return self.check_array("images", images, ("B", *sizes, 3), note, torch.uint8)
 
     def check_state(self, state: Any) -> Tensor:
-        """State (B, S) in LeRobot units as a tensor on the model's device; UserError as for images."""
+        """State (B, S) in LeRobot units, as check_array()."""
         names = self.cfg.state_names
-        state = to_tensor("state", state, self.vlm.queries.device).float()
-        if tuple(state.shape[1:]) != (len(names),) or state.ndim != 2:
-            raise UserError(f"state must be (B, {len(names)}), {names}; got {tuple(state.shape)}")
-        if not torch.isfinite(state).all():
-            raise UserError(f"state must be finite numbers, {names}; got {state.tolist()}"[:300])
-        return state
+        return self.check_array("state", state, ("B", len(names)), f", {names}")
 
     def check_inputs(self, images: Any, state: Any, task: list[str]) -> tuple[Tensor, Tensor]:
         """What act() is given -> images and state as tensors on the model's device."""
         images = self.check_images(images)
         state = self.check_state(state)
-        expected = (len(self.cfg.camera_names), self.cfg.image_size, self.cfg.image_size, 3)
-        if images.shape[1:] != expected:
-            raise UserError(f"images must be (B, {', '.join(map(str, expected))}); got {tuple(images.shape)}")
         check_texts("tasks", task, len(images))
         if len(state) != len(images):
             raise UserError(f"one state an image: got {len(images)} images, {len(state)} states")
@@ -1230,8 +1182,7 @@ class SyVLA(nn.Module):
     # -- on disk --------------------------------------------------------------------------------------------
 
     def load_weights(self, path: str | Path, part: str = "") -> None:
-        """Read model.safetensors; a missing, unknown, misshapen or impossible tensor is a UserError that
-        names it.
+        """Read model.safetensors; UserError names a tensor that is missing, unknown, misshapen or impossible.
 
         part: only tensors whose names begin so, as in "vlm.".
         """
@@ -1239,34 +1190,22 @@ class SyVLA(nn.Module):
             weights = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from None
-        for name in ("state_limit", "action_limit"):  # checkpoints before limits could differ
-            if name not in weights:
-                weights[name] = torch.full_like(getattr(self, name), LEAST_LIMIT).cpu()
-        loaded = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
-        own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(part)}
-        if loaded.keys() != own.keys():
-            missing = sorted(own.keys() - loaded.keys())[:3]
-            unknown = sorted(loaded.keys() - own.keys())[:3]
-            raise UserError(f"{path} does not fit its config.json: missing {missing}, unknown {unknown}")
-        for name, tensor in loaded.items():
-            if tensor.shape != own[name].shape:
-                sizes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
-                raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
+        weights = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
+        there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        here = {name: tuple(own.shape) for name, own in self.state_dict().items() if name.startswith(part)}
+        for name, _ in sorted(there.items() ^ here.items()):
+            sizes = f"{there.get(name, 'missing')} there, {here.get(name, 'unknown')} here"
+            raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
+        for name, tensor in weights.items():
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} is {tensor.dtype}; weights must be floating-point numbers")
             if not torch.isfinite(tensor).all():
                 what = "weight" if "." in name else "normalisation statistics"
                 raise UserError(f"{path}: {what} {name} not finite; choose a checkpoint that train.py wrote")
-        for name in {"state", "action"} if not part else ():
-            low, high, limit = (loaded[f"{name}_{side}"] for side in ("low", "high", "limit"))
-            if not ((low <= high) & (limit > 0)).all():
-                raise UserError(f"{path}: {name}_low lies above {name}_high; choose another checkpoint")
-        self.load_state_dict(self.state_dict() | loaded)
-
-    @staticmethod
-    def load(folder: str | Path, tokenizer: Any = None, device: torch.device | str = "cpu") -> "SyVLA":
-        """load_policy() by its name in format 1; the folder's own tokenizer is used."""
-        return load_policy(folder, device)
+            high = name.replace("_low", "_high")  # another name for the two lower ends alone
+            if (tensor > weights[high]).any():
+                raise UserError(f"{path}: {name} lies above {high}; choose another checkpoint")
+        self.load_state_dict(weights, strict=False)
 
     def fingerprint(self, *words: Any) -> str:
         """Twelve hex digits that name the VLM's weights and `words`, for files made with a frozen VLM."""
@@ -1298,18 +1237,15 @@ def save_policy(
         raise UserError(
             f"non-finite weights; the last checkpoint in {folder} is untouched: lower the learning rates"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     if hasattr(policy.vlm, "save_description"):  # a pretrained backbone's own config
         policy.vlm.save_description(folder / "backbone")
-    for leftover in folder.glob(".tmp*"):  # safetensors writes under such a name, and a kill leaves it there
-        leftover.unlink()
-    tokenizer = policy.tokenizer.dumps()
-    with atomic_path(folder / "tokenizer.json") as path:
-        path.write_bytes(tokenizer.encode())
-    with atomic_path(folder / "model.safetensors") as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-        shutil.copymode(folder / "tokenizer.json", path)  # safetensors writes for the owner alone
-    made_by = {"format": FORMAT, "torch": torch.__version__, "tokenizer": text_id(tokenizer.encode())}
+    tokenizer = policy.tokenizer.dumps().encode()
+    # as bytes: safetensors' save_file() writes for the owner alone, whatever the umask, and hides a full disk
+    tensors = save({name: tensor.cpu().contiguous() for name, tensor in weights.items()})
+    for name, content in (("tokenizer.json", tokenizer), ("model.safetensors", tensors)):
+        with atomic_path(folder / name) as path:
+            path.write_bytes(content)
+    made_by = {"format": FORMAT, "torch": torch.__version__, "tokenizer": text_id(tokenizer)}
     write_json(folder / "config.json", config | made_by)
 
 

@@ -431,10 +431,7 @@ class WrappedLanguageModel:
         )
         return out.last_hidden_state  # (B, n, D)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) -> (..., vocab), at least in fp32."""
-        logits = F.linear(hidden, (self.head or self.embed).weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = LanguageModel.logits
 
 
 class WrappedVLM(PretrainedVLM):
@@ -492,7 +489,7 @@ class WrappedVLM(PretrainedVLM):
         return visual.view(*images.shape[:2], -1, self.queries.shape[-1])  # (B, V, n, D)
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
-        """As VLM.prefix(), but Qwen's positions are (3, P): time, row, column, all equal in text."""
+        """As VLM.prefix(), but Qwen's positions are (3, B, P): time, row, column, all equal in text."""
         x, positions, first = super().prefix(visual)
         if not hasattr(self.model, "get_rope_index"):
             return x, positions, first
@@ -506,8 +503,8 @@ class WrappedVLM(PretrainedVLM):
         tokens = len(self.start) * [text] + V * view
         move, row, column = torch.tensor(tokens, device=x.device).T  # each (P,)
         time = move.cumsum(0) - move  # (P,): a picture's tokens share one
-        positions = torch.stack((time, time + row, time + column))  # (3, P)
-        return x, positions, sum(moved for moved, _, _ in tokens)
+        positions = torch.stack((time, time + row, time + column))[:, None]  # (3, 1, P)
+        return x, positions.expand(-1, len(x), -1), sum(moved for moved, _, _ in tokens)
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -136,31 +137,29 @@ class Config:
         check_options(self)
         from_nothing = not self.backbone
         pooled = self.patch_size * self.pixel_shuffle  # pixels per side of a visual token
-        rules = (
-            (self.width % self.heads, "width ({width}) must be a multiple of heads ({heads})"),
-            (self.heads % self.kv_heads, "heads ({heads}) must be a multiple of kv_heads ({kv_heads})"),
-            (
-                self.expert_width % self.expert_heads,
-                "expert_width ({expert_width}) must be a multiple of expert_heads ({expert_heads})",
+        rules = {
+            f"width ({self.width}) must be a multiple of heads ({self.heads})": self.width % self.heads,
+            f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})": (
+                self.heads % self.kv_heads
+            ),
+            f"expert_width ({self.expert_width}) must be a multiple of expert_heads ({self.expert_heads})": (
+                self.expert_width % self.expert_heads
             ),
             # sines and cosines come in pairs
-            (self.width // self.heads % 2, "width / heads ({width} / {heads}) must be even"),
-            (self.expert_width % 2, "expert_width ({expert_width}) must be even"),
+            f"width / heads ({self.width} / {self.heads}) must be even": self.width // self.heads % 2,
+            f"expert_width ({self.expert_width}) must be even": self.expert_width % 2,
             # the convolution stem halves the picture
-            (from_nothing and self.patch_size % 2, "patch_size ({patch_size}) must be even"),
-            (
-                from_nothing and self.image_size % pooled,
-                "images of {image_size} px must be a multiple of patch_size ({patch_size}) times "
-                "pixel_shuffle ({pixel_shuffle})",
+            f"patch_size ({self.patch_size}) must be even": from_nothing and self.patch_size % 2,
+            f"images of {self.image_size} px must be a multiple of patch_size * pixel_shuffle = {pooled}": (
+                from_nothing and self.image_size % pooled
             ),
-            (
-                self.n_action_steps > self.chunk_size,
-                "n_action_steps ({n_action_steps}) must not exceed chunk_size ({chunk_size})",
+            f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size})": (
+                self.n_action_steps > self.chunk_size
             ),
-        )
-        for broken, rule in rules:
+        }
+        for rule, broken in rules.items():
             if broken:
-                raise UserError(rule.format(**vars(self)))
+                raise UserError(rule)
 
     @property
     def camera_names(self) -> list[str]:
@@ -288,6 +287,10 @@ def all_presets() -> dict[str, dict]:
 # The VLM, shaped like SmolVLM: vision encoder, pixel shuffle connector, Llama-style language model
 
 
+# A linear map without a bias.
+Projection = partial(nn.Linear, bias=False)
+
+
 class VisionEncoder(nn.Module):
     """Two convolutions make patches of an image, SmolVLM's connector makes visual tokens of them.
 
@@ -310,7 +313,7 @@ class VisionEncoder(nn.Module):
         side = cfg.image_size // cfg.patch_size
         self.position = nn.Parameter(torch.zeros(side * side, width))
         self.norm = nn.LayerNorm(width, 1e-5)
-        self.connector = nn.Linear(width * self.shuffle**2, cfg.width, bias=False)
+        self.connector = Projection(width * self.shuffle**2, cfg.width)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (n, 3, px, px) in [-1, 1] -> visual tokens (n, tokens, D)."""
@@ -359,10 +362,10 @@ class LanguageBlock(nn.Module):
         self.norm1 = nn.RMSNorm(cfg.width, cfg.norm_eps)
         self.norm2 = nn.RMSNorm(cfg.width, cfg.norm_eps)
         # neighbouring query heads share a key and value head: nh queries, nkv keys, nkv values
-        self.qkv = nn.Linear(cfg.width, (self.nh + 2 * self.nkv) * self.hd, bias=False)
-        self.proj = nn.Linear(cfg.width, cfg.width, bias=False)
-        self.gate_up = nn.Linear(cfg.width, 2 * cfg.mlp_width, bias=False)
-        self.down = nn.Linear(cfg.mlp_width, cfg.width, bias=False)
+        self.qkv = Projection(cfg.width, (self.nh + 2 * self.nkv) * self.hd)
+        self.proj = Projection(cfg.width, cfg.width)
+        self.gate_up = Projection(cfg.width, 2 * cfg.mlp_width)
+        self.down = Projection(cfg.mlp_width, cfg.width)
         self.qk_gain = nn.Parameter(torch.ones(self.nh + self.nkv, 1, self.hd)) if cfg.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: list | None = None) -> Tensor:
@@ -400,8 +403,7 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.width)
         self.blocks = nn.ModuleList(LanguageBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(cfg.width, cfg.norm_eps)
-        self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self.checkpointing = False  # see VLM.enable_checkpointing()
+        self.head = None if cfg.tied else Projection(cfg.width, cfg.vocab_size)
         hd = cfg.width // cfg.heads
         exponent = torch.arange(0, hd, 2) / hd
         self.register_buffer("frequency", cfg.rope_theta**-exponent, persistent=False)  # (hd/2,)
@@ -413,10 +415,7 @@ class LanguageModel(nn.Module):
         sin = sin.to(x.dtype)
         mask = mask[:, None]  # (B, 1, n, past + n)
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and x.requires_grad:
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, caches[i] if caches else None)
+            x = block(x, cos, sin, mask, caches[i] if caches else None)
         return self.norm(x)
 
     def new_caches(self) -> list:
@@ -425,8 +424,14 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> (..., vocab), at least in fp32."""
-        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        logits = F.linear(hidden, (self.head or self.embed).weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def checkpoint_blocks(blocks: nn.ModuleList) -> None:
+    """Let every block keep only its input in the forward pass, and compute the rest again in the backward."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class VLM(nn.Module):
@@ -464,7 +469,7 @@ class VLM(nn.Module):
 
     def enable_checkpointing(self) -> None:
         """Keep only every block's input in the forward pass; the backward pass computes the rest again."""
-        self.lm.checkpointing = True
+        checkpoint_blocks(self.lm.blocks)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
@@ -623,13 +628,13 @@ class ExpertBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.modulate = nn.Linear(width, 9 * width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.cross_q = nn.Linear(width, width, bias=False)
-        self.cross_proj = nn.Linear(width, width, bias=False)
-        self.cross_kv = nn.Linear(width, 2 * width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.qkv = Projection(width, 3 * width)
+        self.proj = Projection(width, width)
+        self.cross_q = Projection(width, width)
+        self.cross_proj = Projection(width, width)
+        self.cross_kv = Projection(width, 2 * width)
+        self.up = Projection(width, 4 * width)
+        self.down = Projection(4 * width, width)
 
     def keys_values(self, query_states: Tensor) -> Tensor:
         """Adapted query states (B, Q, De) -> keys and values (2, B, nh, Q, hd).
@@ -703,9 +708,7 @@ class ActionExpert(nn.Module):
         embedding = time_embedding(t, De)[:, :, None]  # (B, M, 1, De)
         c = self.time(embedding.to(self.position.dtype))  # (B, M, 1, De)
         if self.age is not None:
-            if age is None:
-                age = torch.zeros(1, 1, dtype=torch.long, device=t.device)
-            c = c + self.age(age)[:, :, None]
+            c = c + (self.age.weight[0] if age is None else self.age(age)[:, :, None])
         c = F.silu(c)
         return [block.modulate(c) for block in self.blocks] + [self.modulate(c)]
 
@@ -784,9 +787,9 @@ class SyVLA(nn.Module):
         # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the
         # adapter.
         self.adapter = nn.Sequential(
-            nn.Linear(cfg.width, cfg.expert_width, bias=False),
+            Projection(cfg.width, cfg.expert_width),
             nn.SiLU(),
-            nn.Linear(cfg.expert_width, cfg.expert_width, bias=False),
+            Projection(cfg.expert_width, cfg.expert_width),
         )
         self.expert = ActionExpert(cfg)
         # The scale: low and high map to -1 and 1, recorded values reach as far as +-limit.
@@ -1164,18 +1167,16 @@ class SyVLA(nn.Module):
         note = f" uint8, cameras {self.cfg.cameras}"
         return self.check_array("images", images, ("B", *sizes, 3), note, torch.uint8)
 
-    def check_state(self, state: Any) -> Tensor:
-        """State (B, S) in LeRobot units, as check_array()."""
+    def check_state(self, state: Any, rows: int | str = "B") -> Tensor:
+        """State (rows, S) in LeRobot units, as check_array()."""
         names = self.cfg.state_names
-        return self.check_array("state", state, ("B", len(names)), f", {names}")
+        return self.check_array("state", state, (rows, len(names)), f", {names}")
 
     def check_inputs(self, images: Any, state: Any, task: list[str]) -> tuple[Tensor, Tensor]:
         """What act() is given -> images and state as tensors on the model's device."""
         images = self.check_images(images)
-        state = self.check_state(state)
+        state = self.check_state(state, len(images))
         check_texts("tasks", task, len(images))
-        if len(state) != len(images):
-            raise UserError(f"one state an image: got {len(images)} images, {len(state)} states")
         self.check_statistics()
         return images, state
 
@@ -1209,10 +1210,7 @@ class SyVLA(nn.Module):
 
     def fingerprint(self, *words: Any) -> str:
         """Twelve hex digits that name the VLM's weights and `words`, for files made with a frozen VLM."""
-        digest = hashlib.sha256(" ".join(map(str, words)).encode())
-        for tensor in self.vlm.state_dict().values():
-            digest.update(tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        return text_id(" ".join(map(str, words)).encode() + save(self.vlm.state_dict()))
 
     def parameter_table(self) -> dict[str, int]:
         """{part: number of parameters}."""

@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -237,19 +238,18 @@ def batches(run: Run, step: int) -> list[Micro]:
     micro = []
     for i in range(cfg.accumulate):
         rows = slice(rank * cfg.accumulate + i, None, parts)
-        drawn = []  # (size of the global batch, our rows of it)
+        weighted = []
         if n_questions:
             rng = np.random.default_rng([cfg.seed, step, 0])
             kinds = curriculum(step, cfg)
-            questions = run.questions.batch(tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
-            drawn.append((n_questions, questions))
+            batch = run.questions.batch(tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
+            weighted.append((n_questions, batch))
         if n_actions:
             rng = np.random.default_rng([cfg.seed, step, 1])
-            drawn.append((n_actions, run.episodes.batch(tokenizer, rng, n_actions, rows)))
-        weighted = []
-        for n, batch in drawn:
+            weighted.append((n_actions, run.episodes.batch(tokenizer, rng, n_actions, rows)))
+        for k, (n, batch) in enumerate(weighted):
             weight = len(range(n)[rows]) * parts / n
-            weighted.append((weight, to_device(batch, run.device)))
+            weighted[k] = weight, to_device(batch, run.device)
         micro.append(weighted)
     return micro
 
@@ -303,12 +303,11 @@ def average_gradients(module: nn.Module) -> None:
     if world == 1:
         return
     trained = [p for p in module.parameters() if p.requires_grad]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     # one vector, so that one call does it
-    flat = torch.cat([grad.flatten() for grad in grads])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
     dist.all_reduce(flat)
     flat /= world
-    for p, grad in zip(trained, flat.split([grad.numel() for grad in grads])):
+    for p, grad in zip(trained, flat.split([p.numel() for p in trained])):
         if p.grad is not None:
             p.grad.copy_(grad.view_as(p))
 
@@ -318,9 +317,8 @@ def update_average(run: Run, step: int) -> None:
     # from 0.1 at the first step to cfg.ema
     decay = min(run.cfg.ema, (1 + step) / (10 + step))
     weights = dict(run.policy.named_parameters())
-    averages = list(run.ema.values())
-    current = [weights[name].detach().to(average.device) for name, average in run.ema.items()]
-    torch._foreach_lerp_(averages, current, 1 - decay)
+    for name, average in run.ema.items():
+        average.lerp_(weights[name].detach().to(average), 1 - decay)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -369,11 +367,8 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
     A quintic Newton-Schulz iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x.
     """
-    a, b, c = (
-        3.4445,
-        -4.7750,
-        2.0315,
-    )  # chosen by Jordan et al. for the steepest rise at small singular values
+    # chosen by Jordan et al. for the steepest rise at small singular values
+    a, b, c = 3.4445, -4.7750, 2.0315
     # the smaller of the two Gram matrices
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
@@ -448,30 +443,26 @@ def make_data(cfg: TrainConfig) -> None:
 
 
 # What may differ from the checkpoint that a run starts from: behaviour, not weights.
-BEHAVIOUR = {
-    "n_action_steps",
-    "denoise_steps",
-    "temperature",
-    "max_reasoning_tokens",
-    "reasoning",
-    "decouple",
-    "decouple_percentile",
-    "decouple_scope",
-    "noise_samples",
-}
-# What may differ besides with --new_expert.
-EXPERT = {"motors", "state", "fps", "expert_width", "expert_depth", "expert_heads", "chunk_size", "stale"}
+BEHAVIOUR = (
+    "n_action_steps denoise_steps temperature max_reasoning_tokens reasoning decouple decouple_percentile "
+    "decouple_scope noise_samples"
+).split()
+# What a run with --new_expert does not take from there.
+EXPERT = "motors state fps expert_width expert_depth expert_heads chunk_size stale".split()
 
 
 def inherit_shapes(cfg: TrainConfig) -> None:
     """Take the model's fields of --init_from; typed ones may differ where they shape no weights."""
     saved = Config.read(cfg.init_from)
-    may_differ = BEHAVIOUR | (EXPERT if cfg.new_expert else set())
+    own = EXPERT if cfg.new_expert else []
     for field in fields(Config):
-        name, value = field.name, getattr(saved, field.name)
-        if name not in cfg.typed and not (name in EXPERT and cfg.new_expert):
+        name = field.name
+        value = getattr(saved, name)
+        if name in own:
+            continue
+        if name not in cfg.typed:
             setattr(cfg, name, value)
-        elif name in cfg.typed and name not in may_differ and cfg.typed[name] != value:
+        elif name not in BEHAVIOUR and cfg.typed[name] != value:
             raise UserError(
                 f"{cfg.init_from} has --{name}={value}, this run {cfg.typed[name]}; leave --{name} out"
             )
@@ -618,8 +609,16 @@ def save_checkpoint(run: Run) -> None:
         "ema": run.ema,
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
     }
-    with atomic_path(Path(run.cfg.out, "train_state.pt")) as path:
-        torch.save(state, path)
+    save_state(Path(run.cfg.out, "train_state.pt"), state)
+
+
+def save_state(path: Path, state: dict) -> None:
+    """torch.save(), atomically. torch makes a RuntimeError of a full disk; here it is an OSError again."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise (error.__context__ or error) from None
 
 
 def load_checkpoint(run: Run) -> None:
@@ -665,10 +664,8 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
     policy.eval()  # transformers refuses to cache in training mode with checkpointing
     # where frozen weights were rounded to bf16, the arithmetic must be, too
     rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
-    device_type = policy.vlm.queries.device.type
-    autocast = torch.autocast(device_type, torch.bfloat16) if rounded else contextlib.nullcontext()
     try:
-        with autocast:
+        with torch.autocast(policy.vlm.queries.device.type, torch.bfloat16, enabled=rounded):
             yield
     finally:
         policy.train(training)
@@ -679,19 +676,8 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
 # The program
 
 
-MAY_CHANGE = {
-    "config",
-    "data",
-    "out",
-    "env",
-    "resume",
-    "device",
-    "threads",
-    "compile",
-    "eval",
-    "steps",
-    "ground_steps",
-}
+# What --resume may change: where a run works and for how long.
+MAY_CHANGE = "config data out env resume device threads compile eval steps ground_steps".split()
 
 
 def settle(cfg: TrainConfig) -> TrainConfig:
@@ -719,12 +705,34 @@ def settle(cfg: TrainConfig) -> TrainConfig:
     return cfg
 
 
+def in_every_process(work: Callable, cfg: Any) -> Any:
+    """work(cfg) -> a config; an error in one process of torchrun, or another config, ends all of them."""
+    _, world = rank_and_world()
+    if world == 1:
+        return work(cfg)
+    try:
+        cfg = work(cfg)
+        answer = asdict(cfg)
+    except UserError as error:
+        answer = str(error)
+    answers = [None] * world
+    dist.all_gather_object(answers, answer)
+    for answer in answers:
+        if isinstance(answer, str):
+            raise UserError(answer)
+        if answer != answers[0]:
+            differ = [f"--{name}" for name in answer if answer[name] != answers[0][name]]
+            raise UserError(f"the processes have different {', '.join(differ)}: start all with one command")
+    return cfg
+
+
 def train(cfg: TrainConfig) -> None:
     """The whole program: data, training, evaluation."""
     rank, world = rank_and_world()
     fast_cpu(cfg.threads)
     device, autocast, arithmetic = choose_device(cfg.device)
-    cfg = settle(cfg)
+    join_processes(device)
+    cfg = in_every_process(settle, cfg)
     check_split(cfg, world)
     if cfg.backbone or cfg.plan:
         from extras.backbones import plan_memory
@@ -734,7 +742,6 @@ def train(cfg: TrainConfig) -> None:
             return
     if cfg.eval or "env" in cfg.typed:  # complain of a wrong name now, not after the training
         evaluate.environment_class(cfg.env)
-    join_processes(device)
     if rank == 0:
         make_data(cfg)
     wait_for_all()
@@ -764,54 +771,53 @@ def train(cfg: TrainConfig) -> None:
 
 def train_loop(run: Run) -> None:
     """Train until all steps are done; log, report and save on the way."""
-    cfg, out = run.cfg, Path(run.cfg.out)
+    cfg = run.cfg
+    out = Path(cfg.out)
     is_first = rank_and_world()[0] == 0
     if is_first:
-        question_history(out)  # complain of a damaged file now, not at the end
         claim_folder(out, "train.py", create=True)
-        trim_log(
-            out / "log.jsonl", "step", run.step
-        )  # also in a new run: a kill before the first checkpoint leaves lines
+        # also in a new run: a kill before the first checkpoint leaves lines
+        trim_log(out / "log.jsonl", "step", run.step)
         if not cfg.resume:
             (out / "questions.json").unlink(missing_ok=True)
-    began = time.time()
     first = run.step
     total = cfg.ground_steps + cfg.steps
-    log = TrainLog(cfg, began)
+    log = TrainLog(cfg)
     while run.step < total:
         if run.step == cfg.ground_steps and is_first:
             report_questions(run, "before action training")
             log.restart()
-        data_began = time.time()
+        began = time.time()
         micro = batches(run, run.step)
-        log.data_seconds += time.time() - data_began
-        log.add(train_step(run, run.step, micro))
+        data_ms = 1e3 * (time.time() - began)
+        log.add(train_step(run, run.step, micro) | {"data_ms": data_ms})
         update_average(run, run.step)
         run.step += 1
+        if not is_first:
+            continue
         # once in a while: a log line, a checkpoint
-        if is_first and (run.step % cfg.log_every == 0 or run.step == total):
+        if run.step % cfg.log_every == 0 or run.step == total:
             log.write(run.step)
-        if is_first and (run.step % cfg.save_every == 0 or run.step in (cfg.ground_steps, total)):
+        if run.step % cfg.save_every == 0 or run.step in (cfg.ground_steps, total):
             if run.step == cfg.ground_steps:  # before the checkpoint: a resume does not come by here again
                 save_policy(out / "grounded", run.policy, asdict(cfg), run.policy.state_dict() | run.ema)
             save_checkpoint(run)
     if is_first:
         report_questions(run, "after action training" if cfg.steps else "before action training")
-    print0(f"trained {total - first} steps in {(time.time() - began) / 60:.1f} min")
+    print0(f"trained {total - first} steps in {(time.time() - log.began) / 60:.1f} min")
 
 
 class TrainLog:
     """Means over the steps since the last log line, for the screen and for log.jsonl."""
 
-    def __init__(self, cfg: TrainConfig, began: float):
+    def __init__(self, cfg: TrainConfig):
         self.cfg = cfg
-        self.began = began
+        self.began = time.time()
         self.restart()
 
     def restart(self) -> None:
         """Begin a new window."""
         self.window_began = time.time()
-        self.data_seconds = 0.0
         self.values = defaultdict(list)
 
     def add(self, numbers: dict[str, float]) -> None:
@@ -822,16 +828,18 @@ class TrainLog:
     def write(self, step: int) -> None:
         """Print and append the window's means, then begin a new one."""
         cfg = self.cfg
-        n = len(self.values["gnorm"])
         now = time.time()
-        seconds = (now - self.window_began) / n  # a step
+        seconds = (now - self.window_began) / len(self.values["gnorm"])  # a step
         total = cfg.ground_steps + cfg.steps
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
-        line = {"step": step, "phase": "grounding" if step <= cfg.ground_steps else "actions", **means}
-        line["lr"] = learning_rate(step - 1, cfg)
-        line["samples_per_s"] = cfg.batch_size / seconds
-        line["data_ms"] = 1e3 * self.data_seconds / n
-        line["seconds"] = now - self.began
+        line = {
+            "step": step,
+            "phase": "grounding" if step <= cfg.ground_steps else "actions",
+            **means,
+            "lr": learning_rate(step - 1, cfg),
+            "samples_per_s": cfg.batch_size / seconds,
+            "seconds": now - self.began,
+        }
         order = ("question", "text", "action", "kept", "gnorm")
         shown = " | ".join(f"{name} {means[name]:.4f}" for name in order if name in means)
         print0(
@@ -843,19 +851,10 @@ class TrainLog:
         self.restart()
 
 
-def question_history(out: str | Path) -> dict:
-    """What questions.json of a run says so far."""
-    path = Path(out, "questions.json")
-    history = read_json(path) if path.is_file() else {}
-    if not isinstance(history, dict):
-        raise UserError(f"{path} is not what train.py writes; delete it to measure anew")
-    return history
-
-
 def report_questions(run: Run, when: str) -> None:
     """The paper's forgetting test: accuracy on held-out questions, printed, and kept in questions.json."""
     path = Path(run.cfg.out, "questions.json")
-    history = question_history(run.cfg.out)
+    history = read_json(path) if path.is_file() else {}
     if not run.held_out or when in history:  # a resumed run measured it already
         return
     with averaged_weights(run.policy, run.ema):

@@ -668,7 +668,7 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
         ((images[:, :1], state, ["x"]), ("2, 32, 32, 3", "1, 1, 32, 32, 3", "front,wrist")),
         ((images.float(), state, ["x"]), ("uint8", "float32")),
         ((images, state * float("nan"), ["x"]), ("finite", "nan")),
-        ((images, state[:, :5], ["x"]), ("(B, 6)", "(1, 5)", "gripper")),
+        ((images, state[:, :5], ["x"]), ("(1, 6)", "(1, 5)", "gripper")),
         ((images, state, "a string"), ("tasks", "one for each row")),
         ((images, state, ["x", "y"]), ("tasks", "one for each row")),
     ):
@@ -683,7 +683,8 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
         ("act", {"images": [[1], [2, 3]]}, "images must be an array of numbers"),
         ("act", {"state": None}, "state must be an array of numbers"),
         ("act", {"state": [["a"] * 6]}, "state must be an array of numbers"),
-        ("act", {"state": [0.0] * 6}, "state must be (B, 6)"),
+        ("act", {"state": [0.0] * 6}, "state must be (1, 6)"),
+        ("plan", {"state": [0.0] * 6}, "state must be (B, 6)"),
         ("act", {"state": [[math.inf] * 6]}, "state must be finite"),
         ("act", {"task": [3]}, "tasks must be a list of 1 strings"),
         ("act", {"reasoning": ["a", "b"]}, "reasoning must be a list of 1 strings"),

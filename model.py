@@ -19,7 +19,7 @@ Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (Sy
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -339,7 +339,9 @@ def rotation(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     cos = angle.cos()
     sin = angle.sin()
     # both halves of a head turn by the same angles
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    cos = torch.cat((cos, cos), dim=-1)
+    sin = torch.cat((-sin, sin), dim=-1)
+    return cos, sin
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -356,42 +358,53 @@ class LanguageBlock(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.nh = cfg.heads
-        self.nkv = cfg.kv_heads
-        self.hd = cfg.width // cfg.heads
+        # neighbouring query heads share a key and value head
+        nh, nkv = self.heads = [cfg.heads, cfg.kv_heads]
+        self.hd = cfg.width // nh
         self.norm1 = nn.RMSNorm(cfg.width, cfg.norm_eps)
         self.norm2 = nn.RMSNorm(cfg.width, cfg.norm_eps)
-        # neighbouring query heads share a key and value head: nh queries, nkv keys, nkv values
-        self.qkv = Projection(cfg.width, (self.nh + 2 * self.nkv) * self.hd)
+        # nh queries, nkv keys and nkv values in one matrix
+        self.qkv = Projection(cfg.width, (nh + 2 * nkv) * self.hd)
         self.proj = Projection(cfg.width, cfg.width)
         self.gate_up = Projection(cfg.width, 2 * cfg.mlp_width)
         self.down = Projection(cfg.mlp_width, cfg.width)
-        self.qk_gain = nn.Parameter(torch.ones(self.nh + self.nkv, 1, self.hd)) if cfg.qk_norm else None
+        self.qk_gain = None
+        if cfg.qk_norm:
+            self.qk_gain = nn.Parameter(torch.ones(nh + nkv, 1, self.hd))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: list | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache: list | None = None,
+    ) -> Tensor:
         """x (B, n, D) -> (B, n, D). mask (B, 1, n, past + n) bool, True: may look.
 
         cache: [k, v] of the past, extended.
         """
-        B, n, D = x.shape
+        nh, nkv = self.heads
         qkv = self.qkv(self.norm1(x))  # (B, n, (nh + 2 nkv) hd)
-        qkv = qkv.view(B, n, -1, self.hd).transpose(1, 2)  # (B, nh + 2 nkv, n, hd)
-        qk, v = qkv.split([self.nh + self.nkv, self.nkv], dim=1)  # (B, nh + nkv, n, hd), (B, nkv, n, hd)
+        qkv = qkv.unflatten(-1, (-1, self.hd))  # (B, n, nh + 2 nkv, hd)
+        qkv = qkv.transpose(1, 2)  # (B, nh + 2 nkv, n, hd)
+        qk, v = qkv.split([nh + nkv, nkv], dim=1)  # (B, nh + nkv, n, hd), (B, nkv, n, hd)
         if self.qk_gain is not None:
             qk = F.rms_norm(qk, (self.hd,)) * self.qk_gain
         qk = rope(qk, cos, sin)
-        q, k = qk.split([self.nh, self.nkv], dim=1)  # (B, nh, n, hd), (B, nkv, n, hd)
+        q, k = qk.split(self.heads, dim=1)  # (B, nh, n, hd), (B, nkv, n, hd)
         if cache is not None:
             if cache:
                 k = torch.cat((cache[0], k), dim=2)  # (B, nkv, past + n, hd)
                 v = torch.cat((cache[1], v), dim=2)
             cache[:] = [k, v]
-        grouped = self.nh != self.nkv
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)  # (B, nh, n, hd)
-        y = y.transpose(1, 2).reshape(B, n, D)
+        # (B, nh, n, hd)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=nh != nkv)
+        y = y.transpose(1, 2).flatten(2)  # (B, n, D)
         x = x + self.proj(y)
 
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)  # 2 x (B, n, mlp_width)
+        y = self.gate_up(self.norm2(x))
+        gate, up = y.chunk(2, dim=-1)  # 2 x (B, n, mlp_width)
         return x + self.down(F.silu(gate) * up)
 
 
@@ -414,8 +427,9 @@ class LanguageModel(nn.Module):
         cos = cos.to(x.dtype)  # angles need fp32, the tables do not
         sin = sin.to(x.dtype)
         mask = mask[:, None]  # (B, 1, n, past + n)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, caches[i] if caches else None)
+        caches = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, cos, sin, mask, cache)
         return self.norm(x)
 
     def new_caches(self) -> list:
@@ -458,9 +472,9 @@ class VLM(nn.Module):
             ids = torch.tensor(getattr(tokenizer, name), dtype=torch.int64)
             self.register_buffer(name, ids, persistent=False)
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
+    def parts(self) -> dict[str, Iterable[nn.Parameter]]:
         """Parameters of the vision encoder and of the language model."""
-        return {"vision": list(self.vision.parameters()), "language": list(self.lm.parameters())}
+        return {"vision": self.vision.parameters(), "language": self.lm.parameters()}
 
     def freeze_vision(self) -> None:
         """The vision encoder stops learning, but for its connector."""
@@ -473,10 +487,10 @@ class VLM(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
-        B, V = images.shape[:2]
         x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, px, px)
-        x = x.to(self.queries.dtype).div(127.5).sub(1.0)
-        return self.vision(x).view(B, V, -1, self.queries.shape[-1])  # (B, V, n, D)
+        x = x.to(self.queries.dtype).div(127.5).sub(1.0)  # 0 .. 255 -> -1 .. 1
+        x = self.vision(x)  # (B*V, n, D)
+        return x.unflatten(0, images.shape[:2])
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
@@ -485,14 +499,17 @@ class VLM(nn.Module):
         """
         x = visual.flatten(1, 2)  # (B, V*n, D)
         if len(self.start) or len(self.image_open):
-            chat = (self.start, self.image_open, self.image_close)
-            start, before, behind = (self.lm.embed(ids).expand(len(visual), -1, -1) for ids in chat)
+            chat = []  # each (B, ids, D)
+            for ids in (self.start, self.image_open, self.image_close):
+                chat.append(self.lm.embed(ids).expand(len(visual), -1, -1))
+            start, before, behind = chat
             parts = [start]
             for view in visual.unbind(1):  # (B, n, D)
                 parts += [before, view, behind]
             x = torch.cat(parts, dim=1)  # (B, P, D)
         B, P, _ = x.shape
-        return x, torch.arange(P, device=x.device).expand(B, -1), P
+        positions = torch.arange(P, device=x.device)
+        return x, positions.expand(B, -1), P
 
     @staticmethod
     def append_positions(positions: Tensor, more: Tensor) -> Tensor:
@@ -505,18 +522,27 @@ class VLM(nn.Module):
 
     def query_positions(self, first: Tensor) -> Tensor:
         """Positions of the feature queries (B, Q), of which the first one stands at `first` (B,)."""
-        return first[:, None] + torch.arange(len(self.queries), device=first.device)
+        order = torch.arange(len(self.queries), device=first.device)  # (Q,)
+        return first[:, None] + order
 
-    def embed(self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor) -> tuple:
+    def embed(
+        self,
+        visual: Tensor,
+        tokens: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         """Images and text in one sequence, see forward().
 
         -> embeddings (B, P + T, D), segments (B, P + T), positions (B, P + T) or (3, B, P + T), the position
         of the first text token.
         """
         prefix, prefix_positions, first = self.prefix(visual)
-        x = torch.cat((prefix, self.lm.embed(tokens)), dim=1)
+        text = self.lm.embed(tokens)  # (B, T, D)
+        x = torch.cat((prefix, text), dim=1)
         segments = F.pad(segments, (prefix.shape[1], 0))  # the images are segment 0
-        return x, segments, self.append_positions(prefix_positions, first + positions), first
+        positions = self.append_positions(prefix_positions, first + positions)
+        return x, segments, positions, first
 
     @staticmethod
     def attention_mask(segments: Tensor) -> Tensor:
@@ -525,8 +551,8 @@ class VLM(nn.Module):
         theirs = segments[:, None]  # (B, 1, n)
         allowed = (theirs == 0) | (theirs > 0) & (theirs == mine)
         # padding sees itself: a softmax over nothing would be NaN
-        itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
-        return allowed.tril() | itself
+        itself = torch.eye(segments.shape[1], device=segments.device)
+        return allowed.tril() | itself.bool()
 
     def forward(
         self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor, with_queries: bool
@@ -542,15 +568,22 @@ class VLM(nn.Module):
         P = x.shape[1] - T
         if with_queries:  # they are the end of segment 1
             Q = len(self.queries)
-            x = torch.cat((x, self.queries.expand(B, -1, -1)), dim=1)  # (B, N, D)
+            queries = self.queries.expand(B, -1, -1)  # (B, Q, D)
+            x = torch.cat((x, queries), dim=1)  # (B, N, D)
             segments = F.pad(segments, (0, Q), value=1)  # (B, N)
             positions = self.append_positions(positions, self.query_positions(first + length))
         hidden = self.lm(x, positions, self.attention_mask(segments))  # (B, N, D)
-        return hidden[:, P : P + T], hidden[:, P + T :] if with_queries else None
+        text = hidden[:, P : P + T]
+        return text, hidden[:, P + T :] if with_queries else None
 
     @torch.inference_mode()
     def generate(
-        self, visual: Tensor, prompts: list[list[int]], stop: int, limit: int, with_queries: bool = False
+        self,
+        visual: Tensor,
+        prompts: list[list[int]],
+        stop: int,
+        limit: int,
+        with_queries: bool = False,
     ) -> tuple[list[list[int]], Tensor | None]:
         """Greedy decoding with a key/value cache; prompts, lists of token ids, may differ in length.
 
@@ -579,10 +612,10 @@ class VLM(nn.Module):
             written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
             past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
             x = self.lm.embed(token)[:, None]  # (B, 1, D)
-            last = self.lm(x, (first + length)[:, None], past[:, None], caches)[:, 0]  # (B, D)
+            positions = first + length[:, None]  # (B, 1)
+            last = self.lm(x, positions, past[:, None], caches)[:, 0]  # (B, D)
             length = length + alive
-        # what stands before the first stop of a row
-        texts = [row[: [*row, stop].index(stop)] for row in written.tolist()]
+        texts = [before(stop, row) for row in written.tolist()]
         if not with_queries:
             return texts, None
 
@@ -590,9 +623,15 @@ class VLM(nn.Module):
         Q = len(self.queries)
         positions = self.query_positions(first + length)
         seen = F.pad(past, (0, Q), value=True)  # (B, past + Q)
-        mask = seen[:, None].expand(-1, Q, -1).tril(past.shape[1])  # (B, Q, past + Q)
-        query_states = self.lm(self.queries.expand(B, -1, -1), positions, mask, caches)  # (B, Q, D)
-        return texts, query_states
+        mask = seen[:, None].expand(-1, Q, -1)
+        mask = mask.tril(past.shape[1])  # (B, Q, past + Q)
+        queries = self.queries.expand(B, -1, -1)  # (B, Q, D)
+        return texts, self.lm(queries, positions, mask, caches)
+
+
+def before(end: int, ids: list[int]) -> list[int]:
+    """The ids that stand before the first `end`."""
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -602,7 +641,9 @@ class VLM(nn.Module):
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
     """Sines and cosines of flow time t in [0, 1], periods 4e-3 .. 4 (pi0's range): (...,) -> (..., dim)."""
-    period = torch.logspace(math.log10(4e-3), math.log10(4.0), dim // 2, device=t.device)
+    shortest = math.log10(4e-3)
+    longest = math.log10(4.0)
+    period = torch.logspace(shortest, longest, dim // 2, device=t.device)
     frequency = 2 * math.pi / period
     angle = t.float()[..., None] * frequency
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
@@ -641,8 +682,8 @@ class ExpertBlock(nn.Module):
 
         They are the same for all noise samples and denoising steps of a chunk.
         """
-        B, Q, _ = query_states.shape
-        kv = self.cross_kv(query_states).view(B, Q, 2, self.heads, -1)
+        kv = self.cross_kv(query_states)  # (B, Q, 2 De)
+        kv = kv.unflatten(-1, (2, self.heads, -1))  # (B, Q, 2, nh, hd)
         return kv.permute(2, 0, 3, 1, 4)
 
     def forward(
@@ -652,19 +693,21 @@ class ExpertBlock(nn.Module):
 
         A list `attention` receives weights (B, nh, M*L, Q).
         """
-        B, M, L, De = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.chunk(9, dim=-1)
+        B, M, L, _ = x.shape
+        for_self, for_cross, for_mlp = modulation.chunk(3, dim=-1)  # each (B, M, 1, 3 De)
 
         # the joint state and the actions of one chunk see each other
-        y = modulated_norm(x, shift1, scale1)
+        shift, scale, gate = for_self.chunk(3, dim=-1)  # 3 x (B, M, 1, De)
+        y = modulated_norm(x, shift, scale)
         qkv = self.qkv(y).view(B * M, L, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B*M, nh, L, hd)
         y = F.scaled_dot_product_attention(q, k, v)  # (B*M, nh, L, hd)
-        y = y.transpose(1, 2).reshape(B, M, L, De)
-        x = x + gate1 * self.proj(y)
+        y = y.transpose(1, 2).reshape(x.shape)
+        x = x + gate * self.proj(y)
 
         # they look at the feature query states
-        y = modulated_norm(x, shift2, scale2)
+        shift, scale, gate = for_cross.chunk(3, dim=-1)
+        y = modulated_norm(x, shift, scale)
         q = self.cross_q(y).view(B, M * L, self.heads, -1)
         q = q.transpose(1, 2)  # (B, nh, M*L, hd): all noise samples share keys and values
         k, v = keys_values
@@ -672,12 +715,14 @@ class ExpertBlock(nn.Module):
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             attention.append(scores.softmax(-1))
         y = F.scaled_dot_product_attention(q, k, v)
-        y = y.transpose(1, 2).reshape(B, M, L, De)
-        x = x + gate2 * self.cross_proj(y)
+        y = y.transpose(1, 2).reshape(x.shape)
+        x = x + gate * self.cross_proj(y)
 
-        y = modulated_norm(x, shift3, scale3)
+        # every token for itself
+        shift, scale, gate = for_mlp.chunk(3, dim=-1)
+        y = modulated_norm(x, shift, scale)
         y = F.relu(self.up(y)).square()  # squared ReLU: as good as GELU here and cheaper on a CPU
-        return x + gate3 * self.down(y)
+        return x + gate * self.down(y)
 
 
 class ActionExpert(nn.Module):
@@ -708,7 +753,8 @@ class ActionExpert(nn.Module):
         embedding = time_embedding(t, De)[:, :, None]  # (B, M, 1, De)
         c = self.time(embedding.to(self.position.dtype))  # (B, M, 1, De)
         if self.age is not None:
-            c = c + (self.age.weight[0] if age is None else self.age(age)[:, :, None])
+            fresh = self.age.weight[0]  # (De,)
+            c = c + (fresh if age is None else self.age(age)[:, :, None])
         c = F.silu(c)
         return [block.modulate(c) for block in self.blocks] + [self.modulate(c)]
 
@@ -722,8 +768,9 @@ class ActionExpert(nn.Module):
     ) -> Tensor:
         """Noisy chunk x (B, M, H, A), state (B, S), both normalised -> velocity (B, M, H, A)."""
         B, M = x.shape[:2]
-        state = self.state_in(state)[:, None, None].expand(B, M, 1, -1)  # (B, M, 1, De)
-        h = torch.cat((state, self.action_in(x)), dim=2) + self.position  # (B, M, 1 + H, De)
+        state = self.state_in(state)[:, None, None]  # (B, 1, 1, De)
+        h = torch.cat((state.expand(B, M, 1, -1), self.action_in(x)), dim=2)  # (B, M, 1 + H, De)
+        h = h + self.position
         for block, m, kv in zip(self.blocks, modulation, keys_values):
             h = block(h, m, kv, attention)
         shift, scale = modulation[-1].chunk(2, dim=-1)  # 2 x (B, M, 1, De)
@@ -755,6 +802,11 @@ def scale_of(statistics: dict[str, list[float]]) -> tuple[Tensor, Tensor, Tensor
     low = torch.where(constant, middle, low)
     high = torch.where(constant, middle, high)
     return low.float(), high.float(), limit.clamp(min=LEAST_LIMIT).float()
+
+
+def shapes(tensors: dict[str, Tensor], part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors whose names begin with `part`."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(part)}
 
 
 def check_texts(what: str, texts: Any, rows: int) -> None:
@@ -804,7 +856,9 @@ class SyVLA(nn.Module):
 
         Residual branches, gates and output layers start at zero, so that every block begins as the identity.
         """
-        modules = self.modules() if own_vlm else [*self.adapter.modules(), *self.expert.modules()]
+        modules = [*self.adapter.modules(), *self.expert.modules()]
+        if own_vlm:
+            modules = self.modules()
         for module in modules:
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_in = module.weight[0].numel()
@@ -820,7 +874,8 @@ class SyVLA(nn.Module):
         if own_vlm:
             # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
             filters = self.vlm.vision.patch[0].weight.data  # (channels, 3, 3, 3)
-            filters.sub_(filters.mean(dim=(1, 2, 3), keepdim=True)).mul_(2)
+            filters -= filters.mean(dim=(1, 2, 3), keepdim=True)
+            filters *= 2
             # As loud as the patches: attention brings a token's content to a word, so where it was must be
             # part of that.
             nn.init.normal_(self.vlm.vision.position, std=0.5)
@@ -850,12 +905,14 @@ class SyVLA(nn.Module):
         replaced = []
         for name, words in (("state", self.cfg.state_names), ("action", self.cfg.motor_names)):
             low, high, limit = own = self.scale_buffers(name)
-            ends = torch.tensor([statistics[name]["min"], statistics[name]["max"]], device=low.device)
+            theirs = statistics[name]
+            ends = torch.tensor([theirs["min"], theirs["max"]], device=low.device)  # (2, S) or (2, A)
             reach = self.scale(ends, name).abs().amax(0)  # (S,) or (A,)
             # a constant joint that moves now has no scale at all
-            foreign = (reach > FARTHEST_LIMIT) | ((low == high) & (ends[0] < ends[1]))
+            moved = (low == high) & (ends[0] < ends[1])
+            foreign = moved | (reach > FARTHEST_LIMIT)
             limit.copy_(torch.maximum(limit, reach))
-            for kept, new in zip(own, scale_of(statistics[name])):
+            for kept, new in zip(own, scale_of(theirs)):
                 kept[foreign] = new.to(kept)[foreign]
             replaced += [f"{name} {words[i]}" for i in foreign.nonzero()[:, 0].tolist()]
         return replaced
@@ -887,7 +944,8 @@ class SyVLA(nn.Module):
         """
         limit = self.action_limit
         scaled = self.scale(torch.tensor(actions).to(limit), "action")  # (N, A)
-        share = (scaled.abs() > limit * (1 + 1e-4)).float().mean(0).tolist()
+        beyond = scaled.abs() > limit * (1 + 1e-4)  # but for rounding
+        share = beyond.float().mean(0).tolist()
         names = self.cfg.motor_names
         return ", ".join(f"{name} {part:.1%}" for name, part in zip(names, share) if part) or "none"
 
@@ -961,7 +1019,9 @@ class SyVLA(nn.Module):
         (B, Q) or attention mass.
         """
         # one noise sample is enough, with the same noise and time that the second pass sees
-        flow_args = (state, actions, valid, eps[:, :1], t[:, :1], age)
+        eps = eps[:, :1]
+        t = t[:, :1]
+        flow_args = (state, actions, valid, eps, t, age)
         if self.cfg.decouple == "gradient":
             score = self.gradient_norms(query_states, *flow_args)  # (B, Q)
         elif self.cfg.decouple == "attention":
@@ -976,7 +1036,9 @@ class SyVLA(nn.Module):
         if self.cfg.decouple_scope == "batch":
             return score >= torch.quantile(score.flatten(), share)
         Q = score.shape[1]
-        drop = min(max(1, round(share * Q)), Q - 1) if share > 0 else 0  # never all of them
+        drop = 0
+        if share > 0:  # at least one, never all of them
+            drop = min(max(1, round(share * Q)), Q - 1)
         rank = score.argsort(dim=1).argsort(dim=1)  # (B, Q), 0: the lowest score
         return rank >= drop
 
@@ -1050,9 +1112,10 @@ class SyVLA(nn.Module):
         keys_values = self.expert.condition(self.adapter(query_states))
         chain = [noise]
         for k in range(K):
-            m = [x[k][:, None] for x in modulation]  # each (1 or B, 1, 1, 9 De or 2 De)
-            v = self.expert(chain[-1][:, None], m, state, keys_values)[:, 0]  # (B, H, A)
-            chain.append(step(k, chain[-1], v))
+            m = [numbers[k][:, None] for numbers in modulation]  # each (1 or B, 1, 1, 9 De or 2 De)
+            x = chain[-1]  # (B, H, A)
+            v = self.expert(x[:, None], m, state, keys_values)[:, 0]  # (B, H, A)
+            chain.append(step(k, x, v))
         return torch.stack(chain, dim=1)
 
     def euler_step(self, k: int, x: Tensor, v: Tensor) -> Tensor:
@@ -1061,7 +1124,10 @@ class SyVLA(nn.Module):
 
     @torch.inference_mode()
     def reason(
-        self, images: Tensor, tasks: list[str], given: list[str] | None = None
+        self,
+        images: Tensor,
+        tasks: list[str],
+        given: list[str] | None = None,
     ) -> tuple[list[str], Tensor]:
         """images (B, V, px, px, 3) uint8, B tasks -> B reasoning texts, feature query states (B, Q, D).
 
@@ -1080,7 +1146,12 @@ class SyVLA(nn.Module):
 
     @torch.inference_mode()
     def act(
-        self, images: Any, state: Any, task: list[str], seed: int = 0, reasoning: list[str] | None = None
+        self,
+        images: Any,
+        state: Any,
+        task: list[str],
+        seed: int = 0,
+        reasoning: list[str] | None = None,
     ) -> tuple[np.ndarray, list[str]]:
         """What to do next: B observations and tasks -> chunk (B, H, A) float32, B reasoning texts.
 
@@ -1136,11 +1207,17 @@ class SyVLA(nn.Module):
         visual = self.vlm.encode_images(images)
         prompts = [self.tokenizer.question(question) for question in questions]
         written, _ = self.vlm.generate(visual, prompts, self.tokenizer.end_answer, limit)
-        end = self.tokenizer.end_reasoning  # closes the answer to an instruction
-        return [self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids) for ids in written]
+        # the end of a reasoning closes the answer to an instruction
+        end = self.tokenizer.end_reasoning
+        return [self.tokenizer.decode(before(end, ids)) for ids in written]
 
     def check_array(
-        self, what: str, x: Any, sizes: tuple, note: str = "", dtype: torch.dtype = torch.float32
+        self,
+        what: str,
+        x: Any,
+        sizes: tuple,
+        note: str = "",
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Array, tensor or nested lists of numbers -> a tensor on the model's device.
 
@@ -1191,13 +1268,13 @@ class SyVLA(nn.Module):
             weights = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from None
-        weights = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
-        there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        here = {name: tuple(own.shape) for name, own in self.state_dict().items() if name.startswith(part)}
-        for name, _ in sorted(there.items() ^ here.items()):
+        there = shapes(weights, part)
+        here = shapes(self.state_dict(), part)
+        for name, _ in sorted(there.items() ^ here.items()):  # the first one will do
             sizes = f"{there.get(name, 'missing')} there, {here.get(name, 'unknown')} here"
             raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
-        for name, tensor in weights.items():
+        for name in there:
+            tensor = weights[name]
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} is {tensor.dtype}; weights must be floating-point numbers")
             if not torch.isfinite(tensor).all():
@@ -1206,17 +1283,18 @@ class SyVLA(nn.Module):
             high = name.replace("_low", "_high")  # another name for the two lower ends alone
             if (tensor > weights[high]).any():
                 raise UserError(f"{path}: {name} lies above {high}; choose another checkpoint")
-        self.load_state_dict(weights, strict=False)
+        self.load_state_dict({name: weights[name] for name in there}, strict=False)
 
     def fingerprint(self, *words: Any) -> str:
         """Twelve hex digits that name the VLM's weights and `words`, for files made with a frozen VLM."""
-        return text_id(" ".join(map(str, words)).encode() + save(self.vlm.state_dict()))
+        words = " ".join(map(str, words))
+        return text_id(words.encode() + save(self.vlm.state_dict()))
 
     def parameter_table(self) -> dict[str, int]:
         """{part: number of parameters}."""
         parts = self.vlm.parts() | {
-            "adapter": list(self.adapter.parameters()),
-            "expert": list(self.expert.parameters()),
+            "adapter": self.adapter.parameters(),
+            "expert": self.expert.parameters(),
             "queries": [self.vlm.queries],
         }
         return {name: sum(p.numel() for p in part) for name, part in parts.items()}
@@ -1239,8 +1317,8 @@ def save_policy(
         policy.vlm.save_description(folder / "backbone")
     tokenizer = policy.tokenizer.dumps().encode()
     # as bytes: safetensors' save_file() writes for the owner alone, whatever the umask, and hides a full disk
-    tensors = save({name: tensor.cpu().contiguous() for name, tensor in weights.items()})
-    for name, content in (("tokenizer.json", tokenizer), ("model.safetensors", tensors)):
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    for name, content in (("tokenizer.json", tokenizer), ("model.safetensors", save(weights))):
         with atomic_path(folder / name) as path:
             path.write_bytes(content)
     made_by = {"format": FORMAT, "torch": torch.__version__, "tokenizer": text_id(tokenizer)}

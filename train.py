@@ -18,6 +18,7 @@ in one call), GradScaler (bf16 needs none), schedulers as objects (`learning_rat
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -68,6 +69,7 @@ TRAINING = ("not plan", "not bench")  # what options that need a training need, 
 class TrainConfig(Config):
     """The model's fields, and how it is trained."""
 
+    # Where the run begins
     config: str = opt("small", "preset this run starts from")
     data: str = opt("", "data set folder (default data/<config>)")
     out: str = opt("", "run folder (default out/<config>)")
@@ -79,6 +81,7 @@ class TrainConfig(Config):
         "finetune: keep the VLM frozen; a new adapter and expert learn from random weights",
         needs="stage=finetune",
     )
+    # What it learns from, and for how long
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
     families: str = opt("place,calculate,sequence", "task families to train on and to evaluate", many=True)
     ground_steps: int = opt(
@@ -93,6 +96,7 @@ class TrainConfig(Config):
         needs="not new_expert",
     )
     accumulate: int = opt(1, "micro-batches per step and process", "[1, 65536]")
+    # How weights move
     adam_lr: float = opt(
         2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, 1]"
     )
@@ -115,6 +119,7 @@ class TrainConfig(Config):
         False, "keep only every block's input: less memory, a third more work", needs="not new_expert"
     )
     seed: int = opt(0, "seed of weights, batches and noise", "[0, 4294967295]")
+    # The machine, and what is told on the way
     eval: int = opt(
         100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL, TRAINING
     )
@@ -164,10 +169,14 @@ class TrainConfig(Config):
 # pads keeps the pads from being found by colour at all. Each lesson starts at a share of grounding; None:
 # every kind of question.
 CURRICULUM = (
+    # naming what lies at a place
     (0.0, ("describe pads",)),
+    # finding a large thing by its colour
     (0.06, ("describe pads", "pad", "pad colour")),
+    # naming and finding small things
     (0.2, ("describe pads", "pad", "pad colour", "describe cubes")),
     (0.4, ("pad", "describe cubes", "where")),
+    # instructions, counting, comparing
     (0.75, None),
 )
 
@@ -206,11 +215,13 @@ def samples_of_step(step: int, cfg: TrainConfig) -> tuple[int, int]:
 
 def check_split(cfg: TrainConfig, world: int) -> None:
     """UserError, before any work, where a phase has fewer samples than processes times micro-batches."""
+    # a small share of a small batch rounds to nothing
     if cfg.mix > 0 and not samples_of_step(cfg.ground_steps, cfg)[0]:
         raise UserError(
             f"--mix={cfg.mix} of --batch_size={cfg.batch_size} is not one question: raise one or add --mix=0"
         )
     parts = world * cfg.accumulate
+    # the first step of each phase
     for step in {0, cfg.ground_steps}:
         for name, n in zip(("question", "action"), samples_of_step(step, cfg)):
             if 0 < n < parts:
@@ -220,7 +231,8 @@ def check_split(cfg: TrainConfig, world: int) -> None:
                 )
 
 
-Micro = list[tuple[float, dict[str, Tensor]]]  # a micro-batch: weight of the loss and batch, one or two
+# A micro-batch: the weight of the loss and the batch, of questions, actions or both.
+Micro = list[tuple[float, dict[str, Tensor]]]
 
 
 def batches(run: Run, step: int) -> list[Micro]:
@@ -237,9 +249,11 @@ def batches(run: Run, step: int) -> list[Micro]:
     n_questions, n_actions = samples_of_step(step, cfg)
     micro = []
     for i in range(cfg.accumulate):
+        # every parts-th row of the global batch is ours
         rows = slice(rank * cfg.accumulate + i, None, parts)
         weighted = []
         if n_questions:
+            # not from the state of a generator: a resumed run draws the same
             rng = np.random.default_rng([cfg.seed, step, 0])
             kinds = curriculum(step, cfg)
             batch = run.questions.batch(tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
@@ -271,17 +285,21 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
         for weight, batch in weighted:
             with run.autocast():
                 losses = run.forward(batch)
-            for name in ("text", "action"):
-                if name in losses:
-                    loss = loss + weight * losses[name]
             for name, value in losses.items():
-                asked = name == "text" and "action" not in losses
-                logs["question" if asked else name] += weight * value.item() / len(micro)
+                if name != "kept":  # a share, not a loss
+                    loss = loss + weight * value
+                # text without actions is that of questions
+                if name == "text" and "action" not in losses:
+                    name = "question"
+                logs[name] += weight * value.item() / len(micro)
+        # gradients of the micro-batches add up
         (loss / len(micro)).backward()
         mark("backward")
     average_gradients(run.policy)
-    with_gradient = [p for p in run.policy.parameters() if p.grad is not None]
-    logs["gnorm"] = nn.utils.clip_grad_norm_(with_gradient, run.cfg.max_grad_norm).item()
+    # parameters without a gradient, as the expert's in grounding, are passed over
+    norm = nn.utils.clip_grad_norm_(run.policy.parameters(), run.cfg.max_grad_norm)
+    logs["gnorm"] = norm.item()
+    # before the update, so that no weight has taken harm
     if not all(math.isfinite(value) for value in logs.values()):
         raise UserError(
             f"non-finite number at step {step}: {dict(logs)}; the last checkpoint is untouched: "
@@ -302,14 +320,14 @@ def average_gradients(module: nn.Module) -> None:
     _, world = rank_and_world()
     if world == 1:
         return
-    trained = [p for p in module.parameters() if p.requires_grad]
+    # the same parameters in all processes: in a phase either all have a gradient or none has
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
     # one vector, so that one call does it
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     flat /= world
-    for p, grad in zip(trained, flat.split([p.numel() for p in trained])):
-        if p.grad is not None:
-            p.grad.copy_(grad.view_as(p))
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
 
 
 def update_average(run: Run, step: int) -> None:
@@ -326,13 +344,10 @@ def update_average(run: Run, step: int) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by a Newton-Schulz iteration (Jordan et al.
+    """Momentum whose update is orthogonalised by a Newton-Schulz iteration, for weight matrices.
 
-    2024), for weight matrices.
-
-    torch.optim.Muon goes matrix by matrix in bf16. Here equal shapes share one batched fp32 iteration, which
-    takes a third of the time on a CPU (77 against 255 ms a step for `small`). Updates are scaled to AdamW's
-    RMS.
+    Jordan et al. 2024. torch.optim.Muon goes matrix by matrix in bf16. Here equal shapes share one batched
+    fp32 iteration, which takes a third of the time on a CPU (77 against 255 ms a step for `small`).
     """
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -341,6 +356,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            # matrices of one shape are stacked
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
@@ -350,14 +366,16 @@ class Muon(torch.optim.Optimizer):
 
     def _step_one_shape(self, group: dict, params: list[Tensor]) -> None:
         for p in params:
-            if "momentum" not in self.state[p]:
+            if not self.state[p]:  # the first step
                 self.state[p]["momentum"] = torch.zeros_like(p)
         grads = [p.grad for p in params]
         buffers = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        # Nesterov: the gradient, mixed into the average once more
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
         update = orthogonalise(torch.stack(nesterov))  # (n, rows, columns)
         update = update * (0.2 * max(params[0].shape) ** 0.5)  # as large as AdamW's steps
+        # decay apart from the gradient, as in AdamW
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
 
@@ -380,28 +398,30 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 def make_optimizers(policy: SyVLA, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside blocks, the connector and the adapter; AdamW on the rest, without decay on
-    vectors.
+    """Muon on the matrices of blocks, connector and adapter; AdamW on the rest, without decay on vectors.
 
     With --backbone_lr AdamW alone, as pretrained weights are used to. Every group keeps its peak rate as
     "peak".
     """
     muon = []
-    groups = {}  # (rate, weight decay) -> parameters of AdamW
+    groups = {}  # (rate, weight decay) -> group of AdamW
     for name, p in policy.named_parameters():
         if not p.requires_grad:
             continue
-        in_block = any(part in name for part in ("blocks", "connector", "adapter")) and "modulate" not in name
-        is_vector = p.ndim < 2 or "gain" in name
+        # modulate: the adaLN numbers start at zero and are no map between features
+        in_block = re.search("blocks|connector|adapter", name) and "modulate" not in name
         if p.ndim == 2 and in_block and not cfg.backbone_lr:
             muon.append(p)
             continue
-        of_backbone = cfg.backbone_lr and name.startswith("vlm.") and name != "vlm.queries"
-        rate = cfg.backbone_lr if of_backbone else cfg.adam_lr
-        decay = 0.0 if is_vector else cfg.weight_decay
-        groups.setdefault((rate, decay), []).append(p)
-    listed = [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
-    optimizers = [torch.optim.AdamW(listed, betas=(0.9, 0.95), fused=True)]
+        rate = cfg.adam_lr
+        if cfg.backbone_lr and name.startswith("vlm.") and name != "vlm.queries":
+            rate = cfg.backbone_lr
+        decay = cfg.weight_decay
+        if p.ndim < 2 or "gain" in name:  # a vector, or one a head
+            decay = 0.0
+        group = {"params": [], "lr": rate, "weight_decay": decay}
+        groups.setdefault((rate, decay), group)["params"].append(p)
+    optimizers = [torch.optim.AdamW([*groups.values()], betas=(0.9, 0.95), fused=True)]
     if muon:
         optimizers.insert(0, Muon(muon, cfg.muon_lr, cfg.weight_decay))
     for optimizer in optimizers:
@@ -415,12 +435,14 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 
     Grounding ends at a half of the peak, actions at 0.
     """
-    if step < cfg.ground_steps:
-        start, length, floor = 0, cfg.ground_steps, 0.5
-    else:
-        start, length, floor = cfg.ground_steps, cfg.steps, 0.0
-    warm = min(1.0, (step - start + 1) / cfg.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / length))
+    length = cfg.ground_steps
+    floor = 0.5
+    if step >= length:  # steps of the action phase, counted from its beginning
+        step -= length
+        length = cfg.steps
+        floor = 0.0
+    warm = min(1.0, (step + 1) / cfg.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / length))
     return warm * (floor + (1 - floor) * cosine)
 
 
@@ -432,6 +454,7 @@ def make_data(cfg: TrainConfig) -> None:
     """Run prepare.py if the data set of a preset is missing; it resumes what a kill left unfinished."""
     if Path(cfg.data, "meta.json").is_file():
         return
+    # presets of pretrained backbones have no data set of their own
     preset = "small" if cfg.backbone else cfg.config
     command = f"python prepare.py --config {preset}"
     if cfg.data != f"data/{preset}":
@@ -473,14 +496,14 @@ def describe_robot(cfg: TrainConfig) -> None:
     meta = read_meta(cfg.data)
     cfg.cameras = cfg.cameras or ",".join(meta["cameras"])
     cfg.fit = meta.get("fit", "")
+    # a fine-tuned expert keeps the joints that it has learnt to move
     if not cfg.init_from or cfg.new_expert:
         cfg.motors = ",".join(meta["motors"])
         cfg.state = ",".join(meta.get("state", ()))
         cfg.fps = meta["fps"]
-    if not cfg.init_from:
-        missing = [camera for camera in cfg.camera_names if camera not in meta["cameras"]]
-        if not missing:  # else open_images() will tell
-            cfg.image_size = open_images_of(cfg.data, cfg.camera_names[0]).shape[1]
+    # a camera that the set lacks is named where the pictures are opened
+    if not cfg.init_from and cfg.camera_names[0] in meta["cameras"]:
+        cfg.image_size = open_images_of(cfg.data, cfg.camera_names[0]).shape[1]
     cfg.__post_init__()
 
 
@@ -490,14 +513,17 @@ def open_data(cfg: TrainConfig) -> tuple[Episodes, Questions | None, Questions |
     identity = data_id(episodes.meta)
     if cfg.resume and cfg.data_id != identity:
         raise UserError(f"{cfg.data} is another data set than {cfg.out} was begun with; choose a new --out")
+    # both go into config.json: a resume asks for the one, the real arm for the other
     cfg.data_id = identity
     cfg.home = episodes.home()
-    asks = cfg.mix > 0 or cfg.ground_steps > 0
-    if asks and not Path(cfg.data, "questions").is_dir():
-        raise UserError(
-            f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
-        )
-    questions = Questions(Path(cfg.data, "questions"), cfg) if asks else None
+    questions = None
+    if cfg.mix > 0 or cfg.ground_steps > 0:
+        folder = Path(cfg.data, "questions")
+        if not folder.is_dir():
+            raise UserError(
+                f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
+            )
+        questions = Questions(folder, cfg)
     held_out = Path(cfg.data, "questions_val")
     return episodes, questions, Questions(held_out, cfg) if held_out.is_dir() else None
 
@@ -507,8 +533,7 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     episodes, questions, held_out = open_data(cfg)
     start = cfg.out if cfg.resume else cfg.init_from  # a checkpoint folder, or ""
     torch.manual_seed(cfg.seed)
-    # The tokenizer, and a pretrained VLM where there is one: of the run or checkpoint that this one goes on
-    # from.
+    # the tokenizer, and a pretrained VLM where there is one, of the checkpoint that this run goes on from
     vlm = None
     if cfg.backbone:
         from extras.backbones import backbone_of_run
@@ -517,12 +542,14 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     elif start:
         tokenizer = Tokenizer.load(start)
     else:
-        texts = episodes.texts() + (questions.texts() if questions else [])
+        texts = episodes.texts()
+        if questions:
+            texts = texts + questions.texts()
         tokenizer = Tokenizer.train(texts, cfg.vocab_size)
+    # texts that are too long: a task is the user's to shorten, a question can be spared
     episodes.check_tasks(tokenizer)
-    for asked in (questions, held_out):
-        if asked:
-            asked.drop_long(tokenizer)
+    for asked in filter(None, (questions, held_out)):
+        asked.drop_long(tokenizer)
     policy = SyVLA(cfg, tokenizer, vlm)
     freeze(policy, cfg)
     if cfg.backbone and has_bf16(device):
@@ -533,9 +560,12 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
         start_from_checkpoint(policy, cfg, episodes)
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    host = torch.device("cpu") if cfg.backbone else device  # a large model's average needs no room on the GPU
-    ema = {name: p.detach().to(host, copy=True) for name, p in trained.items()}
+    # a large model's average needs no room on the GPU
+    host = "cpu" if cfg.backbone else device
+    ema = {}
+    for name, p in policy.named_parameters():
+        if p.requires_grad:
+            ema[name] = p.detach().to(host, copy=True)
     forward = torch.compile(policy) if cfg.compile else policy
     optimizers = make_optimizers(policy, cfg)
     return Run(cfg, policy, forward, episodes, questions, held_out, optimizers, ema, device, autocast)
@@ -546,7 +576,8 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -
 
     Its expert has learnt a scale: fine-tuning keeps it, with wider limits where needed.
     """
-    policy.load_weights(Path(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else "")
+    part = "vlm." if cfg.new_expert else ""  # the rest has other shapes
+    policy.load_weights(Path(cfg.init_from, "model.safetensors"), part)
     policy.check_statistics()
     statistics = episodes.meta["statistics"]
     if cfg.stage == "pretrain" or cfg.new_expert:
@@ -574,11 +605,13 @@ def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
 
 def cache_query_states(run: Run) -> None:
     """--new_expert: a frozen VLM's query states of a frame are computed once and kept beside the data."""
-    cfg, policy = run.cfg, run.policy
+    cfg = run.cfg
+    policy = run.policy
+    # another VLM, other cameras or no reasoning: another file
     path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
     size = 2 * cfg.queries * cfg.width * len(run.episodes.state)  # bytes, fp16
-    writable = os.access(path if path.is_file() else cfg.data, os.W_OK)
-    if not writable or (not path.is_file() and shutil.disk_usage(cfg.data).free < size):
+    fits = path.is_file() or shutil.disk_usage(cfg.data).free > size
+    if not fits or not os.access(path if path.is_file() else cfg.data, os.W_OK):
         return print0(f"{cfg.data} has no room for {size / 2**20:.0f} MiB of query states; steps take longer")
 
     @torch.no_grad()
@@ -599,13 +632,12 @@ def cache_query_states(run: Run) -> None:
 
 def save_checkpoint(run: Run) -> None:
     """The policy (averaged weights) and train_state.pt: raw trained weights, averages, optimizers, step."""
-    policy = run.policy
-    save_policy(run.cfg.out, policy, asdict(run.cfg), policy.state_dict() | run.ema)
-    # frozen weights stand in model.safetensors, they do not change
-    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
+    weights = run.policy.state_dict()
+    save_policy(run.cfg.out, run.policy, asdict(run.cfg), weights | run.ema)
     state = {
         "step": run.step,
-        "model": {name: tensor for name, tensor in policy.state_dict().items() if name not in frozen},
+        # frozen weights stand in model.safetensors, they do not change
+        "model": {name: weights[name] for name in run.ema},
         "ema": run.ema,
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
     }
@@ -627,12 +659,13 @@ def load_checkpoint(run: Run) -> None:
     with reading_state(out / "train_state.pt"):
         saved = torch.load(out / "train_state.pt", map_location=run.device, weights_only=True)
         run.policy.load_weights(out / "model.safetensors")  # frozen weights stand there alone
-        run.policy.load_state_dict({name: saved["model"][name] for name in run.ema}, strict=False)
+        for name, average in run.ema.items():
+            run.policy.get_parameter(name).data.copy_(saved["model"][name])
+            average.copy_(saved["ema"][name])
         for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        for name, average in run.ema.items():
-            average.copy_(saved["ema"][name])
         run.step = int(saved["step"])
+    # --resume may have been typed with other numbers of steps
     total = run.cfg.ground_steps + run.cfg.steps
     if not 0 <= run.step <= total:
         raise UserError(
@@ -658,6 +691,7 @@ def reading_state(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the policy carries its averaged weights and is in evaluation mode."""
+    # by copies and not by exchanging tensors: optimizers and a compiled model hold on to them
     raw = {name: tensor.clone() for name, tensor in policy.state_dict().items() if name in ema}
     policy.load_state_dict(ema, strict=False)
     training = policy.training
@@ -687,14 +721,14 @@ def settle(cfg: TrainConfig) -> TrainConfig:
     if cfg.resume and not begun:
         raise UserError(f"nothing to resume in {out}; leave --resume out")
     if not (cfg.bench or cfg.plan):
-        if rank_and_world()[0] == 0:
+        if rank_and_world()[0] == 0:  # the only one that writes
             claim_folder(out, "train.py")
         if begun and not cfg.resume:
             raise UserError(
                 f"{out} already holds a run; add --resume to go on with it, or choose another --out"
             )
     if cfg.resume:
-        Config.read(out)
+        Config.read(out)  # complains of a folder that is no whole checkpoint
         return resumed_config(cfg, read_checkpoint_config(out), MAY_CHANGE)
     if cfg.init_from:
         inherit_shapes(cfg)
@@ -715,6 +749,7 @@ def in_every_process(work: Callable, cfg: Any) -> Any:
         answer = asdict(cfg)
     except UserError as error:
         answer = str(error)
+    # every process learns how the others fared, so that none waits for one that has given up
     answers = [None] * world
     dist.all_gather_object(answers, answer)
     for answer in answers:
@@ -734,22 +769,25 @@ def train(cfg: TrainConfig) -> None:
     join_processes(device)
     cfg = in_every_process(settle, cfg)
     check_split(cfg, world)
+    # will it fit? Before any weights are downloaded
     if cfg.backbone or cfg.plan:
         from extras.backbones import plan_memory
 
         plan_memory(cfg, device, world, freeze, make_optimizers)
         if cfg.plan:
             return
-    if cfg.eval or "env" in cfg.typed:  # complain of a wrong name now, not after the training
+    # complain of a wrong name now, not after the training
+    if cfg.eval or "env" in cfg.typed:
         evaluate.environment_class(cfg.env)
     if rank == 0:
         make_data(cfg)
-    wait_for_all()
+    wait_for_all()  # the others read what it has written
     if not cfg.resume:
         describe_robot(cfg)
     run = build(cfg, device, autocast)
     if cfg.resume:
         load_checkpoint(run)
+    # the head of the log: settings, machine, data
     print0(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
     machine = f"torch {torch.__version__}, {device}, {arithmetic}, {torch.get_num_threads()} threads"
     print0(f"{machine}, {world} process(es)")
@@ -784,6 +822,7 @@ def train_loop(run: Run) -> None:
     total = cfg.ground_steps + cfg.steps
     log = TrainLog(cfg)
     while run.step < total:
+        # the first question of the paper's forgetting test, before actions can make the VLM forget
         if run.step == cfg.ground_steps and is_first:
             report_questions(run, "before action training")
             log.restart()
@@ -865,9 +904,7 @@ def report_questions(run: Run, when: str) -> None:
 
 
 def families_to_evaluate(run: Run) -> list[str]:
-    """The task families that the closed-loop evaluation will play, told before the training, as is a policy
-    that does not fit the environment.
-    """
+    """The task families that the evaluation will play; what is wrong is told before the training."""
     cfg = run.cfg
     known = evaluate.environment_class(cfg.env).families
     families = [family for family in cfg.family_names if family in known]
@@ -884,10 +921,13 @@ def families_to_evaluate(run: Run) -> list[str]:
 def bench(run: Run) -> None:
     """--bench: milliseconds a step by part, for both phases; nothing is written."""
     cfg = run.cfg
-    phases = {"grounding": cfg.ground_steps - 1, "actions": cfg.ground_steps if cfg.steps else -1}
+    # a step of each phase; grounding's last one asks questions of every kind
+    phases = {}
+    if cfg.ground_steps:
+        phases["grounding"] = cfg.ground_steps - 1
+    if cfg.steps:
+        phases["actions"] = cfg.ground_steps
     for phase, step in phases.items():
-        if step < 0:
-            continue
         with Stopwatch(run.device) as watch:
             for i in range(25):
                 if i == 5:  # the first steps warm up

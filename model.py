@@ -416,12 +416,20 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.width)
         self.blocks = nn.ModuleList(LanguageBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(cfg.width, cfg.norm_eps)
-        self.head = None if cfg.tied else Projection(cfg.width, cfg.vocab_size)
+        self.head = None
+        if not cfg.tied:
+            self.head = Projection(cfg.width, cfg.vocab_size)
         hd = cfg.width // cfg.heads
         exponent = torch.arange(0, hd, 2) / hd
         self.register_buffer("frequency", cfg.rope_theta**-exponent, persistent=False)  # (hd/2,)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, caches: list | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        caches: list | None = None,
+    ) -> Tensor:
         """x (B, n, D), positions (B, n), mask (B, n, past + n) bool -> hidden states (B, n, D)."""
         cos, sin = rotation(positions[:, None], self.frequency.float())  # 2 x (B, 1, n, hd)
         cos = cos.to(x.dtype)  # angles need fp32, the tables do not
@@ -499,9 +507,10 @@ class VLM(nn.Module):
         """
         x = visual.flatten(1, 2)  # (B, V*n, D)
         if len(self.start) or len(self.image_open):
-            chat = []  # each (B, ids, D)
+            chat = []
             for ids in (self.start, self.image_open, self.image_close):
-                chat.append(self.lm.embed(ids).expand(len(visual), -1, -1))
+                words = self.lm.embed(ids)  # (ids, D)
+                chat.append(words.expand(len(visual), -1, -1))
             start, before, behind = chat
             parts = [start]
             for view in visual.unbind(1):  # (B, n, D)
@@ -555,7 +564,12 @@ class VLM(nn.Module):
         return allowed.tril() | itself.bool()
 
     def forward(
-        self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor, with_queries: bool
+        self,
+        visual: Tensor,
+        tokens: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+        with_queries: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states of the text (B, T, D), and of the queries (B, Q, D) if asked for, else None.
 
@@ -573,8 +587,10 @@ class VLM(nn.Module):
             segments = F.pad(segments, (0, Q), value=1)  # (B, N)
             positions = self.append_positions(positions, self.query_positions(first + length))
         hidden = self.lm(x, positions, self.attention_mask(segments))  # (B, N, D)
-        text = hidden[:, P : P + T]
-        return text, hidden[:, P + T :] if with_queries else None
+        text = hidden[:, P : P + T]  # (B, T, D)
+        if not with_queries:
+            return text, None
+        return text, hidden[:, P + T :]
 
     @torch.inference_mode()
     def generate(
@@ -591,7 +607,8 @@ class VLM(nn.Module):
         or None. limit 0 writes nothing: the queries follow the prompt.
         """
         text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
-        tokens, segments, positions, _ = (ids.to(visual.device) for ids in text.values())  # (B, T)
+        # each (B, T); there are no labels to learn
+        tokens, segments, positions, _ = (ids.to(visual.device) for ids in text.values())
         B, T = tokens.shape
         length = (segments == 1).sum(1)  # (B,)
         x, segments, positions, first = self.embed(visual, tokens, segments, positions)
@@ -687,7 +704,11 @@ class ExpertBlock(nn.Module):
         return kv.permute(2, 0, 3, 1, 4)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, keys_values: Tensor, attention: list | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        keys_values: Tensor,
+        attention: list | None = None,
     ) -> Tensor:
         """x (B, M, L, De), modulation (B, M, 1, 9 De) -> (B, M, L, De).
 
@@ -700,7 +721,8 @@ class ExpertBlock(nn.Module):
         shift, scale, gate = for_self.chunk(3, dim=-1)  # 3 x (B, M, 1, De)
         y = modulated_norm(x, shift, scale)
         qkv = self.qkv(y).view(B * M, L, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B*M, nh, L, hd)
+        # 3 x (B*M, nh, L, hd): each chunk attends to itself
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)  # (B*M, nh, L, hd)
         y = y.transpose(1, 2).reshape(x.shape)
         x = x + gate * self.proj(y)
@@ -712,7 +734,8 @@ class ExpertBlock(nn.Module):
         q = q.transpose(1, 2)  # (B, nh, M*L, hd): all noise samples share keys and values
         k, v = keys_values
         if attention is not None:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            hd = q.shape[-1]
+            scores = q @ k.mT / math.sqrt(hd)  # (B, nh, M*L, Q)
             attention.append(scores.softmax(-1))
         y = F.scaled_dot_product_attention(q, k, v)
         y = y.transpose(1, 2).reshape(x.shape)
@@ -733,9 +756,16 @@ class ActionExpert(nn.Module):
         De = cfg.expert_width
         self.action_in = nn.Linear(cfg.action_dim, De)
         self.state_in = nn.Linear(cfg.state_dim, De)
+        # of the joint state and every action
         self.position = nn.Parameter(torch.randn(1 + cfg.chunk_size, De) * 0.5)
-        self.time = nn.Sequential(nn.Linear(De, De), nn.SiLU(), nn.Linear(De, De))
-        self.age = nn.Embedding(cfg.stale + 1, De) if cfg.stale else None
+        self.time = nn.Sequential(
+            nn.Linear(De, De),
+            nn.SiLU(),
+            nn.Linear(De, De),
+        )
+        self.age = None
+        if cfg.stale:
+            self.age = nn.Embedding(cfg.stale + 1, De)
         self.blocks = nn.ModuleList(ExpertBlock(De, cfg.expert_heads) for _ in range(cfg.expert_depth))
         self.modulate = nn.Linear(De, 2 * De)
         self.action_out = nn.Linear(De, cfg.action_dim)
@@ -756,7 +786,8 @@ class ActionExpert(nn.Module):
             fresh = self.age.weight[0]  # (De,)
             c = c + (fresh if age is None else self.age(age)[:, :, None])
         c = F.silu(c)
-        return [block.modulate(c) for block in self.blocks] + [self.modulate(c)]
+        parts = [*self.blocks, self]
+        return [part.modulate(c) for part in parts]
 
     def forward(
         self,
@@ -769,8 +800,9 @@ class ActionExpert(nn.Module):
         """Noisy chunk x (B, M, H, A), state (B, S), both normalised -> velocity (B, M, H, A)."""
         B, M = x.shape[:2]
         state = self.state_in(state)[:, None, None]  # (B, 1, 1, De)
-        h = torch.cat((state.expand(B, M, 1, -1), self.action_in(x)), dim=2)  # (B, M, 1 + H, De)
-        h = h + self.position
+        state = state.expand(B, M, 1, -1)  # (B, M, 1, De)
+        actions = self.action_in(x)  # (B, M, H, De)
+        h = torch.cat((state, actions), dim=2) + self.position  # (B, M, 1 + H, De)
         for block, m, kv in zip(self.blocks, modulation, keys_values):
             h = block(h, m, kv, attention)
         shift, scale = modulation[-1].chunk(2, dim=-1)  # 2 x (B, M, 1, De)
@@ -789,9 +821,9 @@ def scale_of(statistics: dict[str, list[float]]) -> tuple[Tensor, Tensor, Tensor
     FARTHEST_LIMIT half ranges from their middle, as those of a gripper that opens in under 1 % of the frames.
     What varies by less than a ten thousandth of its size is constant: low equals high.
     """
-    smallest, largest, q01, q99 = (
-        torch.as_tensor(statistics[key], dtype=torch.float64) for key in ("min", "max", "q01", "q99")
-    )
+    ends = [statistics[key] for key in ("min", "max", "q01", "q99")]
+    # fp64: a middle and a half range do not round the percentiles that they come from
+    smallest, largest, q01, q99 = torch.from_numpy(np.array(ends, np.float64))
     middle = (q01 + q99) / 2
     reach = torch.maximum(largest - middle, middle - smallest)
     low = torch.minimum(q01, middle - reach / FARTHEST_LIMIT)
@@ -836,8 +868,7 @@ class SyVLA(nn.Module):
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.vlm = vlm or VLM(cfg, tokenizer)
-        # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the
-        # adapter.
+        # No bias before or after the nonlinearity: a query state masked to zero stays zero behind it.
         self.adapter = nn.Sequential(
             Projection(cfg.width, cfg.expert_width),
             nn.SiLU(),
@@ -906,12 +937,14 @@ class SyVLA(nn.Module):
         for name, words in (("state", self.cfg.state_names), ("action", self.cfg.motor_names)):
             low, high, limit = own = self.scale_buffers(name)
             theirs = statistics[name]
-            ends = torch.tensor([theirs["min"], theirs["max"]], device=low.device)  # (2, S) or (2, A)
+            # (2, S) or (2, A)
+            ends = torch.tensor([theirs["min"], theirs["max"]], device=low.device)
             reach = self.scale(ends, name).abs().amax(0)  # (S,) or (A,)
             # a constant joint that moves now has no scale at all
             moved = (low == high) & (ends[0] < ends[1])
             foreign = moved | (reach > FARTHEST_LIMIT)
             limit.copy_(torch.maximum(limit, reach))
+            # all three, because a limit means nothing in another scale
             for kept, new in zip(own, scale_of(theirs)):
                 kept[foreign] = new.to(kept)[foreign]
             replaced += [f"{name} {words[i]}" for i in foreign.nonzero()[:, 0].tolist()]
@@ -982,9 +1015,10 @@ class SyVLA(nn.Module):
         modulation = self.expert.modulation(t, None if age is None else age[:, None])
         v = self.expert(x_t, modulation, state, keys_values, attention)
         target = eps - clean  # (B, M, H, A), the velocity from data to noise
-        error = (v.float() - target).square().mean(-1)  # (B, M, H)
+        error = (v.float() - target).square()  # (B, M, H, A)
         weight = valid[:, None].float()  # (B, 1, H)
-        return (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+        total = (error.mean(-1) * weight).sum(-1)  # (B, M)
+        return total / weight.sum(-1).clamp(min=1)
 
     def gradient_norms(self, query_states: Tensor, *flow_args: Tensor | None) -> Tensor:
         """|| d loss / d h_i || (B, Q), the paper's measure of what a feature query state contributes.
@@ -994,7 +1028,8 @@ class SyVLA(nn.Module):
         """
         leaf = query_states.detach().requires_grad_()
         # the sum over the batch keeps every sample's gradient exact
-        loss = self.flow_loss(leaf, *flow_args).mean(1).sum()
+        loss = self.flow_loss(leaf, *flow_args)  # (B, M)
+        loss = loss.mean(1).sum()
         (gradient,) = torch.autograd.grad(loss, leaf)  # (B, Q, D)
         return gradient.float().norm(dim=-1)
 
@@ -1028,8 +1063,9 @@ class SyVLA(nn.Module):
             attention = []  # one (B, nh, H + 1, Q) per block
             with torch.no_grad():
                 self.flow_loss(query_states, *flow_args, attention)
-            # (B, Q): mean over blocks, heads and tokens
-            score = torch.stack(attention).float().mean(dim=(0, 2, 3))
+            # the mean over blocks, heads and tokens: (B, Q)
+            attention = torch.stack(attention).float()  # (blocks, B, nh, H + 1, Q)
+            score = attention.mean(dim=(0, 2, 3))
         else:
             score = uniform
         share = self.cfg.decouple_percentile / 100
@@ -1080,11 +1116,13 @@ class SyVLA(nn.Module):
             visual, batch["tokens"], batch["segments"], batch["positions"], with_queries
         )
         labels = batch["labels"]
+        # the output layer is the widest of all: only where something is to be learnt
         rows, columns = (labels >= 0).nonzero(as_tuple=True)
         logits = self.vlm.lm.logits(text[rows, columns])
         nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")
-        per_row = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
-        per_row = per_row / (labels >= 0).sum(1).clamp(min=1)
+        total = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
+        count = (labels >= 0).sum(1)  # (B,) targets; a row may have none
+        per_row = total / count.clamp(min=1)
         loss = per_row.mean()
         mark("language")
         return loss, query_states
@@ -1138,9 +1176,11 @@ class SyVLA(nn.Module):
         prompts = [self.tokenizer.prompt(task, self.cfg.reasoning) for task in tasks]
         limit = self.cfg.max_reasoning_tokens if self.cfg.reasoning else 0
         if given is not None:  # all that is left to write is the end of the reasoning
-            prompts = [[*prompt, *self.tokenizer.encode(text)] for prompt, text in zip(prompts, given)]
+            for prompt, text in zip(prompts, given):
+                prompt += self.tokenizer.encode(text)
             limit = 1
-        written, query_states = self.vlm.generate(visual, prompts, self.tokenizer.end_reasoning, limit, True)
+        end = self.tokenizer.end_reasoning
+        written, query_states = self.vlm.generate(visual, prompts, end, limit, with_queries=True)
         mark("reasoning")
         return given or [self.tokenizer.decode(ids) for ids in written], query_states
 
@@ -1189,7 +1229,8 @@ class SyVLA(nn.Module):
             age = age.clamp(0, self.cfg.stale)  # older ones than were learnt count as the oldest
         # on the CPU: a seed means the same noise on every device
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(state), self.cfg.chunk_size, self.cfg.action_dim, generator=generator)
+        shape = (len(state), self.cfg.chunk_size, self.cfg.action_dim)
+        noise = torch.randn(shape, generator=generator)  # (B, H, A)
         noise = self.cfg.temperature * noise.to(state.device)
         state = self.normalise(state, "state")
         chain = self.denoise(query_states, state, noise, step or self.euler_step, age)
@@ -1301,7 +1342,10 @@ class SyVLA(nn.Module):
 
 
 def save_policy(
-    folder: str | Path, policy: SyVLA, config: dict, weights: dict[str, Tensor] | None = None
+    folder: str | Path,
+    policy: SyVLA,
+    config: dict,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write what running a policy needs: weights with statistics, config, tokenizer.
 

@@ -197,13 +197,13 @@ class Run:
     cfg: TrainConfig
     policy: SyVLA
     forward: Callable  # the policy, perhaps compiled
-    episodes: Episodes
-    questions: Questions | None
+    episodes: Episodes  # demonstrations
+    questions: Questions | None  # None where nothing is asked
     held_out: Questions | None  # questions never trained on
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[torch.optim.Optimizer]  # Muon, if there is one, and AdamW
     ema: dict[str, Tensor]  # averages of the trained parameters
     device: torch.device
-    autocast: Callable
+    autocast: Callable  # makes a context: bf16 where the device has it
     step: int = 0  # steps done
 
 
@@ -261,6 +261,7 @@ def batches(run: Run, step: int) -> list[Micro]:
         if n_actions:
             rng = np.random.default_rng([cfg.seed, step, 1])
             weighted.append((n_actions, run.episodes.batch(tokenizer, rng, n_actions, rows)))
+        # 1 where the rows divide by the parts
         for k, (n, batch) in enumerate(weighted):
             weight = len(range(n)[rows]) * parts / n
             weighted[k] = weight, to_device(batch, run.device)
@@ -279,7 +280,7 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
     Text of questions, text of reasoning and the action loss weigh the same. Raises UserError on non-finite
     numbers.
     """
-    logs = defaultdict(float)
+    logs = defaultdict(float)  # name -> mean over the micro-batches
     for weighted in micro:
         loss = 0.0
         for weight, batch in weighted:
@@ -316,7 +317,7 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """One all-reduce over all gradients. Parameters without one, as the expert in grounding, count 0."""
+    """One all-reduce over all gradients; parameters without one, as the expert in grounding, are left out."""
     _, world = rank_and_world()
     if world == 1:
         return
@@ -325,7 +326,7 @@ def average_gradients(module: nn.Module) -> None:
     # one vector, so that one call does it
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    flat /= world
+    flat /= world  # the sum of all processes becomes the mean
     for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
         grad.copy_(mean.view_as(grad))
 
@@ -335,6 +336,7 @@ def update_average(run: Run, step: int) -> None:
     # from 0.1 at the first step to cfg.ema
     decay = min(run.cfg.ema, (1 + step) / (10 + step))
     weights = dict(run.policy.named_parameters())
+    # the average may stand on another device, see build()
     for name, average in run.ema.items():
         average.lerp_(weights[name].detach().to(average), 1 - decay)
 
@@ -461,6 +463,7 @@ def make_data(cfg: TrainConfig) -> None:
         raise UserError(f"no data set in {cfg.data}; run: {command} --out={cfg.data}")
     print(f"no data set in {cfg.data} yet: running {command}", flush=True)
     program = Path(__file__).with_name("prepare.py")
+    # a process of its own: the simulation's memory goes with it
     if run_child([sys.executable, program, "--config", preset]):
         raise UserError(f"prepare.py failed; run: {command}")
 
@@ -477,6 +480,7 @@ EXPERT = "motors state fps expert_width expert_depth expert_heads chunk_size sta
 def inherit_shapes(cfg: TrainConfig) -> None:
     """Take the model's fields of --init_from; typed ones may differ where they shape no weights."""
     saved = Config.read(cfg.init_from)
+    # what a new expert chooses for itself
     own = EXPERT if cfg.new_expert else []
     for field in fields(Config):
         name = field.name
@@ -504,6 +508,7 @@ def describe_robot(cfg: TrainConfig) -> None:
     # a camera that the set lacks is named where the pictures are opened
     if not cfg.init_from and cfg.camera_names[0] in meta["cameras"]:
         cfg.image_size = open_images_of(cfg.data, cfg.camera_names[0]).shape[1]
+    # the picture may not fit the patches
     cfg.__post_init__()
 
 
@@ -513,7 +518,7 @@ def open_data(cfg: TrainConfig) -> tuple[Episodes, Questions | None, Questions |
     identity = data_id(episodes.meta)
     if cfg.resume and cfg.data_id != identity:
         raise UserError(f"{cfg.data} is another data set than {cfg.out} was begun with; choose a new --out")
-    # both go into config.json: a resume asks for the one, the real arm for the other
+    # both go into config.json: a resume compares the one, the real arm begins at the other
     cfg.data_id = identity
     cfg.home = episodes.home()
     questions = None
@@ -532,6 +537,7 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     """Data, policy and optimizers of a config whose fields are settled, before the first step."""
     episodes, questions, held_out = open_data(cfg)
     start = cfg.out if cfg.resume else cfg.init_from  # a checkpoint folder, or ""
+    # weights and feature queries are drawn from here on
     torch.manual_seed(cfg.seed)
     # the tokenizer, and a pretrained VLM where there is one, of the checkpoint that this run goes on from
     vlm = None
@@ -552,6 +558,7 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
         asked.drop_long(tokenizer)
     policy = SyVLA(cfg, tokenizer, vlm)
     freeze(policy, cfg)
+    # autocast would round frozen matrices at every step
     if cfg.backbone and has_bf16(device):
         from extras.backbones import cast_frozen_to_bf16
 
@@ -579,11 +586,13 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -
     part = "vlm." if cfg.new_expert else ""  # the rest has other shapes
     policy.load_weights(Path(cfg.init_from, "model.safetensors"), part)
     policy.check_statistics()
+    # a new expert, and one that begins anew on all of the data, take the data's scale
     statistics = episodes.meta["statistics"]
     if cfg.stage == "pretrain" or cfg.new_expert:
         policy.set_statistics(statistics)
         return
     replaced = policy.widen_limits(statistics)
+    # such joints move differently from what the expert has learnt: told, not refused
     if replaced:
         print0(f"the scale of {cfg.init_from} does not reach {', '.join(replaced)}: taken from {cfg.data}")
     limits = ", ".join(f"{limit:.1f}" for limit in policy.action_limit.tolist())
@@ -662,6 +671,7 @@ def load_checkpoint(run: Run) -> None:
         for name, average in run.ema.items():
             run.policy.get_parameter(name).data.copy_(saved["model"][name])
             average.copy_(saved["ema"][name])
+        # strict: as many optimizers as were saved
         for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         run.step = int(saved["step"])
@@ -801,6 +811,7 @@ def train(cfg: TrainConfig) -> None:
     train_loop(run)
     wait_for_all()
     leave_processes()  # the others need not wait for the evaluation
+    # closed loop, with the weights that were saved
     if families and rank == 0:
         with averaged_weights(run.policy, run.ema):
             results = evaluate.evaluate(run.policy, families, cfg.eval, env=cfg.env)
@@ -834,7 +845,7 @@ def train_loop(run: Run) -> None:
         run.step += 1
         if not is_first:
             continue
-        # once in a while: a log line, a checkpoint
+        # Once in a while: a log line, a checkpoint. The first process alone writes.
         if run.step % cfg.log_every == 0 or run.step == total:
             log.write(run.step)
         if run.step % cfg.save_every == 0 or run.step in (cfg.ground_steps, total):
@@ -907,6 +918,7 @@ def families_to_evaluate(run: Run) -> list[str]:
     """The task families that the evaluation will play; what is wrong is told before the training."""
     cfg = run.cfg
     known = evaluate.environment_class(cfg.env).families
+    # an environment of one's own may have other families than the simulation
     families = [family for family in cfg.family_names if family in known]
     if not families:
         print0(f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(known)})")
@@ -935,6 +947,7 @@ def bench(run: Run) -> None:
                 micro = batches(run, step + i if phase == "actions" else step)
                 mark("data")
                 train_step(run, step, micro)
+        # seconds of 20 steps
         total = sum(watch.seconds.values())
         parts = [f"{part} {s / 20 * 1e3:.0f} ms ({s / total:.1%})" for part, s in watch.seconds.items()]
         speed = f"{total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s"

@@ -468,20 +468,20 @@ def make_data(cfg: TrainConfig) -> None:
         raise UserError(f"prepare.py failed; run: {command}")
 
 
-# What may differ from the checkpoint that a run starts from: behaviour, not weights.
+# Names of fields. What may differ from the checkpoint that a run starts from: behaviour, not weights.
 BEHAVIOUR = (
     "n_action_steps denoise_steps temperature max_reasoning_tokens reasoning decouple decouple_percentile "
     "decouple_scope noise_samples"
-).split()
+)
 # What a run with --new_expert does not take from there.
-EXPERT = "motors state fps expert_width expert_depth expert_heads chunk_size stale".split()
+EXPERT = "motors state fps expert_width expert_depth expert_heads chunk_size stale"
 
 
 def inherit_shapes(cfg: TrainConfig) -> None:
     """Take the model's fields of --init_from; typed ones may differ where they shape no weights."""
     saved = Config.read(cfg.init_from)
     # what a new expert chooses for itself
-    own = EXPERT if cfg.new_expert else []
+    own = EXPERT.split() if cfg.new_expert else ()
     for field in fields(Config):
         name = field.name
         value = getattr(saved, name)
@@ -489,7 +489,7 @@ def inherit_shapes(cfg: TrainConfig) -> None:
             continue
         if name not in cfg.typed:
             setattr(cfg, name, value)
-        elif name not in BEHAVIOUR and cfg.typed[name] != value:
+        elif name not in BEHAVIOUR.split() and cfg.typed[name] != value:
             raise UserError(
                 f"{cfg.init_from} has --{name}={value}, this run {cfg.typed[name]}; leave --{name} out"
             )
@@ -721,7 +721,7 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
 
 
 # What --resume may change: where a run works and for how long.
-MAY_CHANGE = "config data out env resume device threads compile eval steps ground_steps".split()
+MAY_CHANGE = "config data out env resume device threads compile eval steps ground_steps"
 
 
 def settle(cfg: TrainConfig) -> TrainConfig:
@@ -739,7 +739,7 @@ def settle(cfg: TrainConfig) -> TrainConfig:
             )
     if cfg.resume:
         Config.read(out)  # complains of a folder that is no whole checkpoint
-        return resumed_config(cfg, read_checkpoint_config(out), MAY_CHANGE)
+        return resumed_config(cfg, read_checkpoint_config(out), set(MAY_CHANGE.split()))
     if cfg.init_from:
         inherit_shapes(cfg)
     if cfg.backbone:

@@ -86,7 +86,7 @@ from model import (
     save_policy,
     timesteps,
 )
-from train import average_gradients, averaged_weights, reading_state
+from train import average_gradients, averaged_weights, in_every_process, reading_state, save_state
 
 Batch = dict[str, Tensor]
 
@@ -622,8 +622,7 @@ class Learner:
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
+        save_state(path, state)
 
     def load(self, path: Path) -> int:
         """Read what save() wrote -> the number of iterations that are done."""
@@ -748,8 +747,7 @@ def play(learner: Learner, vec: VecEnv, jobs: list[Episode]) -> list[Episode]:
             vars(job).update(torch.load(path, weights_only=True))
 
     def save(episode: Episode) -> None:
-        with atomic_path(folder / f"{episode.seed}.pt") as path:
-            torch.save(vars(episode), path)
+        save_state(folder / f"{episode.seed}.pt", vars(episode))
 
     missing = [job for job in jobs if not job.extras]
     try:
@@ -879,8 +877,8 @@ def train_rl(cfg: RLConfig) -> None:
     rank, world = rank_and_world()
     fast_cpu(cfg.threads)
     device, _, _ = choose_device(cfg.device)
-    cfg = settle(cfg)
     join_processes(device)
+    cfg = in_every_process(settle, cfg)
     policy = load_policy(cfg.init_from, device)
     policy.check_statistics()
     if cfg.env != "real":

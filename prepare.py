@@ -22,6 +22,8 @@ import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,11 +133,11 @@ class ScriptedExpert:
             roll = -90 + wrap(yaw - phi, 90)
         gap = np.linalg.norm(cube[:2] - tool[:2])  # metres, horizontally
         height = tool[2] - CUBE
-        if (
-            gap < 0.02 and height < 0.009 and position[5] > CLOSED + 1.5
-        ):  # around the cube; or closed on nothing
+        # Around the cube: close. A gripper that has closed on nothing opens again.
+        if gap < 0.02 and height < 0.009 and position[5] > CLOSED + 1.5:
             return cube[:2], CUBE, roll, CLOSED
-        if height < 0.03 and gap > 0.028:  # low beside something: open and rise before going anywhere
+        # Low beside something: open and rise before going anywhere.
+        if height < 0.03 and gap > 0.028:
             return self.leave(tool, position[4], position[5])
         # The tool descends as it comes near, turns and opens.
         unready = gap + 0.0007 * abs(roll - position[4]) + 0.002 * max(OPEN - 4 - position[5], 0)
@@ -144,12 +146,14 @@ class ScriptedExpert:
     def carry(self, tool: ndarray, cube: ndarray, pad: ndarray) -> Pose:
         """Rise, go above the pad, descend, open. The cube is aimed, wherever it sits between the fingers."""
         gap = np.linalg.norm(pad - cube[:2])
-        if gap < 0.02 and min(cube[2] - CUBE, tool[2] - 0.008) < 0.007:  # the cube or the fingertips are down
+        # The cube or the fingertips are down.
+        if gap < 0.02 and min(cube[2] - CUBE, tool[2] - 0.008) < 0.007:
             return tool[:2], tool[2], -90, OPEN
         z = CUBE + np.clip(4 * (gap - 0.015), 0, HOVER)  # of the cube's centre: it descends near the pad
         free = 1  # share of the way to the pad that the tool may take now
         if gap > 0.03:
-            free = np.clip((cube[2] - 0.028) / 0.02, 0, 1)  # do not drag the cube through its neighbours
+            # Do not drag the cube through its neighbours.
+            free = np.clip((cube[2] - 0.028) / 0.02, 0, 1)
         return tool[:2] + free * (pad - cube[:2]), z + (tool[2] - cube[2]), -90, CLOSED
 
     def towards(self, position: ndarray, xy: ndarray, z: float, roll: float, gripper: float) -> ndarray:
@@ -242,6 +246,7 @@ def demonstrate(
         if steps_since_success == 4:  # a few steps at the goal teach the policy to stay there
             break
     spans = (disturbance.mistaken, disturbance.struck)
+    # A demonstration's entry has no "start" yet: merge_episodes() knows how many frames come before.
     entry = {
         "length": len(texts),
         "task": env.task,
@@ -281,6 +286,7 @@ def check_expert(families: Sequence[str], n: int) -> None:
             share = f"{100 * won / n:.1f} % of {n} ({100 * low:.1f} - {100 * high:.1f})"
             why = dict(failures) or "none"
             print(f"{family}, {name}: {share}, {steps / n:.0f} steps; failed: {why}", flush=True)
+        # Statistics need no pictures; this one episode is drawn.
         arrays, _, _ = demonstrate(env, 1, family, noise=False)
         frames = np.concatenate((arrays["front"], arrays["wrist"]), axis=2)  # (n, px, 2 px, 3)
         path = save_film(list(map(Image.fromarray, frames)), "out/expert", family)
@@ -321,6 +327,7 @@ def scene_questions(scene: dict, rng: np.random.Generator) -> Iterator[tuple[str
     question = f"which is nearer , the {one['colour']} cube or the {two['colour']} cube"
     yield "nearer", question, min((one, two), key=by_distance)["colour"]
     left = [(cube["x"], cube["colour"]) for cube in cubes if cube["x"] < one["x"]]  # in the front picture
+    # The rightmost of those to the left is the next one.
     neighbour = max(left, default=(0, "none"))[1]
     yield "left of", f"what colour is the cube left of the {one['colour']} cube", neighbour
     for _ in range(2):
@@ -467,7 +474,7 @@ class PrepareConfig:
         0,
         "first training scene; the choice of pictures of --questions_from",
         "[0, 1000000]",
-        needs=("not lerobot|questions_from", "not export"),
+        needs=QUESTIONS,
     )
     check_expert: int = opt(
         0,
@@ -550,7 +557,7 @@ def make_plan(cfg: PrepareConfig) -> tuple[list[Shard], dict[str, Any], int]:
     from extras import lerobot_io
 
     shards = []
-    pictures = 0
+    pictures = 0  # of simulated ones it is not known: failures are left out
     if cfg.lerobot:
         shards, common, pictures = lerobot_io.plan_episodes(cfg)
         if cfg.reasoning_from:
@@ -576,6 +583,7 @@ def make_shard(cfg: PrepareConfig, shard: Shard) -> None:
 
         read = lerobot_io.read_episodes if shard.kind == "lerobot" else lerobot_io.read_questions
         scenes = read(cfg, shard)
+    # A shard is small, so all of it is held in memory: what is large is merged from files.
     pieces = defaultdict(list)  # name of an array -> one piece for each scene
     info = []  # entries of meta.json for episodes, or a list of questions for each picture
     left_out = Counter()
@@ -590,7 +598,7 @@ def make_shard(cfg: PrepareConfig, shard: Shard) -> None:
 
 
 def simulate(cfg: PrepareConfig, shard: Shard) -> Iterator[tuple[dict[str, ndarray], list, list[str]]]:
-    """Of every scene its arrays, its entry of meta.json or its questions, and why its demonstration failed."""
+    """Of every scene its arrays, its entry of meta.json or its questions, and why a demonstration failed."""
     start_steps = cfg.start_steps if shard.kind == "start" else 0
     with closing(SO100Env(px=cfg.image_size)) as env:
         for seed in range(shard.first, shard.first + shard.n):
@@ -613,30 +621,25 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
     if len(missing) < len(shards):
         print(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are there already")
     workers = min(cfg.workers or multiprocessing.cpu_count(), len(missing))
+    make = functools.partial(make_shard, cfg)
+    bar = functools.partial(tqdm, total=len(missing), unit="shard", disable=None)
     if workers <= 1:  # nothing to fork
-        for shard in tqdm(missing, unit="shard", disable=None):
-            make_shard(cfg, shard)
+        for _ in bar(map(make, missing)):
+            pass
         return
-    with (
-        terminable(),
-        multiprocessing.Pool(workers, leave_signals) as pool,
-        tqdm(total=len(missing), unit="shard", disable=None) as bar,
-    ):
-        processes = multiprocessing.active_children()
-        finished = pool.imap_unordered(functools.partial(make_shard, cfg), missing)
-        left = len(missing)
-        while left:
-            try:
-                finished.next(timeout=1)  # raises what went wrong in the other process
-                bar.update()
-                left -= 1
-            except multiprocessing.TimeoutError:
-                # The pool would wait for ever for the shard of a process that was killed.
-                if not all(process.is_alive() for process in processes):
-                    raise UserError(
-                        "a process was killed, perhaps for lack of memory; run the same command again with "
-                        "fewer --workers, it goes on where it stopped"
-                    ) from None
+    with terminable(), ProcessPoolExecutor(workers, initializer=leave_signals) as pool:
+        try:
+            for _ in bar(pool.map(make, missing)):  # raises what went wrong in the other process
+                pass
+        except BrokenProcessPool:
+            raise UserError(
+                "a process was killed, perhaps for lack of memory; run the same command again with fewer "
+                "--workers, it goes on where it stopped"
+            ) from None
+        finally:
+            # After Ctrl-C or an error, leaving the pool would wait for all shards that were begun.
+            for process in multiprocessing.active_children():
+                process.terminate()
 
 
 def leave_signals() -> None:
@@ -683,8 +686,8 @@ def write_array(path: Path, parts: Sequence[Path], rows: Sequence[Any], length: 
                 array = np.ascontiguousarray(arrays[path.stem][chosen])
             if part == parts[0]:  # the header tells the whole length, the shards only their own
                 header = np.lib.format.header_data_from_array_1_0(array)
-                header["shape"] = (length, *array.shape[1:])
-                np.lib.format.write_array_header_1_0(file, header)
+                whole = header | {"shape": (length, *array.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, whole)
             file.write(array)
     return np.load(path, mmap_mode="r")
 
@@ -742,6 +745,7 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     if not episodes:
         hint = "choose another set" if cfg.lerobot else "set --demos to more"
         raise UserError(f"not one episode can be used ({dict(failures)}); {hint}")
+    # Shards are merged in the order of the plan, whichever was ready first.
     frames = 0
     for episode in episodes:
         episode["start"] = frames
@@ -771,6 +775,7 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
 
 def check_reasoner(cfg: PrepareConfig, cameras: Sequence[str]) -> None:
     """UserError, before any work, for a policy of --reasoning_from that cannot reason about the set."""
+    # The config alone is read here: loading the weights takes a while.
     policy = Config.read(cfg.reasoning_from)
     wanted = {"cameras": set(policy.camera_names) <= set(cameras), "reasoning": policy.reasoning}
     wanted["image_size"] = policy.image_size == cfg.image_size
@@ -794,6 +799,7 @@ def add_reasoning(run: str, episodes: list[dict], arrays: dict[str, ndarray]) ->
     for episode in tqdm(episodes, "reasoning", unit="episode", leave=False, disable=None):
         if any(text for _, text in episode["reason"]):
             continue
+        # One batch is an episode.
         steps = range(0, episode["length"], REASON_EVERY)
         rows = [episode["start"] + step for step in steps]
         tasks = [episode["task"]] * len(rows)
@@ -872,6 +878,7 @@ def clear_parts(folder: Path) -> None:
 def check_disk(cfg: PrepareConfig, pictures: int) -> None:
     """UserError if the disk cannot hold the pictures twice, in shards and merged."""
     parts = Path(cfg.out, "parts")
+    # After a kill, what is there already needs no more room.
     there = sum(path.stat().st_size for path in parts.iterdir())
     needed = 2 * pictures * cfg.image_size**2 * 3 - there  # bytes
     free = shutil.disk_usage(parts).free
@@ -887,11 +894,13 @@ def prepare(cfg: PrepareConfig) -> None:
     if cfg.check_expert:
         return check_expert(cfg.families.split(","), cfg.check_expert)
     if cfg.export:
+        # The core runs without extras/.
         from extras import lerobot_io
 
         return print(lerobot_io.export(cfg))
     saved = Path(cfg.out, "parts", "settings.json")
     settings = asdict(cfg) | {"workers": 0}  # the number of processes may change
+    # After a kill at the very end, only the parts are still there to be cleared away.
     if is_whole(cfg, saved, settings):
         print(f"{cfg.out} is whole already; its parts are cleared away")
     else:

@@ -24,7 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,7 @@ def read_parquet(path: Path, columns: list | None = None, filters: list | None =
     parquet = require("pyarrow.parquet", "pyarrow")
     with naming(path):
         if columns:
-            there = parquet.ParquetDataset(path).schema.names
-            columns = [name for name in columns if name in there]
+            columns = list(set(columns).intersection(parquet.ParquetDataset(path).schema.names))
         return parquet.read_table(path, columns=columns, filters=filters)
 
 
@@ -180,15 +179,17 @@ def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
     found, common = open_set(cfg)
     check_lists(found)
     check_units(cfg, found)
-    episodes, numbers = found.episodes, found.numbers
-    pictures = len(found.cameras) * sum(math.ceil(episode["length"] / found.stride) for episode in episodes)
+    episodes = found.episodes
+    # --fps keeps the first frame of every episode, so a short one counts for one at least.
+    frames = sum(math.ceil(episode["length"] / found.stride) for episode in episodes)
+    pictures = frames * len(found.cameras)
     # Episodes of mean length that fill a shard.
     n = max(1, SHARD_BYTES * len(episodes) // (pictures * cfg.image_size**2 * 3))
     shards = []
     for first in range(0, len(episodes), n):
-        # A shard is named after its episodes: with other --episodes, what is there of the others stays valid.
-        name = f"{zlib.crc32(json.dumps(numbers[first : first + n]).encode()):08x}"
         some = episodes[first : first + n]  # a worker gets the rows of these only
+        # A shard is named after its episodes: after a run with other --episodes, what still fits is kept.
+        name = f"{zlib.crc32(json.dumps(found.numbers[first : first + n]).encode()):08x}"
         shards.append(("lerobot", name, first, len(some), replace(found, episodes=some)))
     return shards, common, pictures
 
@@ -203,20 +204,23 @@ def open_set(cfg: Config) -> tuple[LeRobotSet, dict]:
     features = find_features(cfg, described)
     cameras, depth = match_cameras(cfg, described)
     names, columns, convention = match_motors(cfg, described, features)
-    films = [name for name in cameras.values() if described[name]["dtype"] == "video"]
-    if films:
-        require("av")
+    films = []
+    fit = ""  # square pictures are neither cropped nor stretched
+    for name in cameras.values():
+        if described[name]["dtype"] == "video":
+            require("av")
+            films.append(name)
+        if is_oblong(described[name]):
+            fit = cfg.fit
     # Films of cameras that nobody asked for are not downloaded.
     root = fetch(cfg.lerobot, ["meta/*", "data/*", *(f"videos/*{name}/*" for name in films)])
     episodes, tasks = read_lists(root, info, films)
-    oblong = any(is_oblong(described[name]) for name in cameras.values())
-    common = {"cameras": list(cameras), "motors": names["action"], "fps": round(fps) // stride}
-    common["fit"] = cfg.fit if oblong else ""
     if (root / OURS).is_file():
         # export() wrote the set: its angles are degrees, and its entries of meta.json come back unchanged.
         convention = "as recorded"
-        common["fit"] = add_entries(root / OURS, episodes, stride)
-    common["convention"] = convention
+        fit = add_entries(root / OURS, episodes, stride)
+    common = {"cameras": list(cameras), "motors": names["action"], "fps": round(fps) // stride}
+    common |= {"fit": fit, "convention": convention}
     # A set without "state" measures the positions of the motors.
     if names["state"] != names["action"]:
         common["state"] = names["state"]
@@ -237,6 +241,7 @@ def read_info(root: Path) -> dict:
     """meta/info.json of a LeRobot data set; UserError names the sets below a folder that is none itself."""
     path = root / "meta" / "info.json"
     if not path.is_file():
+        # A folder of sets, or a repository with several of them.
         below = sorted([*root.glob("*/meta/info.json"), *root.glob("*/*/meta/info.json")])
         hint = "a set in a folder of a repository is written USER/SET/FOLDER"
         if below:
@@ -259,7 +264,7 @@ def frame_rate(cfg: Config, root: Path, info: dict) -> tuple[float, int]:
 
     A rate such as 29.97 counts as the whole number beside it: meta.json and control loops have whole ones.
     """
-    said = info.get("fps")
+    said = info.get("fps")  # some write 30.0 or "30"
     try:
         fps = float(said)
     except (TypeError, ValueError):
@@ -345,7 +350,7 @@ def read_lists(root: Path, info: dict, films: list) -> tuple[list, dict]:
                 if isinstance(value, float) and value.is_integer():
                     row[key] = int(value)
         rows.sort(key=lambda row: int(row["episode_index"]))
-    for row, after in zip(rows, rows[1:]):
+    for row, after in pairwise(rows):
         number = row["episode_index"]
         if number == after["episode_index"]:
             raise UserError(f"{meta}: the list of episodes has episode {number} twice; delete one of them")
@@ -372,7 +377,7 @@ def check_lists(found: LeRobotSet) -> None:
             end = begin + (length - 0.5) / found.fps  # half a frame is left for rounding
             spans.append((str(found.path(episode, feature)), begin, end, number))
     spans.sort()
-    for (film, _, end, one), (other_film, begin, _, other) in zip(spans, spans[1:]):
+    for (film, _, end, one), (other_film, begin, _, other) in pairwise(spans):
         if film == other_film and begin < end:
             raise UserError(
                 f"{found.root}/meta gives episodes {one} and {other} the same frames of {film}"
@@ -383,6 +388,7 @@ def check_lists(found: LeRobotSet) -> None:
 def add_entries(path: Path, episodes: list, stride: int) -> str:
     """Give episodes that export() wrote their "entry" of meta.json -> the set's own "fit"."""
     ours = read_json(path)
+    # LeRobot's own tools may have cut, split or merged the set since.
     lengths = [episode["length"] for episode in episodes]
     if stride > 1 or [entry["length"] for entry in ours["episodes"]] != lengths:
         raise UserError(
@@ -401,6 +407,7 @@ def choose_episodes(cfg: Config, episodes: list) -> tuple[list, str]:
     spans = []
     for word in cfg.episodes.split(","):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        # Ranges, not lists: a typed 0-99999999999 must not fill the memory.
         span = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
         if not span:
             raise UserError(
@@ -435,6 +442,9 @@ def write_spans(numbers: list[int]) -> str:
 # -----------------------------------------------------------------------------------------------------------
 # Cameras
 
+# A word that begins or ends so: depth.front, front_depth, frontDepth, depthmap.
+DEPTH = re.compile(r"(?<![A-Za-z])(?i:depth|disparity)|Depth|Disparity|(?i:depth)(?![A-Za-z])")
+
 
 def is_depth(name: str, feature: dict) -> bool:
     """Does a feature hold something else than colour pictures: depth, or a single channel?"""
@@ -446,14 +456,13 @@ def is_depth(name: str, feature: dict) -> bool:
     for key in ("is_depth_map", "is_depth", "depth_map", "depth"):
         if str(told.get(key)).lower() in ("true", "1"):
             return True
+    # Height and width alone, or one channel, which stands first or last.
     shape = feature.get("shape") or [0, 0, 3]
     if len(shape) == 2 or 1 in (shape[0], shape[-1], told.get("channels")):
         return True
     if str(told.get("pix_fmt")).startswith("gray"):
         return True
-    # frontDepth, depth.front, front_depth, depthmap, ...
-    words = re.split(r"[^a-z]+", re.sub("([a-z])([A-Z])", r"\1_\2", name).lower())
-    return any(word.startswith(("depth", "disparity")) or word.endswith("depth") for word in words)
+    return bool(DEPTH.search(name))
 
 
 def is_oblong(feature: dict) -> bool:
@@ -493,9 +502,13 @@ def find_camera(word: str, features: list) -> list:
 
 def match_cameras(cfg: Config, features: dict) -> tuple[dict, list]:
     """--cameras, by default all that show colours -> {role: feature}, and depth that is not taken."""
-    there = [name for name, feature in features.items() if feature.get("dtype") in ("image", "video")]
-    depth = [name for name in there if is_depth(name, features[name])]
-    colour = [name for name in there if name not in depth]
+    colour = []
+    depth = []
+    for name, feature in features.items():
+        if feature.get("dtype") in ("image", "video"):
+            kind = depth if is_depth(name, feature) else colour
+            kind.append(name)
+    there = ", ".join(colour + depth)
     roles = {} if cfg.cameras else name_cameras(colour)
     for word in filter(None, cfg.cameras.split(",")):
         # "front=top" and "top" are words of --cameras.
@@ -508,16 +521,15 @@ def match_cameras(cfg: Config, features: dict) -> tuple[dict, list]:
             if len(found) > 1:
                 what = f"may be any of {', '.join(found)}"
             raise UserError(
-                f"--cameras: {word!r} {what}; write --cameras=front=NAME,wrist=NAME with names from "
-                f"{', '.join(there)}"
+                f"--cameras: {word!r} {what}; write --cameras=front=NAME,wrist=NAME with names from {there}"
             )
         roles[role] = found[0]
     if not roles:
         raise UserError(
             f"{cfg.lerobot} has no camera with colours; name one with --cameras=front=NAME, of "
-            f"{', '.join(there) or 'which it has none'}"
+            f"{there or 'which it has none'}"
         )
-    return roles, [name for name in depth if name not in roles.values()]
+    return roles, sorted(set(depth).difference(roles.values()))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -633,6 +645,7 @@ def check_units(cfg: Config, found: LeRobotSet) -> None:
         print(f"100 % count as {known} degrees, by {cfg.calibration or nominal}")
     if cfg.convention != "auto" or found.convention != "new":
         return
+    # Old sets and raw servo positions show in their angles, see check_reach(). Per cent do not.
     parts = []  # (frames, 5)
     feature = found.features["state"]
     for episode in found.episodes[:5]:
@@ -666,6 +679,7 @@ def looks_like_percent(parts: list[ndarray]) -> bool:
     motion = np.concatenate([np.diff(part, axis=0) for part in parts])  # (frames, 5)
     if whole(motion * TURN / 360).all():  # whole steps of degrees
         return False
+    # Here the steps differ by joint, or the numbers were made without a servo.
     ranges = np.arange(1000, TURN + 1)  # possible ranges of a joint in servo steps, (R,)
     fits = []  # of each joint that moves: is its motion in whole steps of that range?
     for joint in motion.T:
@@ -701,14 +715,18 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> Scene:
     index = episode["episode_index"]
     length = episode["length"]
     place = f"{source.path(episode)}, episode {index}"
+    # Only these columns are read from disk: pictures are most of a file.
     columns = {*source.features.values(), *source.cameras.values()} - {*source.films}
     table = read_rows(source, episode, list(columns))
     begin, late, lost = check_clock(source, table, place)
+    notes = []
+    if late:
+        notes.append(f"episode {index}: {'left out, ' * lost}{late}")
     if lost:
-        return {}, [], [f"episode {index}: left out, {late}"]
+        return {}, [], notes
     kept = range(0, length, source.stride)
     # A command holds until the next picture. The last one given meanwhile says where the arm was sent.
-    last = [min(row + source.stride, length) - 1 for row in kept]
+    last = np.minimum(np.array(kept) + source.stride, length) - 1  # (kept,)
     arrays = {}
     for kind, rows in (("state", kept), ("action", last)):
         columns = source.columns[kind]
@@ -720,11 +738,8 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> Scene:
                 check_reach(recorded, source.convention, place)
     good = succeeded(source, episode, table)  # any frame may tell, also one that is not kept
     table = table.take(list(kept))
-    if "entry" in episode:
-        entries = [episode["entry"]]
-    else:
-        common = {"success": good, "seed": index, "family": Path(cfg.out).name, "kind": "demo"}
-        entries = [entry | common for entry in make_entries(source, table, place)]
+    common = {"success": good, "seed": index, "family": Path(cfg.out).name, "kind": "demo", "disturbed": []}
+    entries = [episode["entry"]] if "entry" in episode else make_entries(source, table, common, place)
     for role, feature in source.cameras.items():
         if feature in source.films:
             at = begin + source.start_in_film(episode, feature)
@@ -738,7 +753,7 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> Scene:
                     picture = open_picture(cell, source.root)
                     pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
         arrays[role] = np.stack(pictures)  # (kept, px, px, 3)
-    return arrays, entries, [f"episode {index}: {late}"] if late else []
+    return arrays, entries, notes
 
 
 def read_rows(source: LeRobotSet, episode: dict, columns: list) -> Any:
@@ -754,7 +769,7 @@ def read_rows(source: LeRobotSet, episode: dict, columns: list) -> Any:
     if not one_each and len(table) < length:
         # The list of episodes names the wrong file: the rows themselves know their episode.
         table = read_parquet(source.root / "data", columns, mine)
-    missing = [name for name in columns if name not in table.column_names]
+    missing = sorted(set(columns).difference(table.column_names))
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}, which meta/info.json describes")
     if len(table) != length:
@@ -788,7 +803,7 @@ def check_clock(source: LeRobotSet, table: Any, place: str) -> tuple[float, str,
         return 0, "", False
     times = numbers_of(table, feature, 1, place)[:, 0].astype(np.float64)  # (frames,) seconds
     steps = np.diff(times) * source.fps  # (frames - 1,) in frames
-    median = np.median(steps)
+    median = np.median(steps)  # the mean would move with one late frame
     if abs(median - 1) > 0.05:
         rate = "with a clock that does not run"
         if median > 0:
@@ -796,6 +811,7 @@ def check_clock(source: LeRobotSet, table: Any, place: str) -> tuple[float, str,
         raise UserError(
             f'{place} was recorded {rate}, meta/info.json says {source.fps:g}; write the right "fps" there'
         )
+    # Time stamps count from the first frame of the film. Rounding takes the jitter of the clock away.
     begin = round(times[0] * source.fps) / source.fps
     off = np.abs(steps - 1)  # (frames - 1,)
     if off.max() < 0.25:
@@ -805,32 +821,33 @@ def check_clock(source: LeRobotSet, table: Any, place: str) -> tuple[float, str,
     return begin, late, off.max() >= 1
 
 
-def make_entries(source: LeRobotSet, table: Any, place: str) -> Iterator[dict]:
+def make_entries(source: LeRobotSet, table: Any, common: dict, place: str) -> list[dict]:
     """What meta.json says of kept frames: an entry for each stretch with the same task."""
     features = source.features
-    tasks = [0] * len(table)
+    tasks = np.zeros(len(table), int)
     if "task" in features:
-        tasks = numbers_of(table, features["task"], 1, place)[:, 0].astype(int).tolist()
+        tasks = numbers_of(table, features["task"], 1, place)[:, 0].astype(int)
     texts = [""] * len(table)
     # As export() writes it: the reasoning that holds at each frame.
     if source.info["features"].get(features.get("reason"), {}).get("dtype") == "string":
         texts = table[features["reason"]].to_pylist()
-    for task, stretch in groupby(zip(tasks, texts), lambda pair: pair[0]):
-        words = str(source.tasks.get(task) or "")
+    entries = []
+    changes = np.flatnonzero(np.diff(tasks)) + 1  # frames at which another task begins
+    for start, end in pairwise([0, *changes.tolist(), len(tasks)]):
+        words = source.tasks.get(tasks[start]) or ""
         if not words.strip():
             raise UserError(
-                f"{place}: its task is number {task}, which has no text in {source.root}/meta/tasks.*; "
-                "write the instruction there"
+                f"{place}: its task is number {tasks[start]}, which has no text in "
+                f"{source.root}/meta/tasks.*; write the instruction there"
             )
         reason = []
         said = ""
-        length = 0
-        for _, text in stretch:
+        for step, text in enumerate(texts[start:end]):
             if (text or "") != said:
                 said = text or ""
-                reason.append([length, said])
-            length += 1
-        yield {"length": length, "task": words, "reason": reason, "disturbed": []}
+                reason.append([step, said])
+        entries.append({"length": end - start, "task": words, "reason": reason} | common)
+    return entries
 
 
 def succeeded(source: LeRobotSet, episode: dict, table: Any) -> bool:
@@ -893,6 +910,7 @@ def read_film(cfg: Config, path: Path, begin: float, fps: float, kept: range) ->
             # Neighbouring frames lie at -1 and 1; a quarter allows for the rounding of time stamps.
             if round(at) in kept and abs(at - round(at)) < 0.25:
                 pictures[round(at)] = resize_image(frame.to_image(), cfg.image_size, cfg.fit)
+            # What follows belongs to the next episodes.
             if at > kept[-1] - 0.5:
                 break
     if len(pictures) < len(kept):
@@ -975,6 +993,7 @@ def read_questions(cfg: Config, shard: Shard) -> Iterator[Scene]:
                 questions.append([turn.get("source") or path.parent.name, *words])
             else:
                 left_out.append("empty or long questions")
+        # One damaged picture of thousands is counted and costs nothing else.
         arrays = {}
         with contextlib.suppress(UserError), naming(path):
             (cell,) = row["images"] if questions else ()  # ValueError unless there is exactly one

@@ -6,9 +6,9 @@
     python prepare.py --export=data/small --out=lerobot_small    # a LeRobot data set (v3.0)
     python prepare.py --check_expert=500                   # how often the scripted expert succeeds
 
-Read it in this order: ScriptedExpert, demonstrate, scene_questions; then how the work is divided, done in
-parallel and merged. The layout of the finished folder is described in data.py. Data sets that others recorded
-are read and written by extras/lerobot_io.py.
+Read it in this order: ScriptedExpert, Disturbance, demonstrate, scene_questions; then how work is divided,
+done in parallel and merged. The layout of the finished folder is described in data.py. Data sets that others
+recorded are read and written by extras/lerobot_io.py.
 """
 
 import functools

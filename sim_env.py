@@ -73,12 +73,12 @@ OFFSET = np.array([0, 90, -90, 0, 0, 100 * 0.174 / 1.924])
 
 def to_position(qpos: Array) -> Array:
     """Joint angles of the model in radians (..., 6) -> LeRobot units (..., 6)."""
-    return np.asarray(qpos) * SCALE + OFFSET
+    return qpos * SCALE + OFFSET
 
 
 def to_qpos(position: Array) -> Array:
     """LeRobot units (..., 6) -> joint angles of the model in radians (..., 6)."""
-    return (np.asarray(position) - OFFSET) / SCALE
+    return (position - OFFSET) / SCALE
 
 
 LOW, HIGH = np.sort(to_position(JOINT_RANGE.T), axis=0)  # joint limits in LeRobot units, (6,) each
@@ -362,12 +362,8 @@ def sample_cubes(rng: Generator, family: str, split: str, n: int, pads: list) ->
 
     With the places of pads [(phi, r), ...], some cubes lie on a pad already and some anywhere, as amid work.
     """
-    usual = CUBE_AREA
-    targets = 0
-    if family == "tiny":
-        usual = TINY_AREA
-    if split == "ood_position":
-        targets = LEGS[family]
+    usual = TINY_AREA if family == "tiny" else CUBE_AREA
+    targets = LEGS[family] if split == "ood_position" else 0
     while True:
         places = []
         for i in range(n):
@@ -407,9 +403,8 @@ FOREARM = 0.1349 + 0.0052j  # elbow to wrist, at tilt 0
 TIP = 0.0601 + 0.1014  # wrist axis to the centre of the fingertips
 OPEN = 33.0  # gripper: 53 mm between the fingers
 CLOSED = 11.0  # gripper: a little narrower than a cube, so that it squeezes
-WRIST_RANGE = (-1.62, 1.62)  # a little inside the joint's 1.66
-PLANE_RANGES = (*JOINT_RANGE[1:3], WRIST_RANGE)
-Angles = tuple[float, float, float]  # shoulder_lift, elbow_flex, wrist_flex in radians
+# of shoulder_lift, elbow_flex, wrist_flex in radians; the last a little inside the joint's 1.66
+PLANE_RANGES = (*JOINT_RANGE[1:3], (-1.62, 1.62))
 
 
 def pinch_x(gripper: float) -> float:
@@ -424,7 +419,7 @@ def length(vector: complex) -> float:
     return math.hypot(vector.real, vector.imag)
 
 
-def solve_plane(point: complex, tool: complex, tilt: float) -> Angles | None:
+def solve_plane(point: complex, tool: complex, tilt: float) -> tuple | None:
     """Angles that bring the tool's end to a point at a tilt; None where they cannot.
 
     tool: from the wrist to the tool's end at tilt 0.
@@ -447,13 +442,11 @@ def solve_plane(point: complex, tool: complex, tilt: float) -> Angles | None:
     lift = upper + cmath.phase(UPPER_ARM)
     elbow = fore + cmath.phase(FOREARM) - lift
     angles = (lift, elbow, tilt - lift - elbow)
-    for angle, (low, high) in zip(angles, PLANE_RANGES):
-        if not low < angle < high:
-            return None
-    return angles
+    inside = all(low < angle < high for angle, (low, high) in zip(angles, PLANE_RANGES))
+    return angles if inside else None
 
 
-def solve_steepest(point: complex, tool: complex) -> Angles | None:
+def solve_steepest(point: complex, tool: complex) -> tuple | None:
     """solve_plane() at the tilt nearest to the vertical that the joints allow; None if there is none."""
     for degrees in range(90, -45, -5):  # from the vertical upwards
         flat = math.radians(degrees)
@@ -667,9 +660,10 @@ class SO100Env:
             n = rng.integers(2, 5)
             self.cube_colours = rng.permutation(COLOURS)[:n].tolist()
             self.pad_colours = rng.permutation(COLOURS).tolist()
-        turned = (
-            rng.uniform(-3, 3) if self.split != "ood_position" else rng.choice([-1, 1]) * rng.uniform(5, 8)
-        )
+        if self.split == "ood_position":
+            turned = rng.choice([-1, 1]) * rng.uniform(5, 8)  # degrees
+        else:
+            turned = rng.uniform(-3, 3)
         r = PAD_R + rng.uniform(-0.006, 0.006)
         pads = [(phi + turned, r) for phi in PAD_PHI]
         for row, pad, colour in zip(PAD_ROWS, pads, self.pad_colours):
@@ -704,6 +698,7 @@ class SO100Env:
         colour[PADS] = [shades[name or "table"] for name in self.pad_colours]
         colour[CUBES][:n] = [shades[name] for name in self.cube_colours]
         # One lamp: its brightness and direction.
+        # An array of one number, because a plain float would be multiplied in float32 as the field is.
         brightness = 1 + rng.uniform(-0.3, 0.3, 1)
         m.light_diffuse[0] = MODEL.light_diffuse[0] * brightness
         direction = MODEL.light_dir[0] + rng.uniform(-0.25, 0.25, 3)
@@ -714,8 +709,7 @@ class SO100Env:
         for old, quat, half in zip(MODEL.cam_quat, m.cam_quat, noise[:, :3] / 2):
             mujoco.mju_mulQuat(quat, old, np.array([1, *half]))  # (4,): a turn by 2 * half about each axis
             quat /= np.linalg.norm(quat)
-        friction = MODEL.geom_friction[CUBES, 0]
-        m.geom_friction[CUBES, 0] = friction * (1 + rng.uniform(-0.2, 0.2, 4))
+        m.geom_friction[CUBES, 0] = MODEL.geom_friction[CUBES, 0] * (1 + rng.uniform(-0.2, 0.2, 4))
         # The sides of a cube are equal. It stands on the table.
         m.geom_size[CUBES] = CUBE + rng.uniform(-0.0005, 0.0005, (4, 1))
         self.cube_pose[:n, 2] = m.geom_size[CUBES, 2][:n]
@@ -735,8 +729,7 @@ class SO100Env:
             d.ctrl[:] = d.qpos[:6]  # the servos hold this pose
             mujoco.mj_forward(self.model, d)
             touching = np.isin(self._contacts(), ARM).any()
-            lowest = d.site_xpos[:, 2].min()  # of the fingertips
-            if not touching and lowest > 0.012:
+            if not touching and d.site_xpos[:, 2].min() > 0.012:  # the lower fingertip
                 return
 
     def _move_target(self) -> None:
@@ -889,7 +882,7 @@ class SO100Env:
 
         -> observation, reward, terminated, truncated, info.
         """
-        return self.step_chunk(np.asarray(action)[None])
+        return self.step_chunk([action])
 
     def step_chunk(self, actions: Array) -> tuple:
         """Up to n control steps, actions (n, 6), ending early with the episode; one picture, at the end.

@@ -198,27 +198,25 @@ def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> 
 VERBS = WORDS["verbs"]
 
 
-def noun(usual: str, rare: str, rng: Generator, plain: bool) -> str:
-    """One of two words for the same thing. Plain sentences have the usual one."""
-    if plain or rng.random() < 0.6:
-        return usual
-    return rare
+def phrases(leg: Leg, expression: str | None, rng: Generator, plain: bool) -> tuple[str, str]:
+    """What a leg's cube and pad are called. Plain sentences have the usual words.
 
+    "the red cube", "the red block" or "the one that looks like a tomato"; "the blue pad" or "the blue
+    square", for a sum "pad 3 + 1", "pad number 3 plus 1", ...
+    """
 
-def cube_phrase(leg: Leg, rng: Generator, plain: bool) -> str:
-    """ "the red cube", "the red block" or "the one that looks like a tomato"."""
+    def noun(usual: str, rare: str) -> str:
+        return usual if plain or rng.random() < 0.6 else rare
+
     if leg.vague:
-        return f"the one that looks like {WORDS['vague_names'][leg.cube][leg.vague]}"
-    return f"the {leg.cube} {noun('cube', 'block', rng, plain)}"
-
-
-def pad_phrase(leg: Leg, expression: str | None, rng: Generator, plain: bool) -> str:
-    """ "the blue pad" or "the blue square"; for a sum "pad 3 + 1", "pad number 3 plus 1", ..."""
+        cube = f"the one that looks like {WORDS['vague_names'][leg.cube][leg.vague]}"
+    else:
+        cube = f"the {leg.cube} {noun('cube', 'block')}"
     if expression is None:
-        return f"the {leg.pad} {noun('pad', 'square', rng, plain)}"
+        return cube, f"the {leg.pad} {noun('pad', 'square')}"
     if not plain and rng.random() < 0.5:
         expression = expression.replace("+", "plus").replace("-", "minus")
-    return f"{noun('pad', 'pad number', rng, plain)} {expression}"
+    return cube, f"{noun('pad', 'pad number')} {expression}"
 
 
 def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> str:
@@ -241,8 +239,7 @@ def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> s
     plain = family == "tiny" or (not new and rng.random() < 0.3)
     clauses = []  # one for each leg
     for leg in legs:
-        cube = cube_phrase(leg, rng, plain)
-        pad = pad_phrase(leg, goal["sum"], rng, plain)
+        cube, pad = phrases(leg, goal["sum"], rng, plain)
         if plain:
             clauses.append(f"{cube} on {pad}")
             continue
@@ -419,6 +416,11 @@ def length(vector: complex) -> float:
     return math.hypot(vector.real, vector.imag)
 
 
+def corner(a: float, b: float, opposite: float) -> float:
+    """The angle of a triangle between its sides a and b, by the law of cosines."""
+    return math.acos((a * a + b * b - opposite * opposite) / (2 * a * b))
+
+
 def solve_plane(point: complex, tool: complex, tilt: float) -> tuple | None:
     """Angles that bring the tool's end to a point at a tilt; None where they cannot.
 
@@ -433,11 +435,9 @@ def solve_plane(point: complex, tool: complex, tilt: float) -> tuple | None:
     if not abs(a - b) < d < a + b:
         return None
     down = -cmath.phase(wrist)  # tilt of the line from shoulder to wrist
-    # tilts of the two links by the law of cosines, with the elbow above the line from shoulder to wrist
-    at_shoulder = math.acos((a * a + d * d - b * b) / (2 * a * d))
-    at_wrist = math.acos((b * b + d * d - a * a) / (2 * b * d))
-    upper = down - at_shoulder
-    fore = down + at_wrist
+    # tilts of the two links, with the elbow above the line from shoulder to wrist
+    upper = down - corner(a, d, b)
+    fore = down + corner(b, d, a)
     # Angles of the joints: differences of tilts, which are counted from the links' own directions.
     lift = upper + cmath.phase(UPPER_ARM)
     elbow = fore + cmath.phase(FOREARM) - lift
@@ -588,7 +588,12 @@ class SO100Env:
         a scene of sequence or of tiny). Without a seed a training one is drawn, or for the two
         out-of-distribution splits a report one.
         """
-        known = {"family": self.family, "split": self.split, "start": False, "task": ""}
+        known = {
+            "family": self.family,
+            "split": self.split,
+            "start": False,
+            "task": "",
+        }
         chosen = known | (options or {})
         if len(chosen) > len(known):
             raise UserError(f"unknown reset options {sorted(chosen.keys() - known)}: type {', '.join(known)}")
@@ -709,7 +714,8 @@ class SO100Env:
         for old, quat, half in zip(MODEL.cam_quat, m.cam_quat, noise[:, :3] / 2):
             mujoco.mju_mulQuat(quat, old, np.array([1, *half]))  # (4,): a turn by 2 * half about each axis
             quat /= np.linalg.norm(quat)
-        m.geom_friction[CUBES, 0] = MODEL.geom_friction[CUBES, 0] * (1 + rng.uniform(-0.2, 0.2, 4))
+        friction = MODEL.geom_friction[CUBES, 0]
+        m.geom_friction[CUBES, 0] = friction * (1 + rng.uniform(-0.2, 0.2, 4))
         # The sides of a cube are equal. It stands on the table.
         m.geom_size[CUBES] = CUBE + rng.uniform(-0.0005, 0.0005, (4, 1))
         self.cube_pose[:n, 2] = m.geom_size[CUBES, 2][:n]
@@ -821,7 +827,8 @@ class SO100Env:
         """The strict test: at rest and level on the pad, touching no jaw, no other cube over the pad."""
         if not self.resting(colour, number) or any(self.touching(colour)):
             return False
-        height = self.cube_xyz(colour)[2] - self.model.geom_size[self._row(colour), 2]
+        half = self.model.geom_size[self._row(colour), 2]
+        height = self.cube_xyz(colour)[2] - half
         upright = np.abs(self.cube_axes(colour)[2]).max()  # 1: some face is exactly level
         if abs(height) >= 0.002 or upright <= 0.995:
             return False
@@ -943,7 +950,8 @@ def main() -> None:
     for family in FAMILIES:
         row = []
         for split in SPLITS:
-            obs, _ = env.reset(seed=SEEDS["val"].start, options={"family": family, "split": split})
+            options = {"family": family, "split": split}
+            obs, _ = env.reset(seed=SEEDS["val"].start, options=options)
             row += obs["images"].values()
             print(f"{family:10} {split:16} {env.task}")
         rows.append(np.hstack(row))

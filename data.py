@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import UserError, check_names, read_json, write_json
+from common import (
+    UserError,
+    as_array,
+    as_floats,
+    check_array,
+    check_names,
+    check_robot,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from model import Config
@@ -49,7 +58,15 @@ class Tokenizer:
     words.
     """
 
-    SPECIAL = ("<pad>", "<task>", "<reason>", "</reason>", "<ask>", "<answer>", "<end>")
+    SPECIAL = (
+        "<pad>",
+        "<task>",  # an instruction follows
+        "<reason>",  # its chain of thought follows
+        "</reason>",  # the feature queries follow
+        "<ask>",  # a question about the picture follows
+        "<answer>",  # its answer follows
+        "<end>",  # of an answer
+    )
     PIECES = re.compile(r" ?\w+| ?[^\w\s]|\s")
     LONGEST = 128  # tokens of an instruction or question; the longest of ours has under 40
     start = image_open = image_close = ()  # nothing stands around the images
@@ -63,15 +80,14 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], limit: int) -> Tokenizer:
-        """The most frequent pieces of `texts`, so that the whole vocabulary has at most `limit` tokens.
-
-        A piece seen fewer than 20 times stays bytes: its embedding would hardly be trained.
-        """
-        # how often every piece occurs
-        counts = Counter(piece for text in texts for piece in cls.PIECES.findall(" " + text))
-        frequent = [piece for piece in counts if counts[piece] >= 20]
-        frequent.sort(key=lambda piece: (-counts[piece], piece))
-        return cls(frequent[: limit - len(cls.SPECIAL) - 256])
+        """The most frequent pieces of `texts`, so that the whole vocabulary has at most `limit` tokens."""
+        counts = Counter()
+        for text in texts:
+            counts.update(cls.PIECES.findall(" " + text))
+        # A rare piece stays bytes: its embedding would hardly be trained.
+        frequent = sorted(piece for piece in counts if counts[piece] >= 20)
+        frequent.sort(key=counts.get, reverse=True)  # a stable sort: pieces of one count stay in their order
+        return cls(frequent[: limit - len(cls.SPECIAL) - 256])  # special tokens and bytes come first
 
     def __len__(self) -> int:
         return self.first_word + len(self.words)
@@ -84,35 +100,33 @@ class Tokenizer:
         for piece in self.PIECES.findall(" " + text):
             if piece in self.ids:
                 ids.append(self.ids[piece])
-            else:
+            else:  # a word that training has not met
                 ids += [len(self.SPECIAL) + byte for byte in piece.encode("utf-8", "surrogatepass")]
-        if len(self.encoded) < 1_000_000:
+        if len(self.encoded) < 1_000_000:  # people's words must not fill the memory
             self.encoded[text] = ids
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Token ids -> string; special tokens are left out."""
-        parts = []
+        text = b""
         for i in ids:
-            if i >= self.first_word:
-                parts.append(self.words[i - self.first_word].encode() if i < len(self) else b"")
-            elif i >= len(self.SPECIAL):
-                parts.append(bytes([i - len(self.SPECIAL)]))
-        return b"".join(parts).decode("utf-8", "replace").removeprefix(" ")
+            # The model's table of embeddings may have more rows than there are words.
+            if self.first_word <= i < len(self):
+                text += self.words[i - self.first_word].encode()
+            elif len(self.SPECIAL) <= i < self.first_word:
+                text += bytes([i - len(self.SPECIAL)])
+        # A chain of thought that was cut off may end within a character.
+        return text.decode("utf-8", "replace").removeprefix(" ")
 
     def encode_user_text(self, text: str, what: str) -> list[int]:
-        """A user's words -> ids, in the form of the training text: lower case, punctuation apart.
-
-        UserError for words that are empty or too many.
-        """
-        words = re.findall(r"\w+|[^\w\s]", text.lower())
-        ids = self.encode(" ".join(words))
+        """A user's words -> ids; UserError for words that are empty or too many."""
         if not text.strip():
             raise UserError(f'the {what} is empty; try "put the red cube on the blue pad"')
+        # the form of the training text: lower case, punctuation apart
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        ids = self.encode(" ".join(words))
         if len(ids) > self.LONGEST:
-            raise UserError(
-                f"the {what} is {len(ids)} tokens long, at most {self.LONGEST} fit: use fewer words"
-            )
+            raise UserError(f"the {what} is {len(ids)} tokens long, at most {self.LONGEST} fit")
         return ids
 
     def prompt(self, task: str, reasoning: bool = True) -> list[int]:
@@ -127,10 +141,8 @@ class Tokenizer:
         return [*self.encode(reasoning), self.end_reasoning]
 
     def question(self, question: str) -> list[int]:
-        """Question -> the ids that the answer follows.
-
-        An instruction as a question asks for its reasoning.
-        """
+        """Question -> the ids that the answer follows."""
+        # An instruction as a question asks for its reasoning: questions and demonstrations train one skill.
         if question.startswith("<task>"):
             return self.prompt(question.removeprefix("<task>"))
         return [self.ask, *self.encode_user_text(question, "question"), self.reply]
@@ -163,31 +175,32 @@ Segment = tuple[list[int], list[int]]  # prompt ids, target ids
 
 
 def pack(rows: list[list[Segment]]) -> dict[str, np.ndarray]:
-    """Rows of (prompt ids, target ids) pairs -> padded arrays; each pair becomes a segment 1, 2, ...
-
-    of its row.
-
-    -> tokens, segments (-1: padding), positions (within the segment), labels (the next token where it is a
-    target, else
-    -100), all (B, T) int64.
-    """
-    T = max(sum(len(prompt) + len(target) for prompt, target in row) for row in rows)
+    """Rows of (prompt ids, target ids) pairs -> padded arrays (B, T) int64; a pair is a segment."""
     B = len(rows)
+    T = 0
+    for row in rows:
+        T = max(T, sum(len(prompt) + len(target) for prompt, target in row))
     tokens = np.zeros((B, T), np.int64)
-    segments = np.full((B, T), -1)
-    positions = np.zeros((B, T), np.int64)
-    labels = np.full((B, T), -100)
+    segments = np.full((B, T), -1)  # 1, 2, ...; -1: padding. A token attends to its own segment alone
+    positions = np.zeros((B, T), np.int64)  # within the segment
+    labels = np.full((B, T), -100)  # the next token where it is a target; -100 is torch's "no label"
     for b, row in enumerate(rows):
         start = 0
         for number, (prompt, target) in enumerate(row, 1):
-            end = start + len(prompt) + len(target)
-            first_target = start + len(prompt)
-            tokens[b, start:end] = prompt + target
+            middle = start + len(prompt)
+            end = middle + len(target)
+            tokens[b, start:middle] = prompt
+            tokens[b, middle:end] = target
             segments[b, start:end] = number
             positions[b, start:end] = np.arange(end - start)
-            labels[b, first_target - 1 : end - 1] = target  # what follows the token at this place
+            labels[b, middle - 1 : end - 1] = target  # what follows the token at this place
             start = end
-    return {"tokens": tokens, "segments": segments, "positions": positions, "labels": labels}
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "positions": positions,
+        "labels": labels,
+    }
 
 
 def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -196,7 +209,9 @@ def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def flow_times(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Random flow times in (0, 1] as pi0 draws them, float32: more of them near noise (t = 1)."""
+    """Random flow times in (0, 1], float32: more of them near noise (t = 1)."""
+    # pi0 (Black et al., 2024) draws its times from this Beta distribution. Time 0 is left out: there is no
+    # noise to remove.
     return rng.beta(1.5, 1.0, shape).astype(np.float32) * 0.999 + 0.001
 
 
@@ -209,66 +224,68 @@ class Episodes:
 
     def __init__(self, folder: str | Path, cfg: Config, families: list[str] | None = None):
         """Open a data set; UserError shows both sides of what does not fit the model. families None: all."""
+        # Everything is checked here: a training must not fail at a frame that it meets after hours.
         self.cfg = cfg
         self.folder = folder
         self.meta = read_meta(folder)
-        self.images = open_images(folder, self.meta, cfg)
+        self.images = open_images(folder, self.meta, cfg)  # per camera (frames, px, px, 3)
         self.state = open_array(folder, "state")  # (frames, S)
         self.action = open_array(folder, "action")  # (frames, A)
-        arrays = {"state": self.state, "action": self.action} | dict(zip(cfg.camera_names, self.images))
+        arrays = dict(zip(cfg.camera_names, self.images))
+        arrays["state"] = self.state
+        arrays["action"] = self.action
         check_set(folder, self.meta, arrays)
-        check_robot(folder, self.meta, cfg)
+        names = column_names(self.meta)
+        check_robot(str(folder), cfg, names["action"], names["state"], self.meta["fps"])
         self.episodes = usable_episodes(folder, self.meta, families)
         self.cache = None  # of a frozen VLM's query states, see cache_query_states()
 
-        # One entry per frame: its row in the arrays, the row at which its chunk ends, its episode
-        self.frames: list[int] = []
-        self.end: list[int] = []
-        self.episode_of: list[int] = []
+        rows = []  # per frame: its row in the arrays, its step, the row at which its chunk ends, its episode
         weights = []
         for number, episode in enumerate(self.episodes):
+            start = episode["start"]
             changes = [step for step, _ in episode["reason"]]
             for step in range(episode["length"]):
-                self.frames.append(episode["start"] + step)
-                self.end.append(episode["start"] + chunk_end(episode, step))
-                self.episode_of.append(number)
+                rows.append((start + step, step, start + chunk_end(episode, step), number))
                 # Only the frames at which a new reasoning begins need the words: in later ones the arm's own
                 # motion gives the target away. Drawing them more often makes the policy listen.
                 new = any(0 <= step - change < 3 for change in changes)
                 weights.append(3.0 if new else 1.0)
-        self.cumulative = np.cumsum(weights) / np.sum(weights)
+        self.rows = np.array(rows)  # (N, 4)
+        self.frames, _, _, self.episode_of = self.rows.T.tolist()
+        self.cumulative = np.cumsum(weights) / np.sum(weights)  # (N,), the last one is 1
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def reason_at(self, i: int) -> tuple[str, str]:
         """(task, reasoning) of the i-th frame."""
-        episode = self.episodes[self.episode_of[i]]
-        step = self.frames[i] - episode["start"]
+        _, step, _, number = self.rows[i]
+        episode = self.episodes[number]
         reasoning = ""
         for first, text in episode["reason"]:
-            if first <= step:
+            if first <= step:  # the last one that has begun holds
                 reasoning = text
         return episode["task"], reasoning
 
     def home(self) -> str:
         """Where demonstrations begin: the median of their first states, with commas; "" if there are none."""
+        # A `start` episode begins anywhere.
         first = [episode["start"] for episode in self.episodes if episode.get("kind") != "start"]
-        middle = np.median(self.state[first], axis=0) if first else ()  # (S,)
+        if not first:
+            return ""
+        middle = np.median(self.state[first], axis=0)  # (S,)
         return ",".join(f"{number:.6g}" for number in middle)
 
     def check_tasks(self, tokenizer: Tokenizer) -> None:
         """UserError names the episode whose instruction or reasoning the model cannot take."""
-        known = set()
+        limit = 4 * tokenizer.LONGEST  # a reasoning may be longer than an instruction
         for episode in self.episodes:
-            texts = {episode["task"], *(text for _, text in episode["reason"])} - known
-            known |= texts
             try:
-                if episode["task"] in texts:
-                    tokenizer.prompt(episode["task"], self.cfg.reasoning)
-                longest = max((len(tokenizer.reasoning_ids(text)) for text in texts), default=0)
-                if self.cfg.reasoning and longest > 4 * tokenizer.LONGEST:
-                    raise UserError(f"a reasoning of {longest} tokens is too long, use fewer words")
+                tokenizer.prompt(episode["task"], self.cfg.reasoning)
+                for _, text in episode["reason"]:
+                    if self.cfg.reasoning and len(tokenizer.reasoning_ids(text)) > limit:
+                        raise UserError(f"a reasoning is too long, at most {limit} tokens fit")
             except UserError as error:
                 number = self.meta["episodes"].index(episode)
                 raise UserError(f"{self.folder}/meta.json: episode {number}: {error}") from None
@@ -283,18 +300,22 @@ class Episodes:
     def batch(
         self, tokenizer: Tokenizer, rng: np.random.Generator, n: int, rows: slice = slice(None)
     ) -> dict[str, Tensor]:
-        """n random frames as an action batch (the keys of SyVLA.forward); only `rows` of it are built.
-
-        All random numbers are drawn for the whole batch first, so that every process of a job agrees on them.
-        """
+        """n random frames as an action batch (the keys of SyVLA.forward); only `rows` of it are built."""
         cfg = self.cfg
         M = cfg.noise_samples
+        # All random numbers are drawn for the whole batch, so that every process of a job agrees on them.
         picks = np.searchsorted(self.cumulative, rng.random(n))  # (n,), by the frames' weights
         eps = rng.standard_normal((n, M, cfg.chunk_size, cfg.action_dim), dtype=np.float32)
         t = flow_times(rng, (n, M))
         uniform = rng.random((n, cfg.queries), dtype=np.float32)
-        older = rng.integers(cfg.stale + 1, size=n)[rows] if cfg.stale else None
-        noise = {"eps": eps[rows], "t": t[rows], "uniform": uniform[rows]}
+        older = None
+        if cfg.stale:
+            older = rng.integers(cfg.stale + 1, size=n)[rows]
+        noise = {
+            "eps": eps[rows],  # (B, M, H, A), the noise
+            "t": t[rows],  # (B, M), flow times: 1 is noise, 0 is data
+            "uniform": uniform[rows],  # (B, Q), for the control that drops queries at random
+        }
         return self.samples(tokenizer, picks[rows], older) | to_tensors(noise)
 
     def samples(
@@ -306,22 +327,18 @@ class Episodes:
         "age" (B,) says how many. Where query states are cached, "query_states" (B, Q, D) stand in place of
         images and text.
         """
-        picks = np.asarray(picks)
-        frames = np.array([self.frames[i] for i in picks])
+        frames, since_start, end, _ = self.rows[picks].T  # (B,) each
         batch = {}
         seen = picks  # the frames whose pictures and text the VLM gets
         if older is not None:
-            since_start = np.array(
-                [self.frames[i] - self.episodes[self.episode_of[i]]["start"] for i in picks]
-            )
             batch["age"] = np.minimum(older, since_start)
-            seen = picks - batch["age"]
+            seen = np.subtract(picks, batch["age"])
         # the chunk from each frame on; behind its end the last action is repeated and not valid
         steps = frames[:, None] + np.arange(self.cfg.chunk_size)  # (B, H)
-        last = np.array([self.end[i] for i in picks])[:, None] - 1  # (B, 1)
+        last = end[:, None] - 1  # (B, 1)
         batch["state"] = self.state[frames]  # (B, S)
         batch["actions"] = self.action[np.minimum(steps, last)]  # (B, H, A)
-        batch["valid"] = steps <= last
+        batch["valid"] = steps <= last  # (B, H)
         if self.cache is None:
             batch |= self.prompts(tokenizer, seen)
         else:
@@ -333,11 +350,12 @@ class Episodes:
         rows = []
         for i in picks:
             task, reasoning = self.reason_at(i)
-            target = tokenizer.reasoning_ids(reasoning) if self.cfg.reasoning else []
-            rows.append([(tokenizer.prompt(task, self.cfg.reasoning), target)])
-        frames = [self.frames[i] for i in picks]
-        images = np.stack([view[frames] for view in self.images], axis=1)  # (B, V, px, px, 3)
-        return pack(rows) | {"images": images}
+            prompt = tokenizer.prompt(task, self.cfg.reasoning)
+            target = []
+            if self.cfg.reasoning:
+                target = tokenizer.reasoning_ids(reasoning)
+            rows.append([(prompt, target)])
+        return pack(rows) | {"images": pictures(self.images, self.rows[picks, 0])}
 
     def cache_query_states(self, path: Path, shape: tuple[int, int], query_states_of: Callable) -> None:
         """From now on keep a frozen VLM's query states in a file, each frame's when it is first drawn.
@@ -347,16 +365,15 @@ class Episodes:
         record = np.dtype([("known", bool), ("states", np.float16, shape)])  # no kill parts the two
         if not path.is_file():
             temporary = f"{path}.tmp{os.getpid()}"  # several processes may come here at once
-            np.lib.format.open_memmap(
-                temporary, "w+", record, (len(self.state),)
-            )  # sparse: no room until drawn
+            # A sparse file: a frame takes no room on the disk until it is drawn.
+            np.lib.format.open_memmap(temporary, "w+", record, (len(self.state),))
             os.replace(temporary, path)
         self.cache = np.load(path, mmap_mode="r+")
         self.query_states_of = query_states_of
 
     def cached_query_states(self, tokenizer: Tokenizer, picks: np.ndarray) -> np.ndarray:
         """Query states (B, Q, D) float32 of frames by index, computed where the cache has none yet."""
-        frames = np.array([self.frames[i] for i in picks])
+        frames = self.rows[picks, 0]  # (B,)
         new = np.flatnonzero(~self.cache["known"][frames])  # rows of the batch
         if len(new):
             states = self.query_states_of(to_tensors(self.prompts(tokenizer, picks[new])))
@@ -365,12 +382,15 @@ class Episodes:
         return self.cache["states"][frames].astype(np.float32)
 
 
-def chunk_end(episode: dict, step: int) -> int:
-    """The step at which a chunk that starts at `step` of an episode must end.
+def pictures(views: list[np.ndarray], frames: Sequence[int]) -> np.ndarray:
+    """Some frames of all cameras' arrays -> (B, V, px, px, 3)."""
+    return np.stack([view[frames] for view in views], axis=1)
 
-    After a disturbance the recorded actions react to it. They cannot be predicted from this frame, so the
-    target chunk ends with the first disturbed step.
-    """
+
+def chunk_end(episode: dict, step: int) -> int:
+    """The step at which a chunk that starts at `step` of an episode must end."""
+    # After a disturbance the recorded actions react to it. They cannot be predicted from this frame, so the
+    # target chunk ends with the first disturbed step.
     end = episode["length"]
     for first, last in episode.get("disturbed", ()):
         if step < last:
@@ -395,22 +415,24 @@ class Questions:
         self.scenes = np.arange(len(self.questions))
 
     def drop_long(self, tokenizer: Tokenizer) -> None:
-        """Leave out questions and answers that are longer than the model is made for, and pictures left
-        without one.
-        """
+        """Leave out questions and answers that the model is too small for, and pictures left without one."""
 
         def fits(question: str, answer: str) -> bool:
             if len(answer.encode()) > 4 * tokenizer.LONGEST:
                 return False
-            if 2 * len(question.encode()) <= tokenizer.LONGEST:  # a byte with a space before it is two tokens
+            # Encoding all questions takes long. A byte with its space is two tokens at most.
+            if 2 * len(question.encode()) <= tokenizer.LONGEST:
                 return True
             try:
                 return bool(tokenizer.question(question))
             except UserError:
                 return False
 
-        self.questions = [[item for item in scene if fits(*item[1:])] for scene in self.questions]
-        self.scenes = np.array([i for i, scene in enumerate(self.questions) if scene])
+        kept = []
+        for scene in self.questions:
+            kept.append([item for item in scene if fits(*item[1:])])
+        self.questions = kept
+        self.scenes = np.flatnonzero(list(map(len, kept)))
         if not len(self.scenes):
             raise UserError(
                 f"{self.path} has no question of at most {tokenizer.LONGEST} tokens: "
@@ -438,34 +460,42 @@ class Questions:
 
         kinds: of question, None for all. Only `rows` of the batch are built.
         """
-        picks = self.scenes[rng.integers(len(self.scenes), size=n)[rows]]
+        picks = self.scenes[rng.integers(len(self.scenes), size=n)[rows]]  # (B,)
+        # A picture has few questions or many: a seed of its own keeps all later draws where they are.
         seeds = rng.integers(2**31, size=n)[rows]
         packed = []
         for scene, seed in zip(picks, seeds):
-            pool = [item for item in self.questions[scene] if kinds is None or item[0] in kinds]
+            pool = self.questions[scene]
+            if kinds is not None:
+                pool = [item for item in pool if item[0] in kinds]
             order = np.random.default_rng(seed).permutation(len(pool))
-            packed.append(fill_row(tokenizer, [pool[i] for i in order], room))
-        images = np.stack([view[picks] for view in self.images], axis=1)  # (B, V, px, px, 3)
-        return to_tensors(pack(packed) | {"images": images})
+            shuffled = [pool[i] for i in order]
+            packed.append(fill_row(tokenizer, shuffled, room))
+        return to_tensors(pack(packed) | {"images": pictures(self.images, picks)})
 
     def accuracy(self, answer: Callable, n: int = 2000, batch: int = 50) -> dict[str, dict]:
         """Exact-match accuracy per kind, on n fixed random questions; answer(images, questions) -> strings.
 
         -> {kind: {"accuracy", "n"}, ..., "all": ...}
         """
-        items = [(scene, *item) for scene, asked in enumerate(self.questions) for item in asked]
-        items = [items[i] for i in np.random.default_rng(0).permutation(len(items))[:n]]
+        items = []
+        for scene, asked in enumerate(self.questions):
+            items += [(scene, *item) for item in asked]
+        chosen = np.random.default_rng(0).permutation(len(items))[:n]
+        items = [items[i] for i in chosen]
         items.sort(key=lambda item: len(item[2]))  # rows of like length decode together without waste
-        right = Counter()
-        total = Counter()
+        hits = defaultdict(list)  # kind -> whether each answer was right
         for start in range(0, len(items), batch):
             scenes, kinds, questions, truths = zip(*items[start : start + batch])
-            images = np.stack([view[list(scenes)] for view in self.images], axis=1)  # (B, V, px, px, 3)
-            for kind, truth, said in zip(kinds, truths, answer(images, list(questions))):
-                for name in (kind, "all"):
-                    right[name] += said == truth
-                    total[name] += 1
-        return {kind: {"accuracy": right[kind] / total[kind], "n": total[kind]} for kind in sorted(total)}
+            images = pictures(self.images, list(scenes))
+            answers = answer(images, list(questions))
+            for kind, truth, said in zip(kinds, truths, answers):
+                hits[kind].append(said == truth)
+                hits["all"].append(said == truth)
+        result = {}
+        for kind, right in sorted(hits.items()):
+            result[kind] = {"accuracy": sum(right) / len(right), "n": len(right)}
+        return result
 
 
 def fill_row(tokenizer: Tokenizer, items: list[list[str]], room: int) -> list[Segment]:
@@ -485,6 +515,22 @@ def fill_row(tokenizer: Tokenizer, items: list[list[str]], room: int) -> list[Se
 # Data sets on disk
 
 
+SET = ("cameras", "motors", "fps", "statistics", "episodes")  # what meta.json must hold
+# What an entry of its episodes must hold, and what it may hold besides
+EPISODE = {
+    "start": int,  # row of its first frame in the arrays
+    "length": int,  # frames
+    "task": str,  # the instruction
+    "reason": list,  # [[first step, text], ...]
+    "success": bool,  # failures are not learnt from
+}
+OPTIONAL = {
+    "family": str,  # of tasks, for --families
+    "kind": str,  # "demo", or "start": a few good steps
+    "disturbed": list,  # [[first step, end], ...], where the arm did not obey the actions
+}
+
+
 def read_meta(folder: str | Path, questions: bool = False) -> dict:
     """meta.json of a data set, or of a question set, which needs no more than cameras.
 
@@ -494,25 +540,44 @@ def read_meta(folder: str | Path, questions: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"{folder} is no data set (no meta.json); run: python prepare.py --config small")
     meta = read_json(path)
-    needed = ["cameras"] if questions else ["cameras", "motors", "fps", "statistics", "episodes"]
-    if not isinstance(meta, dict):
-        raise UserError(f"{path} is no JSON object; docs/data.md lists what it must hold")
-    missing = [key for key in needed if key not in meta]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; docs/data.md lists what it must hold")
-    check_names(f"{path}: cameras", meta["cameras"])
-    if meta.get("grey"):
-        check_names(f"{path}: grey", meta["grey"])
+    needed = SET
     if questions:
-        return meta
-    check_names(f"{path}: motors", meta["motors"])
-    if meta.get("state", ()) != []:
-        check_names(f"{path}: state", meta.get("state", meta["motors"]))
-    fps = meta["fps"]
-    if type(fps) not in (int, float) or not 1 <= fps <= 10_000 or fps != int(fps):
-        raise UserError(f"{path}: fps must be a whole number above 0, not {fps!r}")
-    meta["fps"] = int(fps)
+        needed = ("cameras",)
+    check_meta(str(path), meta, needed)
     return meta
+
+
+def check_keys(where: str, entry: Any, needed: Iterable[str]) -> None:
+    """UserError unless this is a JSON object with the needed keys."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is no JSON object; docs/data.md lists what it must hold")
+    missing = [key for key in needed if key not in entry]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}; docs/data.md lists what it must hold")
+
+
+def check_meta(where: str, meta: Any, needed: Sequence[str]) -> None:
+    """The entries of meta.json, without its statistics and episodes."""
+    check_keys(where, meta, needed)
+    for key in ("cameras", "grey", "motors", "state"):
+        if key in needed or meta.get(key):
+            check_names(f"{where}: {key}", meta[key])
+    if {"state", "action"} & set(meta["cameras"]):
+        raise UserError(f"{where}: a camera cannot be named state or action, as other arrays of the set are")
+    if "fps" in needed:
+        fps = meta["fps"]
+        if type(fps) not in (int, float) or not 1 <= fps <= 10_000 or fps != int(fps):
+            raise UserError(f"{where}: fps must be a whole number above 0, not {fps!r}")
+        meta["fps"] = int(fps)  # other programs write 30.0
+
+
+def column_names(meta: dict) -> dict[str, list[str]]:
+    """{array: names of its columns}; a state without names is the motors' positions."""
+    motors = meta["motors"]
+    return {
+        "state": meta.get("state") or motors,
+        "action": motors,  # targets of the motors' positions
+    }
 
 
 def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]:
@@ -528,29 +593,25 @@ def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]
             "set --cameras or choose another --data"
         )
     grey = meta.get("grey", [])
-    stored = {}
-    for camera in wanted:
-        if camera not in grey:
-            stored[camera] = open_images_of(folder, camera)
+    stored = {camera: open_images_of(folder, camera) for camera in wanted if camera not in grey}
     if not stored:
         raise UserError(f"{folder} has no pictures of {wanted}; set --cameras or --mix=0")
-    shapes = {camera: array.shape for camera, array in stored.items()}
-    if len(set(shapes.values())) > 1:
-        raise UserError(f"{folder}: the cameras' arrays differ in shape: {shapes}; make the set again")
-    shape = next(iter(shapes.values()))
-    if shape[1] != cfg.image_size:
-        raise UserError(
-            f"{folder} has images of {shape[1]} px, the model takes {cfg.image_size}: "
-            f"make it with prepare.py --image_size={cfg.image_size}"
-        )
-    blank = np.broadcast_to(np.uint8(128), shape)
+    for array in stored.values():
+        px = array.shape[1]
+        if px != cfg.image_size:
+            raise UserError(
+                f"{folder} has images of {px} px, the model takes {cfg.image_size}: "
+                f"make it with prepare.py --image_size={cfg.image_size}"
+            )
+    check_lengths(str(folder), stored)
+    blank = np.broadcast_to(np.uint8(128), array.shape)  # (frames, px, px, 3), takes no memory
     return [stored.get(camera, blank) for camera in wanted]
 
 
 def open_images_of(folder: str | Path, camera: str) -> np.ndarray:
     """The pictures of one camera (frames, px, px, 3), memory-mapped."""
     array = open_array(folder, camera)
-    check_images(f"{folder}/{camera}.npy", array)
+    check_array(f"{folder}/{camera}.npy", array, IMAGES, np.uint8)
     return array
 
 
@@ -566,83 +627,59 @@ def open_array(folder: str | Path, name: str) -> np.ndarray:
     return array
 
 
-def check_images(where: str, x: np.ndarray) -> None:
-    """UserError unless an array holds square colour pictures of whole grey values."""
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != x.shape[2] or x.shape[3] != 3 or not x.size:
-        raise UserError(f"{where} must be (frames, px, px, 3) uint8; it is {x.shape} {x.dtype}")
+# -----------------------------------------------------------------------------------------------------------
+# The door for data: everything that a set must hold is checked before the first step of any work
 
-
-def check_numbers(where: str, x: np.ndarray, names: Sequence[str]) -> None:
-    """UserError unless an array holds a row of finite float32 numbers per frame, one for each name."""
-    if x.ndim != 2 or x.shape[1] != len(names) or x.dtype != np.float32 or not len(x):
-        raise UserError(
-            f"{where} must be (frames, {len(names)}) float32 for {list(names)}; it is {x.shape} {x.dtype}"
-        )
-    finite = np.isfinite(x).all(1)  # (frames,)
-    if not finite.all():
-        first = int(np.argmin(finite))
-        raise UserError(f"{where}: frame {first} is not finite: {x[first]}; repair it or leave it out")
-
-
-def check_questions(path: Path, scenes: Any, pictures: int) -> None:
-    """The door for question sets: a list for every picture, of [kind, question, answer]."""
-    if not isinstance(scenes, list) or not all(isinstance(scene, list) for scene in scenes):
-        raise UserError(f"{path} must be a list with a list for every picture; docs/data.md shows one")
-    if len(scenes) != pictures:
-        raise UserError(f"{path} has questions for {len(scenes)} pictures, there are {pictures}")
-    for number, scene in enumerate(scenes):
-        for item in scene:
-            texts = isinstance(item, list) and len(item) == 3 and all(is_text(text) for text in item)
-            if not texts:
-                said = repr(item)[:100]
-                raise UserError(f"{path}: picture {number} has {said}, not [kind, question, answer]")
+IMAGES = ("frames", "px", "px", 3)
 
 
 def check_set(where: str | Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
-    """The door for data: everything that a data set must hold, checked before the first step of any work.
+    """UserError names the file and the entry of the first thing in a data set that cannot be right.
 
     where: the folder, for messages. meta: as read_meta() takes it. arrays: state (frames, S), action
-    (frames, A), and the cameras' (frames, px, px, 3). UserError names the file and the entry of the first
-    thing that cannot be right.
+    (frames, A), and the cameras' (frames, px, px, 3).
     """
-    names = {"action": meta["motors"], "state": meta.get("state") or meta["motors"]}
+    asked = layout(meta)
     for name, x in arrays.items():
-        if name in names:
-            check_numbers(f"{where}/{name}.npy", x, names[name])
-        else:
-            check_images(f"{where}/{name}.npy", x)
-    lengths = {name: len(x) for name, x in arrays.items()}
+        check_array(f"{where}/{name}.npy", x, *asked[name])
+    check_lengths(str(where), arrays)
+    path = f"{where}/meta.json"
+    for name in ("state", "action"):
+        check_statistics(path, name, meta["statistics"], arrays[name])
+    check_episodes(path, meta["episodes"], len(arrays["state"]))
+
+
+def layout(meta: dict) -> dict[str, tuple]:
+    """What check_array() asks of every array of a set: {name: (shape, type, words for the message)}."""
+    asked = dict.fromkeys(meta["cameras"], (IMAGES, np.uint8))
+    for name, words in column_names(meta).items():
+        shape = ("frames", len(words))
+        asked[name] = (shape, np.float32, f" for {list(words)}")
+    return asked
+
+
+def check_lengths(where: str, arrays: dict[str, np.ndarray]) -> None:
+    """UserError unless all arrays have the same number of frames."""
+    lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        raise UserError(f"{where}: arrays of different numbers of frames: {lengths}; make the set again")
-    for name in names:
-        check_statistics(f"{where}/meta.json", name, meta["statistics"], arrays[name])
-    check_episodes(f"{where}/meta.json", meta["episodes"], len(arrays["state"]))
+        raise UserError(f"{where} has different numbers of frames: {lengths}")
 
 
 def check_statistics(path: str, name: str, said: Any, x: np.ndarray) -> None:
-    """UserError unless the statistics in meta.json are those of the array (frames, D).
-
-    Others, as of another set or of one that has changed since, would scale what the policy learns.
-    """
-    real = statistics(x)
+    """UserError unless the statistics in meta.json are those of the array (frames, D)."""
+    # Others, as of another set or of one that has changed since, would scale what the policy learns.
+    keys = ("min", "max", "q01", "q99")
+    found = statistics(x)
+    real = np.array([found[key] for key in keys])  # (4, D)
+    # Rounding passes: another program may have computed them in float32.
     tolerance = 1e-3 * np.ptp(x, axis=0) + 1e-4 * np.abs(x).max(axis=0) + 1e-9  # (D,)
     try:
-        fits = all(
-            np.all(np.abs(np.asarray(said[name][key], np.float64) - real[key]) <= tolerance)
-            and len(said[name][key]) == x.shape[1]
-            for key in ("min", "max", "q01", "q99")
-        )
+        stated = np.array([said[name][key] for key in keys], np.float64)  # (4, D) if it is right
+        fits = stated.shape == real.shape and np.all(np.abs(stated - real) <= tolerance)
     except (TypeError, KeyError, ValueError):
         fits = False
     if not fits:
-        raise UserError(
-            f"{path}: the statistics of {name} are not those of {name}.npy; make the data set again"
-        )
-
-
-def is_text(x: Any) -> bool:
-    """Is this a string with something in it?"""
-    return isinstance(x, str) and bool(x.strip())
+        raise UserError(f"{path}: the statistics of {name} are not those of {name}.npy; make the set again")
 
 
 def is_row(x: Any, *kinds: type) -> bool:
@@ -651,31 +688,26 @@ def is_row(x: Any, *kinds: type) -> bool:
 
 
 def check_episodes(path: str, episodes: Any, frames: int) -> None:
-    """The entries of meta.json, one by one, and that no two of them share a frame."""
+    """The episodes of meta.json, one by one, and that no two of them share a frame."""
     if not isinstance(episodes, list) or not episodes:
         raise UserError(f"{path}: episodes must be a list with one entry at least")
     for number, episode in enumerate(episodes):
         check_episode(f"{path}: episode {number}", episode, frames)
-    order = sorted(range(len(episodes)), key=lambda number: episodes[number]["start"])
-    for before, after in zip(order, order[1:]):
-        end = episodes[before]["start"] + episodes[before]["length"]
-        if episodes[after]["start"] < end:
+    end = 0
+    for episode in sorted(episodes, key=lambda episode: episode["start"]):
+        start = episode["start"]
+        if start < end:
+            number = episodes.index(episode)
             raise UserError(
-                f"{path}: episode {after} begins at frame {episodes[after]['start']}, "
-                f"episode {before} ends at {end}: they overlap"
+                f"{path}: episode {number} begins at frame {start}, another ends at {end}: they overlap"
             )
+        end = start + episode["length"]
 
 
 def check_episode(where: str, episode: Any, frames: int) -> None:
     """One entry of meta.json of a set with so many frames."""
-    needed = {"start": int, "length": int, "task": str, "reason": list, "success": bool}
-    optional = {"family": str, "kind": str, "disturbed": list}
-    if not isinstance(episode, dict):
-        raise UserError(f"{where} is no JSON object but {episode!r}"[:200])
-    missing = needed.keys() - episode.keys()
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(sorted(missing))}; docs/data.md lists what it must hold")
-    for key, kind in (needed | optional).items():
+    check_keys(where, episode, EPISODE)
+    for key, kind in (EPISODE | OPTIONAL).items():
         if key in episode and type(episode[key]) is not kind:
             raise UserError(f"{where}: {key} must be {kind.__name__}, not {episode[key]!r}"[:200])
     start, length = episode["start"], episode["length"]
@@ -683,59 +715,66 @@ def check_episode(where: str, episode: Any, frames: int) -> None:
         raise UserError(f"{where} is frames {start} to {start + length}, the set has {frames}")
     if not episode["task"].strip():
         raise UserError(f"{where} has no instruction: its task is {episode['task']!r}")
-    steps = [entry[0] for entry in episode["reason"] if is_row(entry, int, str)]
-    rising = steps == sorted(set(steps)) and all(0 <= step < length for step in steps)
-    if len(steps) < len(episode["reason"]) or not rising:
-        raise UserError(
-            f"{where}: reason must be [step, text] pairs with steps rising from 0 to {length - 1}; "
-            f"it is {episode['reason']}"[:300]
-        )
-    # a span may reach beyond a short episode's end: what was planned need not have happened
+    reasons = episode["reason"]
+    pairs = all(is_row(entry, int, str) for entry in reasons)
+    steps = [entry[0] for entry in reasons] if pairs else [-1]
+    # Each reasoning holds from its step until the next one's.
+    if steps != sorted(set(steps)) or not 0 <= min(steps, default=0) <= max(steps, default=0) < length:
+        asked = f"[step, text] pairs with steps rising from 0 to {length - 1}"
+        raise UserError(f"{where}: reason must be {asked}; it is {reasons}"[:300])
+    # A span may reach beyond a short episode's end: what was planned need not have happened.
     spans = episode.get("disturbed", [])
     if not all(is_row(span, int, int) and 0 <= span[0] < span[1] for span in spans):
         raise UserError(f"{where}: disturbed must be [first, end] pairs of steps; it is {spans}"[:300])
 
 
+def check_questions(path: Path, scenes: Any, count: int) -> None:
+    """The door for question sets: a list for every picture, of [kind, question, answer]."""
+    if not isinstance(scenes, list) or not all(isinstance(scene, list) for scene in scenes):
+        raise UserError(f"{path} must be a list with a list for every picture; docs/data.md shows one")
+    if len(scenes) != count:
+        raise UserError(f"{path} has questions for {len(scenes)} pictures, there are {count}")
+    for number, scene in enumerate(scenes):
+        for item in scene:
+            if not is_row(item, str, str, str) or not all(map(str.strip, item)):
+                said = repr(item)[:100]
+                raise UserError(f"{path}: picture {number} has {said}, not [kind, question, answer]")
+
+
 def data_id(meta: dict) -> str:
     """Twelve hex digits that name the content of a data set by its statistics and episodes."""
+    # A run that goes on must not go on with other data. Reading all arrays would take minutes.
     content = json.dumps([meta["statistics"], meta["episodes"]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def check_robot(folder: str | Path, meta: dict, cfg: Config) -> None:
-    """UserError where what a data set was recorded with is not what the model was made for."""
-    theirs = {"motors": meta["motors"], "state": meta.get("state") or meta["motors"], "fps": meta["fps"]}
-    own = {"motors": cfg.motor_names, "state": cfg.state_names, "fps": cfg.fps}
-    for what in own:
-        if theirs[what] != own[what]:
-            hint = f"; convert it with prepare.py --fps={cfg.fps}" if what == "fps" else ""
-            raise UserError(f"{folder} has {what} {theirs[what]}, the model {own[what]}{hint}")
-
-
 def usable_episodes(folder: str | Path, meta: dict, families: list[str] | None) -> list[dict]:
-    """The successful episodes of some families; UserError where one has none.
-
-    A `start` episode is a few good steps and need not succeed.
-    """
+    """The successful episodes of some families; UserError where one has none."""
+    # A `start` episode is a few good steps and need not succeed.
     usable = [e for e in meta["episodes"] if e["success"] or e.get("kind") == "start"]
-    known = sorted({episode.get("family", "") for episode in usable})
-    if families is None:
-        families = known
-    missing = [family for family in families if family not in known]
-    if missing or not usable:
+    known = {episode.get("family", "") for episode in usable}
+    wanted = known
+    if families is not None:
+        wanted = set(families)
+    if not usable or wanted - known:
         raise UserError(
-            f"{folder} has no successful episode of family {', '.join(missing) or 'any'}; "
-            f"it has {', '.join(known) or 'none'}: set --families"
+            f"{folder} has no successful episode of family {', '.join(sorted(wanted - known)) or 'any'}; "
+            f"it has {', '.join(sorted(known)) or 'none'}: set --families"
         )
-    return [episode for episode in usable if episode.get("family", "") in families]
+    return [episode for episode in usable if episode.get("family", "") in wanted]
 
 
 def statistics(array: np.ndarray) -> dict[str, list[float]]:
     """Per column of (N, D): min, max, mean, std and the quantiles that normalisation uses."""
-    x = np.asarray(array, np.float64)
-    found = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
-    for name, share in (("q01", 0.01), ("q50", 0.5), ("q99", 0.99)):
-        found[name] = np.quantile(x, share, axis=0)
+    x = np.asarray(array, np.float64)  # sums of many float32 numbers would lose digits
+    found = {
+        "min": x.min(0),  # (D,) each
+        "max": x.max(0),
+        "mean": x.mean(0),
+        "std": x.std(0),
+    }
+    # The extremes of a column may be single slips; the quantiles are not moved by them.
+    found |= zip(("q01", "q50", "q99"), np.quantile(x, (0.01, 0.5, 0.99), axis=0))
     return {name: value.tolist() for name, value in found.items()}
 
 
@@ -759,34 +798,36 @@ def save_episodes(
         raise UserError(f"{folder} already holds a data set; delete it or choose another folder")
     if not isinstance(episodes, (list, tuple)) or not episodes:
         raise UserError("there is no episode to save: episodes must be a list with one at least")
-    check_names("cameras", cameras)
-    check_names("motors", motors)
-    if set(cameras) & {"state", "action"}:
-        raise UserError("a camera cannot be named state or action: these are other arrays of the set")
-    names = {"state": list(state) or list(motors), "action": list(motors)}
+    meta = {
+        "cameras": cameras,
+        "motors": motors,
+        "fps": fps,
+    }
+    if state:
+        meta["state"] = state
+    check_meta("save_episodes()", meta, SET[:3])
     entries = []
-    pieces = {name: [] for name in (*names, *cameras)}
+    pieces = defaultdict(list)  # array -> its part of every episode
     start = 0
     for number, episode in enumerate(episodes):
-        arrays, said = split_episode(f"episode {number}", episode, cameras, names)
+        arrays, said = split_episode(f"episode {number}", episode, meta)
         length = len(arrays["state"])
-        defaults = {"reason": [], "success": True, "seed": number, "family": "demo", "kind": "demo"}
+        defaults = {
+            "reason": [],
+            "success": True,
+            "seed": number,
+            "family": "demo",
+            "kind": "demo",
+        }
         entries.append(defaults | said | {"start": start, "length": length})
-        check_episode(f"episode {number}", entries[-1], start + length)
         start += length
         for name, array in arrays.items():
             pieces[name].append(array)
-    sizes = {piece.shape[1:] for camera in cameras for piece in pieces[camera]}
-    if len(sizes) > 1:
-        raise UserError(f"all pictures of all episodes must have one size: {sorted(sizes)}")
-    arrays = {name: np.concatenate(found) for name, found in pieces.items()}
-    meta = {"cameras": list(cameras), "motors": list(motors), "fps": fps}
-    if state:
-        meta["state"] = list(state)
-        check_names("state", state)
-    if type(fps) is not int or fps < 1:
-        raise UserError(f"fps must be a whole number above 0, not {fps!r}")
-    meta["statistics"] = {name: statistics(arrays[name]) for name in names}
+    try:
+        arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
+    except ValueError:  # split_episode() has checked all sizes but px
+        raise UserError("all pictures of all episodes must have one size") from None
+    meta["statistics"] = {name: statistics(arrays[name]) for name in ("state", "action")}
     meta["episodes"] = entries
     check_set(folder, meta, arrays)
     folder.mkdir(parents=True, exist_ok=True)
@@ -795,41 +836,25 @@ def save_episodes(
     write_json(folder / "meta.json", meta)  # last: a folder without it is no data set
 
 
-def split_episode(
-    where: str, episode: Any, cameras: Sequence[str], names: dict[str, list[str]]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def split_episode(where: str, episode: Any, meta: dict) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """An episode of save_episodes() -> its arrays, and what else meta.json should say of it."""
-    if not isinstance(episode, dict) or not {"images", "state", "action", "task"} <= episode.keys():
-        raise UserError(f"{where} must be a dict with images, state, action and task")
-    images = episode["images"]
-    missing = [camera for camera in cameras if not isinstance(images, dict) or camera not in images]
-    if missing:
-        raise UserError(f"{where}: images must be {{camera: pictures}}; {', '.join(missing)} is missing")
+    check_keys(where, episode, ("images", "state", "action", "task"))
+    said = dict(episode)
+    given = said.pop("images")
+    check_keys(f"{where}: images", given, meta["cameras"])
+    given = given | {"state": said.pop("state"), "action": said.pop("action")}
     arrays = {}
-    for name, words in names.items():
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is told
-            numbers = as_array(f"{where}: {name}", episode[name]).astype(np.float32)
-        check_numbers(f"{where}: {name}", numbers, words)
-        arrays[name] = numbers
-    for camera in cameras:
-        arrays[camera] = as_array(f"{where}: {camera}", images[camera])
-        check_images(f"{where}: {camera}", arrays[camera])
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise UserError(f"{where} has different numbers of frames: {lengths}")
-    said = {}
-    for name, value in episode.items():
-        if name not in ("images", "state", "action"):
-            said[name] = value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+    for name, asked in layout(meta).items():
+        what = f"{where}: {name}"
+        # Any numbers will do for state and action. Pictures of 0..1 would become black as whole numbers.
+        convert = as_floats
+        if name in meta["cameras"]:
+            convert = as_array
+        arrays[name] = convert(what, given[name])
+        check_array(what, arrays[name], *asked)
+    check_lengths(where, arrays)
+    # JSON knows no numpy numbers.
+    for name, value in said.items():
+        if isinstance(value, (np.generic, np.ndarray)):
+            said[name] = value.tolist()
     return arrays, said
-
-
-def as_array(what: str, x: Any) -> np.ndarray:
-    """Anything -> an array of real numbers; UserError where it is none."""
-    try:
-        x = np.asarray(x)
-    except ValueError:  # rows of different lengths
-        x = np.asarray(None)
-    if x.dtype.kind not in "fiub":
-        raise UserError(f"{what} must be an array of numbers; it is {x.shape} {x.dtype}")
-    return x

@@ -10,7 +10,9 @@ one publishes.
 
 import contextlib
 import importlib
+import itertools
 import math
+import operator
 import os
 import pickle
 import re
@@ -20,7 +22,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,15 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sim_env
-from common import Stopwatch, UserError, check_names, write_json
+from common import (
+    Stopwatch,
+    UserError,
+    as_floats,
+    check_array,
+    check_names,
+    check_robot,
+    write_json,
+)
 from sim_env import FPS, SEEDS, SPLITS
 
 EVAL = f"[0, {len(SEEDS['report'])}]"  # options that count episodes: there are as many scenes
@@ -39,23 +49,21 @@ EVAL = f"[0, {len(SEEDS['report'])}]"  # options that count episodes: there are 
 # Environments by name
 
 
-def environment_class(name: str) -> type:
-    """The class that `--env` names: "sim" or "package.module:Class"; UserError says what it lacks.
+# An environment of one's own is a class with the attributes cameras, motors (tuples of names) and families
+# ({name: step limit}), optionally splits, state (names of the state's numbers; without it they are the
+# motors' positions) and fps (control steps a second). It is made by Class(px=...) and has Gymnasium's
+# reset(*, seed, options), step(action) and close(); optionally step_chunk(actions), which draws pictures once
+# a chunk, and instruct(task) -> observation, another instruction in mid motion. The options hold family,
+# split and, if a person typed one, task. Observations are {"images": {camera: (px, px, 3) uint8},
+# "state": (S,), "task": str}. docs/environments.md has an example.
 
-    It has class attributes cameras, motors (tuples of names) and families ({name: step limit}), optionally
-    splits, state (names of the state's numbers; without it they are the motors' positions) and fps (control
-    steps a second). It is made by Class(px=...) and has Gymnasium's reset(*, seed, options), step(action) and
-    close(); optionally step_chunk(actions), which draws pictures once a chunk, and instruct(task) ->
-    observation, another instruction in mid motion. options hold family, split and, if a person typed one,
-    task. Observations are
-    {"images": {camera: (px, px, 3) uint8}, "state": (S,), "task": str}.
-    """
+
+def environment_class(name: str) -> type:
+    """The class that `--env` names: "sim" or "package.module:Class"; UserError says what it lacks."""
     if name == "sim":
         return sim_env.SO100Env
     if name == "real":
-        raise UserError(
-            "the real arm is no simulation: sample.py and rl.py take --env=real, with a person beside it"
-        )
+        raise UserError("the real arm is no simulation: only sample.py and rl.py take --env=real")
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(f"--env={name} is neither sim, real nor package.module:Class")
@@ -67,17 +75,14 @@ def environment_class(name: str) -> type:
         raise UserError(f"--env={name} cannot be imported: {error}") from None
     if cls is None:
         raise UserError(f"--env={name} cannot be imported: {module} has no {attribute}")
-    needed = ("cameras", "motors", "families", "reset", "step", "close")
-    missing = [need for need in needed if not hasattr(cls, need)]
-    if missing:
-        raise UserError(f"--env={name} is no environment: the class lacks {', '.join(missing)}")
-    limits = cls.families.values() if isinstance(cls.families, dict) else ()
+    for need in ("cameras", "motors", "families", "reset", "step", "close"):
+        if not hasattr(cls, need):
+            raise UserError(f"--env={name} is no environment: the class lacks {need}")
+    limits = list(cls.families.values()) if isinstance(cls.families, dict) else []
     if not limits or any(type(limit) is not int or limit < 1 for limit in limits):
-        raise UserError(
-            f"--env={name}: the class attribute families must be {{task family: most control steps}}"
-        )
-    for attribute in ("cameras", "motors", "state"):
-        check_names(f"--env={name}: the class attribute {attribute}", getattr(cls, attribute, cls.motors))
+        raise UserError(f"--env={name}: families must be {{task family: most control steps}}")
+    for need in ("cameras", "motors", "state"):
+        check_names(f"--env={name}: the class attribute {need}", getattr(cls, need, cls.motors))
     return cls
 
 
@@ -98,30 +103,23 @@ def check_families(families: Sequence[str], env: str) -> None:
 
 
 class ChunkedEnv:
-    """An environment of one's own, played in chunks as SO100Env is.
-
-    An episode that the environment does not end is cut off at the step limit of its family.
-    """
+    """An environment of one's own, played in chunks as SO100Env is."""
 
     def __init__(self, env: Any):
         self.env = env
-        self.steps = 0
-        self.limit = max(env.families.values())
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        family = (options or {}).get("family")
-        self.limit = self.env.families.get(family, max(self.env.families.values()))
-        _, info = self._keep("reset", self.env.reset(seed=seed, options=options), 2)
+        limits = self.env.families
+        self.limit = limits.get((options or {}).get("family"), max(limits.values()))
         self.steps = 0
+        *_, info = self._keep("reset", self.env.reset(seed=seed, options=options), 2)
         return self.obs, self._info(info, False, 0)
 
     def _keep(self, method: str, returned: Any, n: int) -> tuple:
         """What the environment's method returned, if it is what Gymnasium's does; its observation is kept."""
         where = f"{type(self.env).__name__}.{method}()"
         if not isinstance(returned, tuple) or len(returned) != n or not isinstance(returned[-1], dict):
-            raise UserError(
-                f"{where} must return {n} values, the first an observation, the last an info dict"
-            )
+            raise UserError(f"{where} must return {n} values, the first an observation, the last a dict")
         obs = returned[0]
         if not isinstance(obs, dict):
             raise UserError(f"{where} must give a dict as observation, not {type(obs).__name__}")
@@ -135,22 +133,26 @@ class ChunkedEnv:
         return returned
 
     def _info(self, info: dict, terminated: bool, executed: int) -> dict:
+        # Gymnasium's environments may terminate on failure, too: what info says of success counts more.
         success = bool(info.get("success", info.get("is_success", terminated)))
-        counted = {"success": success, "steps": self.steps, "executed": executed}
-        return {"reason": "", "failure": "", **info, **counted}
-
-    def step(self, action: np.ndarray) -> tuple:
-        return self.step_chunk(np.asarray(action)[None])
+        return {
+            "reason": "",  # an environment with a teacher says what to think
+            "failure": "",
+            **info,
+            "success": success,
+            "steps": self.steps,
+            "executed": executed,
+        }
 
     def step_chunk(self, actions: np.ndarray) -> tuple:
-        actions = np.asarray(actions, np.float32)[: self.limit - self.steps]
+        actions = np.asarray(actions, np.float32)[: self.limit - self.steps]  # (h, A)
         before = self.steps
+        total = 0.0
         if hasattr(self.env, "step_chunk"):
             returned = self._keep("step_chunk", self.env.step_chunk(actions), 5)
             _, total, terminated, truncated, info = returned
             self.steps += info.get("executed", len(actions))
         else:
-            total = 0.0
             for action in actions:
                 returned = self._keep("step", self.env.step(action), 5)
                 _, reward, terminated, truncated, info = returned
@@ -160,6 +162,7 @@ class ChunkedEnv:
                     break
         if not math.isfinite(total):
             raise UserError(f"{type(self.env).__name__} gives a reward of {total}; it must be finite")
+        # An episode that the environment does not end is cut off at the step limit of its family.
         truncated = bool(truncated) or (self.steps >= self.limit and not terminated)
         info = self._info(info, bool(terminated), self.steps - before)
         return self.obs, float(total), bool(terminated), truncated, info
@@ -168,21 +171,17 @@ class ChunkedEnv:
         self.obs = self.env.instruct(task)
         return self.obs
 
-    def seconds(self) -> dict[str, float]:
-        return {}
-
     def render(self, px: int = 256, camera: str = "front") -> np.ndarray:
         """The last observation's picture, enlarged to (px, px, 3)."""
-        image = self.obs["images"][camera]
-        rows = np.arange(px) * len(image) // px
-        return image[rows][:, rows]
+        picture = Image.fromarray(self.obs["images"][camera])
+        return np.asarray(picture.resize((px, px), Image.Resampling.NEAREST))
 
     def close(self) -> None:
         self.env.close()
 
 
 def make_env(name: str, px: int = 96, **options: Any) -> Any:
-    """An environment by its name, with step_chunk(), render() and seconds() whatever it brings itself."""
+    """An environment by its name, with step_chunk() and render() whatever it brings itself."""
     env = environment_class(name)(px=px, **options)
     return env if isinstance(env, sim_env.SO100Env) else ChunkedEnv(env)
 
@@ -198,60 +197,62 @@ def serve() -> None:
     """Body of a worker process: answer pickled requests (method, {arm: arguments}) until the input closes."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what an environment prints must not end up among the answers
-    n, name, options = pickle.load(requests)
-    envs = []
+    arms, name, options = pickle.load(requests)
+    envs = {}
     with contextlib.suppress(EOFError, BrokenPipeError):  # the program has ended
         while True:
             method, calls = pickle.load(requests)
             try:
-                envs = envs or [make_env(name, **options) for _ in range(n)]
-                answer = {arm: getattr(envs[arm], method)(**arguments) for arm, arguments in calls.items()}
-                answer = pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+                # Environments are made here, where what goes wrong is answered.
+                envs = envs or {arm: make_env(name, **options) for arm in arms}
+                results = {}
+                for arm, arguments in calls.items():
+                    results[arm] = getattr(envs[arm], method)(**arguments)
+                answer = pickle.dumps(results, pickle.HIGHEST_PROTOCOL)
             except UserError as error:
                 answer = pickle.dumps(error)
-            except Exception:
+            except Exception:  # a traceback cannot be pickled, its text can
                 said = f"--env={name} failed in a worker process:\n{traceback.format_exc()}"
                 answer = pickle.dumps(RuntimeError(said))
             answers.write(answer)
             answers.flush()
-    for env in envs:
+    for env in envs.values():
         env.close()
     os._exit(0)  # without complaints about the closed pipe
 
 
 class VecEnv:
-    """n environments in worker processes.
+    """n environments ("arms") in worker processes; use it in a `with` statement or call close().
 
-    One whose episode ended rests until it is reset; its last observation stays.
-
-    Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor
-    spawn's second import of the main program. Use it in a `with` statement or call close().
+    An arm whose episode ended rests until it is reset; its last observation stays.
     """
 
+    # Workers are fresh Python processes behind pipes: neither fork's trouble with OpenGL and threads nor
+    # spawn's second import of the main program.
     def __init__(self, n: int, workers: int = 2, env: str = "sim", px: int = 96, **options: Any):
         cls = environment_class(env)  # complain here, not in a worker
         self.name = env
         self._allocate(n, px, cls.cameras, len(state_names(cls)))
-        self.groups = np.array_split(np.arange(n), min(workers, n))  # arms of each worker
         here = os.path.dirname(os.path.abspath(__file__))
         variables = dict(os.environ, PYTHONPATH=os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
         command = [sys.executable, "-c", "import evaluate; evaluate.serve()"]
-        self.workers = []
-        for group in self.groups:
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.workers = {}  # worker -> its arms
+        for arms in np.array_split(range(n), min(workers, n)):
             # In a session of their own Ctrl-C does not reach them; they end when their pipes close.
             worker = subprocess.Popen(command, env=variables, start_new_session=True, **pipes)
-            self.workers.append(worker)
+            self.workers[worker] = arms.tolist()
             with contextlib.suppress(BrokenPipeError):  # _call() will tell
-                self._send(worker, (len(group), env, options | {"px": px}))
+                self._send(worker, (self.workers[worker], env, options | {"px": px}))
 
     def _allocate(self, n: int, px: int, cameras: Sequence[str], S: int) -> None:
+        """Room for what n arms see and what comes of them."""
         self.n = n
         self.cameras = list(cameras)
         self.images = np.zeros((n, len(cameras), px, px, 3), np.uint8)
         self.state = np.zeros((n, S), np.float32)
         self.task = [""] * n
-        self.infos: list[dict] = [{} for _ in range(n)]
+        self.infos: list[dict] = [{}] * n
         self.terminated = np.zeros(n, bool)
         self.truncated = np.ones(n, bool)  # nothing moves before its first reset
 
@@ -271,51 +272,42 @@ class VecEnv:
         began = time.monotonic()
         watchdog = threading.Timer(ANSWER_SECONDS, self.kill)
         watchdog.daemon = True  # Ctrl-C may come before it is cancelled
+        watchdog.start()
         busy = []
         try:
-            watchdog.start()
-            for worker, group in zip(self.workers, self.groups):
-                mine = {arm - group[0]: arguments for arm, arguments in calls.items() if arm in group}
+            for worker, arms in self.workers.items():
+                mine = {arm: calls[arm] for arm in arms if arm in calls}
                 if mine:
                     self._send(worker, (method, mine))
-                    busy.append((worker, group[0]))
+                    busy.append(worker)
             # Read every answer before raising one: an unread answer would be taken for the next request's.
-            answers = [(pickle.load(worker.stdout), first) for worker, first in busy]
+            answers = [pickle.load(worker.stdout) for worker in busy]
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            said = "died in a worker process: its message is above, or memory ran out"
             if time.monotonic() - began > ANSWER_SECONDS:
                 said = f"has not answered {method} for {ANSWER_SECONDS} seconds: it blocks"
-            else:
-                said = "died in a worker process: its message is above, or memory ran out"
             raise UserError(f"--env={self.name} {said}") from None
         finally:
             watchdog.cancel()
         results = {}
-        for answer, first in answers:
+        for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-            results |= {arm + first: result for arm, result in answer.items()}
+            results |= answer
         return results
 
     def _store(self, arm: int, obs: dict, info: dict) -> None:
         """Keep an observation; UserError where it is not what the environment's class says."""
-        shape = self.images.shape[2:]  # (px, px, 3)
+        as_said = " as its class says"
         for view, camera in enumerate(self.cameras):
             if camera in obs["images"]:  # a real arm may have one alone
                 image = np.asarray(obs["images"][camera])
-                if image.shape != shape or image.dtype != np.uint8:
-                    raise UserError(
-                        f"the environment's camera {camera} gives {image.shape} {image.dtype}, "
-                        f"it must be {shape} uint8"
-                    )
+                check_array(
+                    f"the picture of camera {camera}", image, self.images.shape[2:], np.uint8, as_said
+                )
                 self.images[arm, view] = image
-        state = np.asarray(obs["state"])
-        if state.shape != self.state.shape[1:] or state.dtype.kind not in "fiub":
-            raise UserError(
-                f"the environment's state is {state.shape} {state.dtype}, "
-                f"its class names {self.state.shape[1]} numbers"
-            )
-        if not np.isfinite(state).all():
-            raise UserError(f"the environment's state is not finite: {state}")
+        state = as_floats("the environment's state", obs["state"])
+        check_array("the environment's state", state, self.state.shape[1:], np.float32, as_said)
         self.state[arm] = state
         self.task[arm] = obs["task"]
         self.infos[arm] = info
@@ -323,12 +315,17 @@ class VecEnv:
     def observe(self, arms: Sequence[int]) -> dict[str, Any]:
         """What n arms see now: images (n, V, px, px, 3) uint8, state (n, S) float32, task, n strings."""
         arms = list(arms)
-        task = [self.task[arm] for arm in arms]
-        return {"images": self.images[arms], "state": self.state[arms], "task": task}
+        return {
+            "images": self.images[arms],
+            "state": self.state[arms],
+            "task": [self.task[arm] for arm in arms],
+        }
 
     def reset(self, arms: Sequence[int], seeds: Sequence[int], options: Sequence[dict]) -> None:
         """Begin an episode on each of these arms."""
-        calls = {int(arm): {"seed": int(s), "options": dict(o)} for arm, s, o in zip(arms, seeds, options)}
+        calls = {}
+        for arm, seed, chosen in zip(arms, seeds, options):
+            calls[arm] = {"seed": int(seed), "options": dict(chosen)}
         for arm, (obs, info) in self._call("reset", calls).items():
             self._store(arm, obs, info)
             self.terminated[arm] = self.truncated[arm] = False
@@ -339,17 +336,12 @@ class VecEnv:
         Observations, infos and ends are kept in this object.
         """
         reward = np.zeros(self.n, np.float32)
-        calls = {int(arm): {"actions": chunk} for arm, chunk in actions.items()}
-        for arm, (obs, r, terminated, truncated, info) in self._call("step_chunk", calls).items():
+        calls = {arm: {"actions": chunk} for arm, chunk in actions.items()}
+        for arm, (obs, *outcome, info) in self._call("step_chunk", calls).items():
             self._store(arm, obs, info)
-            reward[arm], self.terminated[arm], self.truncated[arm] = r, terminated, truncated
+            # Gymnasium's two ends: the task's own, and the time limit's
+            reward[arm], self.terminated[arm], self.truncated[arm] = outcome
         return reward
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds that a worker has spent so far, on average -> {"physics": s, "rendering": s}."""
-        arms = self._call("seconds", {arm: {} for arm in range(self.n)}).values()
-        stages = ("physics", "rendering")
-        return {stage: sum(arm.get(stage, 0.0) for arm in arms) / len(self.workers) for stage in stages}
 
     def kill(self) -> None:
         """End the workers at once."""
@@ -376,13 +368,11 @@ class SingleEnv(VecEnv):
         self.env = env
 
     def _call(self, method: str, calls: dict[int, dict]) -> dict[int, Any]:
+        function = getattr(self.env, method)
         try:
-            return {arm: getattr(self.env, method)(**arguments) for arm, arguments in calls.items()}
+            return {arm: function(**arguments) for arm, arguments in calls.items()}
         except (OSError, ModuleNotFoundError) as error:  # the environment's own, no mistake of this command
             raise RuntimeError("the environment failed") from error
-
-    def seconds(self) -> dict[str, float]:
-        return {}
 
     def close(self) -> None:
         self.env.close()
@@ -461,7 +451,11 @@ def run_episodes(
         for arm in busy:
             if vec.terminated[arm] or vec.truncated[arm]:
                 episode = running.pop(arm)
-                _finish(episode, vec.infos[arm])
+                info = vec.infos[arm]
+                episode.success = bool(info["success"])
+                episode.steps = info["steps"]
+                episode.failure = info.get("failure", "")
+                episode.moved_at = info.get("moved_at")
                 if on_end:
                     on_end(episode)
                 bar.update()
@@ -471,21 +465,15 @@ def run_episodes(
 
 def _start(vec: VecEnv, arms: list[int], waiting: list[Episode]) -> dict[int, Episode]:
     """Begin the next waiting episodes on free arms -> {arm: its episode}."""
-    started = {arm: waiting.pop(0) for arm in arms}
-    begun = started.values()
-    vec.reset(arms, [episode.seed for episode in begun], [episode.options for episode in begun])
+    begun = [waiting.pop(0) for _ in arms]
+    seeds = [episode.seed for episode in begun]
+    options = [episode.options for episode in begun]
+    vec.reset(arms, seeds, options)
+    started = dict(zip(arms, begun))
     for arm, episode in started.items():
         episode.task = vec.task[arm]
         episode.teacher_reasoning = vec.infos[arm].get("reason", "")
     return started
-
-
-def _finish(episode: Episode, info: dict) -> None:
-    """Keep what the last info says of an episode."""
-    episode.success = bool(info["success"])
-    episode.steps = info["steps"]
-    episode.failure = info.get("failure", "")
-    episode.moved_at = info.get("moved_at")
 
 
 def camera_indices(policy: Any, env: str) -> list[int]:
@@ -493,25 +481,17 @@ def camera_indices(policy: Any, env: str) -> list[int]:
 
     UserError where cameras, motors or state do not fit: a policy must not run on another robot.
     """
-    cls = environment_class("sim" if env == "real" else env)
+    if env == "real":
+        env = "sim"  # the simulated arm has the real one's cameras and motors
+    cls = environment_class(env)
     wanted = policy.cfg.camera_names
     missing = [camera for camera in wanted if camera not in cls.cameras]
     if missing:
         raise UserError(
-            f"the policy looks through {wanted}, the environment has {list(cls.cameras)}: {missing} missing"
+            f"--env={env} has cameras {list(cls.cameras)}, the model wants {wanted}: {missing} missing"
         )
-    if policy.cfg.motor_names != list(cls.motors):
-        raise UserError(f"the policy moves {policy.cfg.motor_names}, the environment has {list(cls.motors)}")
-    if policy.cfg.state_names != list(state_names(cls)):
-        raise UserError(
-            f"the policy's state is {policy.cfg.state_names}, the environment's {list(state_names(cls))}"
-        )
-    rate = getattr(cls, "fps", policy.cfg.fps)
-    if policy.cfg.fps != rate:
-        raise UserError(
-            f"the policy learnt from {policy.cfg.fps} frames a second, the environment makes {rate} steps: "
-            f"convert its recordings with prepare.py --fps={rate}"
-        )
+    fps = getattr(cls, "fps", policy.cfg.fps)
+    check_robot(f"--env={env}", policy.cfg, cls.motors, state_names(cls), fps)
     return [cls.cameras.index(camera) for camera in wanted]
 
 
@@ -521,14 +501,12 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
     teacher: it acts on a teacher's reasoning.
     """
     views = camera_indices(policy, env)
-    calls = 0
+    seeds = itertools.count()  # every call draws other noise, and every evaluation the same
 
     def decide(obs: dict) -> tuple[np.ndarray, list[str]]:
-        nonlocal calls
         reasoning = obs["teacher_reasoning"] if teacher else None
-        images = obs["images"][:, views]
-        chunk, texts = policy.act(images, obs["state"], obs["task"], seed=calls, reasoning=reasoning)
-        calls += 1
+        images = obs["images"][:, views]  # (n, V, px, px, 3)
+        chunk, texts = policy.act(images, obs["state"], obs["task"], seed=next(seeds), reasoning=reasoning)
         return chunk[:, : policy.cfg.n_action_steps], texts
 
     return decide
@@ -541,10 +519,13 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a success rate -> (low, high)."""
     z = 1.959964  # the normal distribution's 97.5th percentile
+    # Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927. Unlike the
+    # normal approximation it stays within [0, 1] and holds for few episodes.
     p = successes / n
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    scale = 1 + z * z / n
+    return (centre - spread) / scale, (centre + spread) / scale
 
 
 def target_of(reasoning: str | None) -> tuple[str, str] | None:
@@ -553,14 +534,12 @@ def target_of(reasoning: str | None) -> tuple[str, str] | None:
     return (named[2], named[1]) if named else None
 
 
-def latency(policy: Any, family: str, env: str = "sim", n: int = 30) -> dict[str, float]:
+def latency(policy: Any, family: str, env: str = "sim") -> dict[str, float]:
     """Median milliseconds of one policy.act on a single observation -> {stage: ms, ..., "total": ms}."""
     decide = policy_fn(policy, env)
-    vec = VecEnv(1, 1, env, policy.cfg.image_size)
     samples = []
-    with vec:
-        # the first five warm up: they are left out below
-        for seed in SEEDS["val"][: n + 5]:
+    with VecEnv(1, 1, env, policy.cfg.image_size) as vec:
+        for seed in SEEDS["val"][:35]:
             vec.reset([0], [seed], [{"family": family}])
             obs = vec.observe([0])
             with Stopwatch() as watch:
@@ -568,32 +547,27 @@ def latency(policy: Any, family: str, env: str = "sim", n: int = 30) -> dict[str
                 decide(obs)
             watch.seconds["total"] = time.perf_counter() - began
             samples.append(watch.seconds)
-    warm = samples[5:]
-    return {stage: 1e3 * float(np.median([sample[stage] for sample in warm])) for stage in samples[0]}
+    warm = samples[5:]  # the first calls choose kernels and fill caches
+    medians = {}
+    for stage in warm[0]:
+        seconds = [sample[stage] for sample in warm]
+        medians[stage] = 1e3 * float(np.median(seconds))
+    return medians
 
 
 def evaluate(
     policy: Any,
     families: Sequence[str],
-    n: int,
+    n: int,  # episodes per family and split
     seeds: str = "report",
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[str] = SPLITS,  # an environment's own are fewer
     env: str = "sim",
-    teacher: bool = False,
-    arms: int = 24,
+    teacher: bool = False,  # the policy acts on a teacher's reasoning
 ) -> dict[str, dict[str, dict]]:
-    """Closed-loop episodes on the first n scenes of a range of seeds.
+    """Closed-loop episodes on the first n scenes of a range of seeds -> {family: {split: cell}}.
 
-    -> {family: {split: {"success", "n", "low", "high" (95 % interval), "target_at_0" (cube and pad named
-    correctly in the first reasoning), "reasoning" (the first one equals the teacher's), "steps" (mean of the
-    successful episodes), "ms_per_chunk" (at batch 1), "ms_by_stage"}}}; target_at_0 and reasoning are None
-    for a policy that does not reason.
+    A cell is what summarise() gives, with "ms_per_chunk" and "ms_by_stage", a decision's time at batch 1.
     """
-    if seeds not in SEEDS or not 1 <= n <= len(SEEDS[seeds]):
-        raise UserError(
-            f"n must lie in [1, {len(SEEDS['report'])}] and seeds in {list(SEEDS)}: {n} {seeds!r}"
-        )
-    check_families(families, env)
     known = getattr(environment_class(env), "splits", ("id",))
     if not set(splits) & set(known):
         raise UserError(f"--env={env} has no split {', '.join(splits)}: set --splits to some of {known}")
@@ -605,10 +579,15 @@ def evaluate(
         total = stages.pop("total")
         wanted = ["id"] if family == "tiny" else [split for split in splits if split in known]
         for split in wanted:
-            jobs = [Episode(seed, {"family": family, "split": split}) for seed in SEEDS[seeds][:n]]
-            with VecEnv(min(arms, n), 2, env, policy.cfg.image_size) as vec:
-                episodes = run_episodes(vec, jobs, policy_fn(policy, env, teacher), f"{family} {split}")
-            results[family][split] = summarise(episodes) | {"ms_per_chunk": total, "ms_by_stage": stages}
+            options = {"family": family, "split": split}
+            jobs = [Episode(seed, options) for seed in SEEDS[seeds][:n]]
+            decide = policy_fn(policy, env, teacher)
+            with VecEnv(min(24, n), 2, env, policy.cfg.image_size) as vec:
+                episodes = run_episodes(vec, jobs, decide, f"{family} {split}")
+            cell = summarise(episodes)
+            cell["ms_per_chunk"] = total
+            cell["ms_by_stage"] = stages
+            results[family][split] = cell
     return results
 
 
@@ -621,6 +600,11 @@ def check_evaluation(policy: Any, families: Sequence[str], env: str = "sim") -> 
     with VecEnv(1, 1, env, policy.cfg.image_size) as vec:
         vec.reset([0], SEEDS["val"][:1], [{"family": families[0], "split": "id"}])
         policy.tokenizer.prompt(vec.task[0], policy.cfg.reasoning)
+        # One step as well: an environment that fails or blocks in it would be told after the training alone.
+        rest = np.zeros((1, policy.cfg.action_dim), np.float32)  # (h, A)
+        if policy.cfg.state_names == policy.cfg.motor_names:
+            rest = vec.state  # where the motors are: nothing moves
+        vec.step_chunk({0: rest})
 
 
 def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -628,55 +612,52 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
     n = len(episodes)
     won = [episode.steps for episode in episodes if episode.success]
     low, high = wilson(len(won), n)
-    # what the policy and a teacher reasoned about the first picture
-    first = [(episode.extras[0], episode.teacher_reasoning) for episode in episodes]
-    reasons = any(text for text, _ in first)
-    named = float(np.mean([target_of(own) == target_of(teachers) for own, teachers in first]))
-    exact = float(np.mean([own == teachers for own, teachers in first]))
-    return {
+    own = [episode.extras[0] for episode in episodes]
+    teachers = [episode.teacher_reasoning for episode in episodes]
+    cell = {
         "success": len(won) / n,
         "n": n,
-        "low": low,
+        "low": low,  # ends of the 95 % interval
         "high": high,
-        "target_at_0": named if reasons else None,
-        "reasoning": exact if reasons else None,
-        "steps": float(np.mean(won)) if won else None,
+        "target_at_0": None,  # how often the first reasoning names the right cube and pad; None: no reasoning
+        "reasoning": None,  # how often it equals the teacher's
+        "steps": None,  # mean of the successful episodes
     }
+    if any(own):
+        cell["target_at_0"] = _agreement(map(target_of, own), map(target_of, teachers))
+        cell["reasoning"] = _agreement(own, teachers)
+    if won:
+        cell["steps"] = float(np.mean(won))
+    return cell
+
+
+def _agreement(one: Iterable, other: Iterable) -> float:
+    """In how many places two lists are equal, as a share."""
+    return float(np.mean(list(map(operator.eq, one, other))))
+
+
+SHARES = ("success", "low", "high", "target_at_0", "reasoning")  # of a cell, shown in per cent
 
 
 def report(results: dict[str, dict[str, dict]], path: Path) -> None:
     """Print evaluate()'s result as a table, then write it to a JSON file."""
-    row = "{:<10} {:<16} {:>9} {:>5} {:>15} {:>14} {:>17} {:>6}"
-    print(
-        row.format(
-            "family",
-            "split",
-            "success %",
-            "n",
-            "95 % interval",
-            "target at 0 %",
-            "reasoning exact %",
-            "steps",
-        )
-    )
+    row = "{:<10} {:<16} {:>9} {:>5} {:>15} {:>14} {:>17} {:>6}".format
+    shares = ("success %", "n", "95 % interval", "target at 0 %", "reasoning exact %")
+    print(row("family", "split", *shares, "steps"))
+    times = []
     for family, splits in results.items():
         for split, c in splits.items():
-            interval = f"{percent(c['low'])} - {percent(c['high'])}"
-            steps = "-" if c["steps"] is None else f"{c['steps']:.1f}"
-            numbers = (
-                percent(c["success"]),
-                c["n"],
-                interval,
-                percent(c["target_at_0"]),
-                percent(c["reasoning"]),
-                steps,
-            )
-            print(row.format(family, split, *numbers))
-    for family, splits in results.items():
-        for c in list(splits.values())[:1]:
-            if "ms_per_chunk" in c:
-                stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in c["ms_by_stage"].items())
-                print(f"{family}: {c['ms_per_chunk']:.1f} ms a chunk at batch 1 ({stages})")
+            success, low, high, target, exact = map(percent, map(c.get, SHARES))
+            steps = "-"  # no episode succeeded
+            if c["steps"]:
+                steps = f"{c['steps']:.1f}"
+            print(row(family, split, success, c["n"], f"{low} - {high}", target, exact, steps))
+        # All splits of a family share one measurement; the real arm has none.
+        if "ms_per_chunk" in c:
+            stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in c["ms_by_stage"].items())
+            times.append(f"{family}: {c['ms_per_chunk']:.1f} ms a chunk at batch 1 ({stages})")
+    for line in times:
+        print(line)
     write_json(path, results)
     print(f"wrote {path}", flush=True)
 
@@ -695,12 +676,14 @@ def draw_frame(
     cameras: Sequence[str],
     task: str,
     reasoning: str,
-    weights: Sequence[float],
-    note: str = "",
-    px: int = 256,
+    weights: Sequence[float],  # (Q,)
+    note: str = "",  # beside the bars
 ) -> Image.Image:
     """The first two views, and underneath instruction, reasoning and a bar per feature query state (0..1)."""
-    frame = Image.new("RGB", (2 * px, px + 112), (250, 250, 247))
+    px = 256  # of a view
+    grey = (120, 120, 120)
+    white = (250, 250, 247)
+    frame = Image.new("RGB", (2 * px, px + 112), white)
     for i, camera in enumerate(cameras[:2]):
         frame.paste(Image.fromarray(env.render(px, camera)), (i * px, 0))
     pen = ImageDraw.Draw(frame)
@@ -708,39 +691,35 @@ def draw_frame(
     y = px + 4
     shown = f"<reason> {reasoning} </reason>" if reasoning else ""
     for text, colour in ((task, (20, 20, 20)), (shown, (170, 60, 20))):
-        for line in textwrap.wrap(text, width=2 * px // 7)[:3]:
+        for line in textwrap.wrap(text, width=2 * px // 7)[:3]:  # a letter is about 7 px wide
             pen.text((6, y), line, fill=colour, font=font)
             y += 16
     # a bar for every feature query state: how much the chosen chunk depends on it
     label = f"query states {note}" if len(weights) else note
-    pen.text((6, px + 92), label, fill=(120, 120, 120), font=ImageFont.load_default(11))
-    left = 206
-    width = (2 * px - 218) / max(1, len(weights))
+    pen.text((6, px + 92), label, fill=grey, font=ImageFont.load_default(11))
+    width = 294 / max(1, len(weights))  # 294 px lie beside the label
+    bottom = px + 106
     for i, weight in enumerate(weights):
-        x = left + i * width
-        pen.rectangle((x, px + 106 - 24 * float(weight), x + 0.7 * width, px + 106), fill=(40, 90, 170))
+        x = 206 + i * width
+        top = bottom - 24 * float(weight)
+        pen.rectangle((x, top, x + 0.7 * width, bottom), fill=(40, 90, 170))
     return frame
 
 
 def save_film(frames: Sequence[Image.Image], folder: str | Path, title: str) -> Path:
     """Frames -> a GIF and a contact sheet in `folder`, named by the title -> their path without suffix."""
-    letters = "".join(c if c.isascii() and c.isalnum() else " " for c in title)
-    path = Path(folder) / ("_".join(letters.split())[:60] or "task")
+    words = re.findall("[a-zA-Z0-9]+", title)  # an instruction may hold what no file name can
+    path = Path(folder, "_".join(words)[:60] or "task")
     path.parent.mkdir(parents=True, exist_ok=True)
     # GIFs have 256 colours; 128 without dithering make small files
-    palette = [frame.quantize(128, dither=Image.Dither.NONE) for frame in frames]
-    gif = path.with_name(f"{path.name}.gif")
-    palette[0].save(gif, save_all=True, append_images=palette[1:], duration=1000 // FPS, loop=0)
+    first, *others = (frame.quantize(128, dither=Image.Dither.NONE) for frame in frames)
+    first.save(f"{path}.gif", save_all=True, append_images=others, duration=1000 // FPS, loop=0)
+    # 16 frames, from the first to the last, at half their size
+    w, h = frames[0].size
+    sheet = Image.new("RGB", (4 * w, 4 * h))
     picks = np.linspace(0, len(frames) - 1, 16).round().astype(int)
-    contact_sheet([frames[i] for i in picks], columns=4).save(path.with_name(f"{path.name}.png"))
+    for i, pick in enumerate(picks):
+        row, column = divmod(i, 4)
+        sheet.paste(frames[pick], (column * w, row * h))
+    sheet.resize((2 * w, 2 * h)).save(f"{path}.png")
     return path
-
-
-def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size in a grid, at half their size."""
-    w, h = pictures[0].size
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * w, rows * h))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * w, i // columns * h))
-    return sheet.resize((columns * w // 2, rows * h // 2))

@@ -17,12 +17,11 @@ x <- x - v/K.
 Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (SyVLA), arXiv 2606.09009.
 """
 
-import dataclasses
 import hashlib
 import math
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -46,11 +45,10 @@ from common import (
     read_checkpoint_config,
     write_json,
 )
-from data import Tokenizer, as_array
+from data import Tokenizer, as_array, pack, to_tensors
 
-DenoisingStep = Callable[
-    [int, Tensor, Tensor], Tensor
-]  # k, chunk (B, H, A), velocity (B, H, A) -> next chunk
+# k, chunk (B, H, A), velocity (B, H, A) -> next chunk
+DenoisingStep = Callable[[int, Tensor, Tensor], Tensor]
 
 # -----------------------------------------------------------------------------------------------------------
 # Configuration
@@ -58,9 +56,8 @@ DenoisingStep = Callable[
 LEAST_LIMIT = 1.5  # scaled states and actions are clipped no closer than this
 FARTHEST_LIMIT = 4.0  # half ranges that a scale reaches; values farther out widen its range
 DECOUPLE = ("gradient", "random", "attention", "off")
-RMS_EPS = torch.finfo(
-    torch.float32
-).eps  # named: nn.RMSNorm's own default would change with the number format
+# Named, because nn.RMSNorm's own default would change with the number format.
+RMS_EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass
@@ -138,27 +135,31 @@ class Config:
 
     def __post_init__(self):
         check_options(self)
-        for width, heads in (("width", "heads"), ("heads", "kv_heads"), ("expert_width", "expert_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise UserError(
-                    f"{width} ({getattr(self, width)}) must be a multiple of {heads} ({getattr(self, heads)})"
-                )
-        if self.width // self.heads % 2 or self.expert_width % 2:
-            raise UserError(
-                f"width / heads ({self.width} / {self.heads}) and expert_width ({self.expert_width}) "
-                "must be even: sines and cosines come in pairs"
-            )
-        if not self.backbone and self.patch_size % 2:
-            raise UserError(f"the convolution stem halves patch_size ({self.patch_size}): make it even")
-        if not self.backbone and self.image_size % (self.patch_size * self.pixel_shuffle):
-            raise UserError(
-                f"images of {self.image_size} px must be a multiple of patch_size * pixel_shuffle = "
-                f"{self.patch_size * self.pixel_shuffle}"
-            )
-        if self.n_action_steps > self.chunk_size:
-            raise UserError(
-                f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size})"
-            )
+        from_nothing = not self.backbone
+        pooled = self.patch_size * self.pixel_shuffle  # pixels per side of a visual token
+        rules = {
+            f"width ({self.width}) must be a multiple of heads ({self.heads})": self.width % self.heads,
+            f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})": (
+                self.heads % self.kv_heads
+            ),
+            f"expert_width ({self.expert_width}) must be a multiple of expert_heads ({self.expert_heads})": (
+                self.expert_width % self.expert_heads
+            ),
+            # sines and cosines come in pairs
+            f"width / heads ({self.width} / {self.heads}) must be even": self.width // self.heads % 2,
+            f"expert_width ({self.expert_width}) must be even": self.expert_width % 2,
+            # the convolution stem halves the picture
+            f"patch_size ({self.patch_size}) must be even": from_nothing and self.patch_size % 2,
+            f"images of {self.image_size} px must be a multiple of patch_size * pixel_shuffle = {pooled}": (
+                from_nothing and self.image_size % pooled
+            ),
+            f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size})": (
+                self.n_action_steps > self.chunk_size
+            ),
+        }
+        for rule, broken in rules.items():
+            if broken:
+                raise UserError(rule)
 
     @property
     def camera_names(self) -> list[str]:
@@ -181,47 +182,25 @@ class Config:
         return len(self.state_names)
 
     @classmethod
-    def pick(cls, config: Any) -> "Config":
-        """The model's share of a larger config (dataclass or dict).
-
-        Field names of format 1 are understood.
-        """
-        values = dict(config) if isinstance(config, dict) else dataclasses.asdict(config)
-        for old, new in RENAMED.items():
-            if old in values:
-                values[new] = values.pop(old)
-        if values.get("format", 1) not in (1, FORMAT):
-            raise UserError(f"format {values['format']!r} is not known here; update the program")
-        missing = [name for name in ("width", "chunk_size") if name not in values]
-        if missing:
-            raise UserError(f"{', '.join(missing)} is missing; choose a checkpoint that train.py wrote")
-        if values.get("format", 1) == 1 and isinstance(config, dict):
-            values["norm_eps"] = values.get("norm_eps") or RMS_EPS
-            if (
-                values.get("vision_depth")
-                or values.get("conv_stem") is False
-                or values.get("committed")
-                or values.get("wrapped")
-            ):
-                raise UserError(
-                    "this checkpoint is of format 1 and uses parts that are gone; run it with version e6a1aa6"
-                )
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-
-    @classmethod
     def read(cls, folder: str | Path) -> "Config":
         """The model's share of a checkpoint's config.json; UserError names the file.
 
         The door for checkpoints: every program comes by here, and by SyVLA.load_weights() for the tensors.
         """
         config = read_checkpoint_config(folder)
+        if config.get("format") != FORMAT:
+            raise UserError(
+                f"{folder} is of another format than {FORMAT}; version e6a1aa6 runs checkpoints of format 1"
+            )
         path = Path(folder, "tokenizer.json")
         if not path.is_file():
             raise UserError(f"{folder} lacks tokenizer.json; copy the whole folder of the checkpoint")
-        if config.get("tokenizer", text_id(path.read_bytes())) != text_id(path.read_bytes()):
+        identity = text_id(path.read_bytes())
+        if config.get("tokenizer", identity) != identity:
             raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
+        known = {field.name for field in fields(cls)}
         try:
-            return cls.pick(config)
+            return cls(**{name: value for name, value in config.items() if name in known})
         except UserError as error:
             raise UserError(f"{folder}/config.json: {error}") from None
 
@@ -230,12 +209,6 @@ def text_id(content: bytes) -> str:
     """Twelve hex digits that name the content of a file."""
     return hashlib.sha256(content).hexdigest()[:12]
 
-
-RENAMED = {
-    "chunk": "chunk_size",
-    "execute": "n_action_steps",
-    "max_thought": "max_reasoning_tokens",
-}  # since format 1
 
 # One table for all programs: each takes the fields that its config has.
 PRESETS = {
@@ -247,8 +220,6 @@ PRESETS = {
         vision_width=16,
         width=32,
         depth=2,
-        heads=4,
-        kv_heads=2,
         mlp_width=32,
         expert_width=32,
         expert_depth=1,
@@ -316,6 +287,10 @@ def all_presets() -> dict[str, dict]:
 # The VLM, shaped like SmolVLM: vision encoder, pixel shuffle connector, Llama-style language model
 
 
+# A linear map without a bias.
+Projection = partial(nn.Linear, bias=False)
+
+
 class VisionEncoder(nn.Module):
     """Two convolutions make patches of an image, SmolVLM's connector makes visual tokens of them.
 
@@ -338,7 +313,7 @@ class VisionEncoder(nn.Module):
         side = cfg.image_size // cfg.patch_size
         self.position = nn.Parameter(torch.zeros(side * side, width))
         self.norm = nn.LayerNorm(width, 1e-5)
-        self.connector = nn.Linear(width * self.shuffle**2, cfg.width, bias=False)
+        self.connector = Projection(width * self.shuffle**2, cfg.width)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (n, 3, px, px) in [-1, 1] -> visual tokens (n, tokens, D)."""
@@ -364,7 +339,9 @@ def rotation(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     cos = angle.cos()
     sin = angle.sin()
     # both halves of a head turn by the same angles
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    cos = torch.cat((cos, cos), dim=-1)
+    sin = torch.cat((-sin, sin), dim=-1)
+    return cos, sin
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -381,42 +358,53 @@ class LanguageBlock(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.nh = cfg.heads
-        self.nkv = cfg.kv_heads
-        self.hd = cfg.width // cfg.heads
+        # neighbouring query heads share a key and value head
+        nh, nkv = self.heads = [cfg.heads, cfg.kv_heads]
+        self.hd = cfg.width // nh
         self.norm1 = nn.RMSNorm(cfg.width, cfg.norm_eps)
         self.norm2 = nn.RMSNorm(cfg.width, cfg.norm_eps)
-        # neighbouring query heads share a key and value head: nh queries, nkv keys, nkv values
-        self.qkv = nn.Linear(cfg.width, (self.nh + 2 * self.nkv) * self.hd, bias=False)
-        self.proj = nn.Linear(cfg.width, cfg.width, bias=False)
-        self.gate_up = nn.Linear(cfg.width, 2 * cfg.mlp_width, bias=False)
-        self.down = nn.Linear(cfg.mlp_width, cfg.width, bias=False)
-        self.qk_gain = nn.Parameter(torch.ones(self.nh + self.nkv, 1, self.hd)) if cfg.qk_norm else None
+        # nh queries, nkv keys and nkv values in one matrix
+        self.qkv = Projection(cfg.width, (nh + 2 * nkv) * self.hd)
+        self.proj = Projection(cfg.width, cfg.width)
+        self.gate_up = Projection(cfg.width, 2 * cfg.mlp_width)
+        self.down = Projection(cfg.mlp_width, cfg.width)
+        self.qk_gain = None
+        if cfg.qk_norm:
+            self.qk_gain = nn.Parameter(torch.ones(nh + nkv, 1, self.hd))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: list | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        cache: list | None = None,
+    ) -> Tensor:
         """x (B, n, D) -> (B, n, D). mask (B, 1, n, past + n) bool, True: may look.
 
         cache: [k, v] of the past, extended.
         """
-        B, n, D = x.shape
+        nh, nkv = self.heads
         qkv = self.qkv(self.norm1(x))  # (B, n, (nh + 2 nkv) hd)
-        qkv = qkv.view(B, n, -1, self.hd).transpose(1, 2)  # (B, nh + 2 nkv, n, hd)
-        qk, v = qkv.split([self.nh + self.nkv, self.nkv], dim=1)  # (B, nh + nkv, n, hd), (B, nkv, n, hd)
+        qkv = qkv.unflatten(-1, (-1, self.hd))  # (B, n, nh + 2 nkv, hd)
+        qkv = qkv.transpose(1, 2)  # (B, nh + 2 nkv, n, hd)
+        qk, v = qkv.split([nh + nkv, nkv], dim=1)  # (B, nh + nkv, n, hd), (B, nkv, n, hd)
         if self.qk_gain is not None:
             qk = F.rms_norm(qk, (self.hd,)) * self.qk_gain
         qk = rope(qk, cos, sin)
-        q, k = qk.split([self.nh, self.nkv], dim=1)  # (B, nh, n, hd), (B, nkv, n, hd)
+        q, k = qk.split(self.heads, dim=1)  # (B, nh, n, hd), (B, nkv, n, hd)
         if cache is not None:
             if cache:
                 k = torch.cat((cache[0], k), dim=2)  # (B, nkv, past + n, hd)
                 v = torch.cat((cache[1], v), dim=2)
             cache[:] = [k, v]
-        grouped = self.nh != self.nkv
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)  # (B, nh, n, hd)
-        y = y.transpose(1, 2).reshape(B, n, D)
+        # (B, nh, n, hd)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=nh != nkv)
+        y = y.transpose(1, 2).flatten(2)  # (B, n, D)
         x = x + self.proj(y)
 
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)  # 2 x (B, n, mlp_width)
+        y = self.gate_up(self.norm2(x))
+        gate, up = y.chunk(2, dim=-1)  # 2 x (B, n, mlp_width)
         return x + self.down(F.silu(gate) * up)
 
 
@@ -428,23 +416,28 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.width)
         self.blocks = nn.ModuleList(LanguageBlock(cfg) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(cfg.width, cfg.norm_eps)
-        self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self.checkpointing = False  # see VLM.enable_checkpointing()
+        self.head = None
+        if not cfg.tied:
+            self.head = Projection(cfg.width, cfg.vocab_size)
         hd = cfg.width // cfg.heads
         exponent = torch.arange(0, hd, 2) / hd
         self.register_buffer("frequency", cfg.rope_theta**-exponent, persistent=False)  # (hd/2,)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, caches: list | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        caches: list | None = None,
+    ) -> Tensor:
         """x (B, n, D), positions (B, n), mask (B, n, past + n) bool -> hidden states (B, n, D)."""
         cos, sin = rotation(positions[:, None], self.frequency.float())  # 2 x (B, 1, n, hd)
         cos = cos.to(x.dtype)  # angles need fp32, the tables do not
         sin = sin.to(x.dtype)
         mask = mask[:, None]  # (B, 1, n, past + n)
-        for i, block in enumerate(self.blocks):
-            if self.checkpointing and x.requires_grad:
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, mask, caches[i] if caches else None)
+        caches = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, cos, sin, mask, cache)
         return self.norm(x)
 
     def new_caches(self) -> list:
@@ -453,8 +446,14 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> (..., vocab), at least in fp32."""
-        logits = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        logits = F.linear(hidden, (self.head or self.embed).weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def checkpoint_blocks(blocks: nn.ModuleList) -> None:
+    """Let every block keep only its input in the forward pass, and compute the rest again in the backward."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class VLM(nn.Module):
@@ -481,9 +480,9 @@ class VLM(nn.Module):
             ids = torch.tensor(getattr(tokenizer, name), dtype=torch.int64)
             self.register_buffer(name, ids, persistent=False)
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
+    def parts(self) -> dict[str, Iterable[nn.Parameter]]:
         """Parameters of the vision encoder and of the language model."""
-        return {"vision": list(self.vision.parameters()), "language": list(self.lm.parameters())}
+        return {"vision": self.vision.parameters(), "language": self.lm.parameters()}
 
     def freeze_vision(self) -> None:
         """The vision encoder stops learning, but for its connector."""
@@ -492,138 +491,164 @@ class VLM(nn.Module):
 
     def enable_checkpointing(self) -> None:
         """Keep only every block's input in the forward pass; the backward pass computes the rest again."""
-        self.lm.checkpointing = True
+        checkpoint_blocks(self.lm.blocks)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
-        B, V = images.shape[:2]
         x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, px, px)
-        x = x.to(self.queries.dtype).div(127.5).sub(1.0)
-        return self.vision(x).view(B, V, -1, self.queries.shape[-1])  # (B, V, n, D)
+        x = x.to(self.queries.dtype).div(127.5).sub(1.0)  # 0 .. 255 -> -1 .. 1
+        x = self.vision(x)  # (B*V, n, D)
+        return x.unflatten(0, images.shape[:2])
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
 
-        -> embeddings (B, P, D), their positions (P,), the position of the first text token.
+        -> embeddings (B, P, D), their positions (B, P) or (3, B, P), the position of the first text token.
         """
         x = visual.flatten(1, 2)  # (B, V*n, D)
         if len(self.start) or len(self.image_open):
-            B = len(visual)
-            start, before, behind = (
-                self.lm.embed(ids).expand(B, -1, -1)
-                for ids in (self.start, self.image_open, self.image_close)
-            )
+            chat = []
+            for ids in (self.start, self.image_open, self.image_close):
+                words = self.lm.embed(ids)  # (ids, D)
+                chat.append(words.expand(len(visual), -1, -1))
+            start, before, behind = chat
             parts = [start]
             for view in visual.unbind(1):  # (B, n, D)
                 parts += [before, view, behind]
             x = torch.cat(parts, dim=1)  # (B, P, D)
-        P = x.shape[1]
-        return x, torch.arange(P, device=x.device), P
+        B, P, _ = x.shape
+        positions = torch.arange(P, device=x.device)
+        return x, positions.expand(B, -1), P
 
     @staticmethod
-    def join_positions(prefix: Tensor, text: Tensor) -> Tensor:
-        """Positions of the prefix (..., P) and of text (B, n) -> (..., B, P + n).
+    def append_positions(positions: Tensor, more: Tensor) -> Tensor:
+        """Positions (..., B, P) and those of what follows (B, n) -> (..., B, P + n).
 
         Leading axes: Qwen's time, row, column.
         """
-        axes = prefix.shape[:-1]
-        B = len(text)
-        return torch.cat((prefix.unsqueeze(-2).expand(*axes, B, -1), text.expand(*axes, B, -1)), dim=-1)
+        more = more.expand(*positions.shape[:-1], -1)
+        return torch.cat((positions, more), dim=-1)
+
+    def query_positions(self, first: Tensor) -> Tensor:
+        """Positions of the feature queries (B, Q), of which the first one stands at `first` (B,)."""
+        order = torch.arange(len(self.queries), device=first.device)  # (Q,)
+        return first[:, None] + order
+
+    def embed(
+        self,
+        visual: Tensor,
+        tokens: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Images and text in one sequence, see forward().
+
+        -> embeddings (B, P + T, D), segments (B, P + T), positions (B, P + T) or (3, B, P + T), the position
+        of the first text token.
+        """
+        prefix, prefix_positions, first = self.prefix(visual)
+        text = self.lm.embed(tokens)  # (B, T, D)
+        x = torch.cat((prefix, text), dim=1)
+        segments = F.pad(segments, (prefix.shape[1], 0))  # the images are segment 0
+        positions = self.append_positions(prefix_positions, first + positions)
+        return x, segments, positions, first
 
     @staticmethod
     def attention_mask(segments: Tensor) -> Tensor:
         """Segments (B, n) -> (B, n, n) bool: may token i look at token j?"""
-        n = segments.shape[1]
         mine = segments[:, :, None]  # (B, n, 1)
-        theirs = segments[:, None, :]  # (B, 1, n)
-        causal = torch.ones(n, n, dtype=torch.bool, device=segments.device).tril()
-        itself = torch.eye(
-            n, dtype=torch.bool, device=segments.device
-        )  # padding sees itself: no softmax is empty
-        same_segment = (theirs == mine) & (theirs >= 0)
-        return (same_segment | (theirs == 0)) & causal | itself
+        theirs = segments[:, None]  # (B, 1, n)
+        allowed = (theirs == 0) | (theirs > 0) & (theirs == mine)
+        # padding sees itself: a softmax over nothing would be NaN
+        itself = torch.eye(segments.shape[1], device=segments.device)
+        return allowed.tril() | itself.bool()
 
     def forward(
-        self, visual: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor, with_queries: bool
+        self,
+        visual: Tensor,
+        tokens: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+        with_queries: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states of the text (B, T, D), and of the queries (B, Q, D) if asked for, else None.
 
         visual (B, V, n, D); tokens, segments, positions (B, T). positions count within a segment from 0:
         every segment starts right behind the images, as if it were alone.
         """
-        prefix, prefix_positions, first = self.prefix(visual)
-        B, P, _ = prefix.shape
-        T = tokens.shape[1]
-        x = [prefix, self.lm.embed(tokens)]
-        segment = [segments.new_zeros(B, P), segments]
-        position = [first + positions]
-        if with_queries:
+        B, T = tokens.shape
+        length = (segments == 1).sum(1)  # (B,) tokens of instruction and reasoning
+        x, segments, positions, first = self.embed(visual, tokens, segments, positions)
+        P = x.shape[1] - T
+        if with_queries:  # they are the end of segment 1
             Q = len(self.queries)
-            length = (segments == 1).sum(1, keepdim=True)  # (B, 1) tokens of instruction and reasoning
-            x.append(self.queries.expand(B, -1, -1))
-            segment.append(segments.new_ones(B, Q))
-            position.append(first + length + torch.arange(Q, device=tokens.device))
-        positions = self.join_positions(prefix_positions, torch.cat(position, dim=1))  # (B, N)
-        mask = self.attention_mask(torch.cat(segment, dim=1))  # (B, N, N)
-        x = torch.cat(x, dim=1)  # (B, N, D)
-        hidden = self.lm(x, positions, mask)  # (B, N, D)
-        return hidden[:, P : P + T], hidden[:, P + T :] if with_queries else None
+            queries = self.queries.expand(B, -1, -1)  # (B, Q, D)
+            x = torch.cat((x, queries), dim=1)  # (B, N, D)
+            segments = F.pad(segments, (0, Q), value=1)  # (B, N)
+            positions = self.append_positions(positions, self.query_positions(first + length))
+        hidden = self.lm(x, positions, self.attention_mask(segments))  # (B, N, D)
+        text = hidden[:, P : P + T]  # (B, T, D)
+        if not with_queries:
+            return text, None
+        return text, hidden[:, P + T :]
 
     @torch.inference_mode()
     def generate(
-        self, visual: Tensor, prompts: list[list[int]], stop: int, limit: int, with_queries: bool = False
+        self,
+        visual: Tensor,
+        prompts: list[list[int]],
+        stop: int,
+        limit: int,
+        with_queries: bool = False,
     ) -> tuple[list[list[int]], Tensor | None]:
         """Greedy decoding with a key/value cache; prompts, lists of token ids, may differ in length.
 
         visual (B, V, n, D) -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
         or None. limit 0 writes nothing: the queries follow the prompt.
         """
-        prefix, prefix_positions, first = self.prefix(visual)
-        B, P, _ = prefix.shape
-        device = visual.device
-        length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-        T = int(length.max())
-        tokens = torch.tensor(
-            [list(prompt) + [0] * (T - len(prompt)) for prompt in prompts], device=device
-        )  # (B, T)
-        column = torch.arange(T, device=device)
-        segments = torch.where(column < length[:, None], 1, -1)  # (B, T)
-        segments = torch.cat((segments.new_zeros(B, P), segments), dim=1)  # (B, P + T)
-        positions = self.join_positions(prefix_positions, first + column.expand(B, -1))
+        text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
+        # each (B, T); there are no labels to learn
+        tokens, segments, positions, _ = (ids.to(visual.device) for ids in text.values())
+        B, T = tokens.shape
+        length = (segments == 1).sum(1)  # (B,)
+        x, segments, positions, first = self.embed(visual, tokens, segments, positions)
         caches = self.lm.new_caches()
-        x = torch.cat((prefix, self.lm.embed(tokens)), dim=1)  # (B, P + T, D)
-        hidden = self.lm(x, positions, self.attention_mask(segments), caches)
-        last = hidden[torch.arange(B, device=device), P + length - 1]  # (B, D) of every prompt's last token
+        hidden = self.lm(x, positions, self.attention_mask(segments), caches)  # (B, P + T, D)
+        last = hidden[range(B), length - 1 - T]  # (B, D) of every prompt's last token
 
         # One token a step; rows that have ended write padding, which nobody sees.
         past = segments >= 0  # (B, P + T): what every later token sees
-        written = [[] for _ in range(B)]
-        alive = torch.ones(B, dtype=torch.bool, device=device)
+        written = tokens.new_empty(B, 0)
         for i in range(limit):
+            alive = (written != stop).all(dim=1)  # (B,)
+            if not alive.any():
+                break
             token = self.lm.logits(last).argmax(-1)  # (B,)
             if i == limit - 1:  # too long: close it
                 token = torch.full_like(token, stop)
-            for row in (alive & (token != stop)).nonzero()[:, 0].tolist():
-                written[row].append(int(token[row]))
+            written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
             past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
             x = self.lm.embed(token)[:, None]  # (B, 1, D)
-            last = self.lm(x, (first + length)[:, None], past[:, None], caches)[:, 0]  # (B, D)
+            positions = first + length[:, None]  # (B, 1)
+            last = self.lm(x, positions, past[:, None], caches)[:, 0]  # (B, D)
             length = length + alive
-            alive = alive & (token != stop)
-            if not alive.any():
-                break
+        texts = [before(stop, row) for row in written.tolist()]
         if not with_queries:
-            return written, None
+            return texts, None
 
         # The feature queries see everything that was written, and each other causally.
         Q = len(self.queries)
-        positions = (first + length)[:, None] + torch.arange(Q, device=device)  # (B, Q)
-        causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
-        mask = torch.cat(
-            (past[:, None].expand(-1, Q, -1), causal.expand(B, -1, -1)), dim=2
-        )  # (B, Q, past + Q)
-        query_states = self.lm(self.queries.expand(B, -1, -1), positions, mask, caches)  # (B, Q, D)
-        return written, query_states
+        positions = self.query_positions(first + length)
+        seen = F.pad(past, (0, Q), value=True)  # (B, past + Q)
+        mask = seen[:, None].expand(-1, Q, -1)
+        mask = mask.tril(past.shape[1])  # (B, Q, past + Q)
+        queries = self.queries.expand(B, -1, -1)  # (B, Q, D)
+        return texts, self.lm(queries, positions, mask, caches)
+
+
+def before(end: int, ids: list[int]) -> list[int]:
+    """The ids that stand before the first `end`."""
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -633,7 +658,9 @@ class VLM(nn.Module):
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
     """Sines and cosines of flow time t in [0, 1], periods 4e-3 .. 4 (pi0's range): (...,) -> (..., dim)."""
-    period = torch.logspace(math.log10(4e-3), math.log10(4.0), dim // 2, device=t.device)
+    shortest = math.log10(4e-3)
+    longest = math.log10(4.0)
+    period = torch.logspace(shortest, longest, dim // 2, device=t.device)
     frequency = 2 * math.pi / period
     angle = t.float()[..., None] * frequency
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
@@ -642,6 +669,11 @@ def time_embedding(t: Tensor, dim: int) -> Tensor:
 def timesteps(K: int, device: torch.device | None = None) -> Tensor:
     """Flow times at which the K denoising steps begin, from noise to data: (K,)."""
     return torch.linspace(1, 1 / K, K, device=device)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: layer norm of x (..., De) whose shift and scale come from flow time."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
 class ExpertBlock(nn.Module):
@@ -654,56 +686,66 @@ class ExpertBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.modulate = nn.Linear(width, 9 * width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.cross_q = nn.Linear(width, width, bias=False)
-        self.cross_proj = nn.Linear(width, width, bias=False)
-        self.cross_kv = nn.Linear(width, 2 * width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.qkv = Projection(width, 3 * width)
+        self.proj = Projection(width, width)
+        self.cross_q = Projection(width, width)
+        self.cross_proj = Projection(width, width)
+        self.cross_kv = Projection(width, 2 * width)
+        self.up = Projection(width, 4 * width)
+        self.down = Projection(4 * width, width)
 
     def keys_values(self, query_states: Tensor) -> Tensor:
         """Adapted query states (B, Q, De) -> keys and values (2, B, nh, Q, hd).
 
         They are the same for all noise samples and denoising steps of a chunk.
         """
-        B, Q, _ = query_states.shape
-        kv = self.cross_kv(query_states).view(B, Q, 2, self.heads, -1)
+        kv = self.cross_kv(query_states)  # (B, Q, 2 De)
+        kv = kv.unflatten(-1, (2, self.heads, -1))  # (B, Q, 2, nh, hd)
         return kv.permute(2, 0, 3, 1, 4)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, keys_values: Tensor, attention: list | None = None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        keys_values: Tensor,
+        attention: list | None = None,
     ) -> Tensor:
         """x (B, M, L, De), modulation (B, M, 1, 9 De) -> (B, M, L, De).
 
         A list `attention` receives weights (B, nh, M*L, Q).
         """
-        B, M, L, De = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = modulation.chunk(9, dim=-1)
+        B, M, L, _ = x.shape
+        for_self, for_cross, for_mlp = modulation.chunk(3, dim=-1)  # each (B, M, 1, 3 De)
 
         # the joint state and the actions of one chunk see each other
-        y = F.layer_norm(x, (De,)) * (1 + scale1) + shift1
+        shift, scale, gate = for_self.chunk(3, dim=-1)  # 3 x (B, M, 1, De)
+        y = modulated_norm(x, shift, scale)
         qkv = self.qkv(y).view(B * M, L, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B*M, nh, L, hd)
+        # 3 x (B*M, nh, L, hd): each chunk attends to itself
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)  # (B*M, nh, L, hd)
-        y = y.transpose(1, 2).reshape(B, M, L, De)
-        x = x + gate1 * self.proj(y)
+        y = y.transpose(1, 2).reshape(x.shape)
+        x = x + gate * self.proj(y)
 
         # they look at the feature query states
-        y = F.layer_norm(x, (De,)) * (1 + scale2) + shift2
+        shift, scale, gate = for_cross.chunk(3, dim=-1)
+        y = modulated_norm(x, shift, scale)
         q = self.cross_q(y).view(B, M * L, self.heads, -1)
         q = q.transpose(1, 2)  # (B, nh, M*L, hd): all noise samples share keys and values
         k, v = keys_values
         if attention is not None:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            hd = q.shape[-1]
+            scores = q @ k.mT / math.sqrt(hd)  # (B, nh, M*L, Q)
             attention.append(scores.softmax(-1))
         y = F.scaled_dot_product_attention(q, k, v)
-        y = y.transpose(1, 2).reshape(B, M, L, De)
-        x = x + gate2 * self.cross_proj(y)
+        y = y.transpose(1, 2).reshape(x.shape)
+        x = x + gate * self.cross_proj(y)
 
-        y = F.layer_norm(x, (De,)) * (1 + scale3) + shift3
+        # every token for itself
+        shift, scale, gate = for_mlp.chunk(3, dim=-1)
+        y = modulated_norm(x, shift, scale)
         y = F.relu(self.up(y)).square()  # squared ReLU: as good as GELU here and cheaper on a CPU
-        return x + gate3 * self.down(y)
+        return x + gate * self.down(y)
 
 
 class ActionExpert(nn.Module):
@@ -714,9 +756,16 @@ class ActionExpert(nn.Module):
         De = cfg.expert_width
         self.action_in = nn.Linear(cfg.action_dim, De)
         self.state_in = nn.Linear(cfg.state_dim, De)
+        # of the joint state and every action
         self.position = nn.Parameter(torch.randn(1 + cfg.chunk_size, De) * 0.5)
-        self.time = nn.Sequential(nn.Linear(De, De), nn.SiLU(), nn.Linear(De, De))
-        self.age = nn.Embedding(cfg.stale + 1, De) if cfg.stale else None
+        self.time = nn.Sequential(
+            nn.Linear(De, De),
+            nn.SiLU(),
+            nn.Linear(De, De),
+        )
+        self.age = None
+        if cfg.stale:
+            self.age = nn.Embedding(cfg.stale + 1, De)
         self.blocks = nn.ModuleList(ExpertBlock(De, cfg.expert_heads) for _ in range(cfg.expert_depth))
         self.modulate = nn.Linear(De, 2 * De)
         self.action_out = nn.Linear(De, cfg.action_dim)
@@ -734,11 +783,11 @@ class ActionExpert(nn.Module):
         embedding = time_embedding(t, De)[:, :, None]  # (B, M, 1, De)
         c = self.time(embedding.to(self.position.dtype))  # (B, M, 1, De)
         if self.age is not None:
-            if age is None:
-                age = torch.zeros(1, 1, dtype=torch.long, device=t.device)
-            c = c + self.age(age)[:, :, None]
+            fresh = self.age.weight[0]  # (De,)
+            c = c + (fresh if age is None else self.age(age)[:, :, None])
         c = F.silu(c)
-        return [block.modulate(c) for block in self.blocks] + [self.modulate(c)]
+        parts = [*self.blocks, self]
+        return [part.modulate(c) for part in parts]
 
     def forward(
         self,
@@ -750,13 +799,14 @@ class ActionExpert(nn.Module):
     ) -> Tensor:
         """Noisy chunk x (B, M, H, A), state (B, S), both normalised -> velocity (B, M, H, A)."""
         B, M = x.shape[:2]
-        state = self.state_in(state)[:, None, None].expand(B, M, 1, -1)  # (B, M, 1, De)
-        h = torch.cat((state, self.action_in(x)), dim=2) + self.position  # (B, M, 1 + H, De)
+        state = self.state_in(state)[:, None, None]  # (B, 1, 1, De)
+        state = state.expand(B, M, 1, -1)  # (B, M, 1, De)
+        actions = self.action_in(x)  # (B, M, H, De)
+        h = torch.cat((state, actions), dim=2) + self.position  # (B, M, 1 + H, De)
         for block, m, kv in zip(self.blocks, modulation, keys_values):
             h = block(h, m, kv, attention)
         shift, scale = modulation[-1].chunk(2, dim=-1)  # 2 x (B, M, 1, De)
-        h = h[:, :, 1:]  # (B, M, H, De)
-        h = F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
+        h = modulated_norm(h[:, :, 1:], shift, scale)  # (B, M, H, De)
         return self.action_out(h)
 
 
@@ -771,33 +821,30 @@ def scale_of(statistics: dict[str, list[float]]) -> tuple[Tensor, Tensor, Tensor
     FARTHEST_LIMIT half ranges from their middle, as those of a gripper that opens in under 1 % of the frames.
     What varies by less than a ten thousandth of its size is constant: low equals high.
     """
-    smallest, largest, q01, q99 = (
-        torch.as_tensor(statistics[key], dtype=torch.float64) for key in ("min", "max", "q01", "q99")
-    )
+    ends = [statistics[key] for key in ("min", "max", "q01", "q99")]
+    # fp64: a middle and a half range do not round the percentiles that they come from
+    smallest, largest, q01, q99 = torch.from_numpy(np.array(ends, np.float64))
     middle = (q01 + q99) / 2
     reach = torch.maximum(largest - middle, middle - smallest)
-    half = torch.maximum((q99 - q01) / 2, reach / FARTHEST_LIMIT)
+    low = torch.minimum(q01, middle - reach / FARTHEST_LIMIT)
+    high = torch.maximum(q99, middle + reach / FARTHEST_LIMIT)
     size = torch.maximum(largest.abs(), smallest.abs())
-    half = torch.where(largest - smallest <= 1e-4 * size, 0.0, half)
-    limit = torch.where(half > 0, reach / half.clamp(min=1e-300), 0.0).clamp(min=LEAST_LIMIT)
-    unmoved = half == (q99 - q01) / 2  # the percentiles themselves, without the rounding of middle -+ half
-    low = torch.where(unmoved, q01, middle - half)
-    high = torch.where(unmoved, q99, middle + half)
-    return low.float(), high.float(), limit.float()
+    constant = largest - smallest <= 1e-4 * size
+    limit = torch.where(constant, 0.0, 2 * reach / (high - low))
+    low = torch.where(constant, middle, low)
+    high = torch.where(constant, middle, high)
+    return low.float(), high.float(), limit.clamp(min=LEAST_LIMIT).float()
 
 
-def to_tensor(what: str, x: Any, device: torch.device) -> Tensor:
-    """Array, tensor or nested lists of numbers -> a tensor on a device; UserError where it is none."""
-    if not isinstance(x, Tensor):
-        x = as_array(what, x)
-        x = torch.from_numpy(np.ascontiguousarray(x.astype(x.dtype.newbyteorder("="))))
-    return x.to(device)
+def shapes(tensors: dict[str, Tensor], part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors whose names begin with `part`."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(part)}
 
 
 def check_texts(what: str, texts: Any, rows: int) -> None:
     """UserError unless there is a list with a string for every row."""
-    is_list = isinstance(texts, (list, tuple))
-    if not is_list or len(texts) != rows or not all(isinstance(text, str) for text in texts):
+    is_list = isinstance(texts, (list, tuple)) and len(texts) == rows
+    if not is_list or {type(text) for text in texts} - {str}:
         raise UserError(f"{what} must be a list of {rows} strings, one for each row; got {texts!r}"[:300])
 
 
@@ -821,12 +868,11 @@ class SyVLA(nn.Module):
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.vlm = vlm or VLM(cfg, tokenizer)
-        # No bias before or after the nonlinearity: a query state masked to zero stays zero behind the
-        # adapter.
+        # No bias before or after the nonlinearity: a query state masked to zero stays zero behind it.
         self.adapter = nn.Sequential(
-            nn.Linear(cfg.width, cfg.expert_width, bias=False),
+            Projection(cfg.width, cfg.expert_width),
             nn.SiLU(),
-            nn.Linear(cfg.expert_width, cfg.expert_width, bias=False),
+            Projection(cfg.expert_width, cfg.expert_width),
         )
         self.expert = ActionExpert(cfg)
         # The scale: low and high map to -1 and 1, recorded values reach as far as +-limit.
@@ -841,7 +887,9 @@ class SyVLA(nn.Module):
 
         Residual branches, gates and output layers start at zero, so that every block begins as the identity.
         """
-        modules = self.modules() if own_vlm else [*self.adapter.modules(), *self.expert.modules()]
+        modules = [*self.adapter.modules(), *self.expert.modules()]
+        if own_vlm:
+            modules = self.modules()
         for module in modules:
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_in = module.weight[0].numel()
@@ -850,33 +898,34 @@ class SyVLA(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight)
-        for block in self.expert.blocks:
-            nn.init.zeros_(block.modulate.weight)
-        nn.init.zeros_(self.expert.modulate.weight)
-        nn.init.zeros_(self.expert.action_out.weight)
+        closed = [self.expert.modulate, self.expert.action_out]
+        closed += [block.modulate for block in self.expert.blocks]
         if self.expert.age is not None:
-            nn.init.zeros_(self.expert.age.weight)  # an age that was never met counts as none
-        if not own_vlm:
-            return
-        # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
-        filters = self.vlm.vision.patch[0].weight.data  # (channels, 3, 3, 3)
-        filters.sub_(filters.mean(dim=(1, 2, 3), keepdim=True)).mul_(2)
-        # As loud as the patches: attention brings a token's content to a word, so where it was must be part
-        # of that.
-        nn.init.normal_(self.vlm.vision.position, std=0.5)
-        for block in self.vlm.lm.blocks:
-            nn.init.zeros_(block.proj.weight)
-            nn.init.zeros_(block.down.weight)
-        if self.vlm.lm.head is not None:
-            nn.init.zeros_(self.vlm.lm.head.weight)
+            closed.append(self.expert.age)  # an age that was never met counts as none
+        if own_vlm:
+            # Filters that answer a grey patch with nothing: the table would drown the few pixels of a cube.
+            filters = self.vlm.vision.patch[0].weight.data  # (channels, 3, 3, 3)
+            filters -= filters.mean(dim=(1, 2, 3), keepdim=True)
+            filters *= 2
+            # As loud as the patches: attention brings a token's content to a word, so where it was must be
+            # part of that.
+            nn.init.normal_(self.vlm.vision.position, std=0.5)
+            for block in self.vlm.lm.blocks:
+                closed += [block.proj, block.down]
+            if self.vlm.lm.head is not None:
+                closed.append(self.vlm.lm.head)
+        for module in closed:
+            nn.init.zeros_(module.weight)
+
+    def scale_buffers(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """low, high and limit of every number of "state" or "action"."""
+        return tuple(getattr(self, f"{name}_{side}") for side in ("low", "high", "limit"))
 
     def set_statistics(self, statistics: dict[str, dict]) -> None:
         """Take the scale of a data set: {"state": ..., "action": ...} as data.statistics() computes them."""
         for name in ("state", "action"):
-            low, high, limit = scale_of(statistics[name])
-            getattr(self, f"{name}_low").copy_(low)
-            getattr(self, f"{name}_high").copy_(high)
-            getattr(self, f"{name}_limit").copy_(limit)
+            for buffer, value in zip(self.scale_buffers(name), scale_of(statistics[name])):
+                buffer.copy_(value)
 
     def widen_limits(self, statistics: dict[str, dict]) -> list[str]:
         """Keep the scale, but let everything that another data set recorded lie inside its limits.
@@ -886,14 +935,17 @@ class SyVLA(nn.Module):
         """
         replaced = []
         for name, words in (("state", self.cfg.state_names), ("action", self.cfg.motor_names)):
-            own = [getattr(self, f"{name}_{side}") for side in ("low", "high", "limit")]
-            theirs = scale_of(statistics[name])
-            ends = torch.tensor([statistics[name]["min"], statistics[name]["max"]], device=own[0].device)
+            low, high, limit = own = self.scale_buffers(name)
+            theirs = statistics[name]
+            # (2, S) or (2, A)
+            ends = torch.tensor([theirs["min"], theirs["max"]], device=low.device)
             reach = self.scale(ends, name).abs().amax(0)  # (S,) or (A,)
             # a constant joint that moves now has no scale at all
-            foreign = (reach > FARTHEST_LIMIT) | ((own[0] == own[1]) & (ends[0] < ends[1]))
-            own[2].copy_(torch.maximum(own[2], reach))
-            for kept, new in zip(own, theirs):
+            moved = (low == high) & (ends[0] < ends[1])
+            foreign = moved | (reach > FARTHEST_LIMIT)
+            limit.copy_(torch.maximum(limit, reach))
+            # all three, because a limit means nothing in another scale
+            for kept, new in zip(own, scale_of(theirs)):
                 kept[foreign] = new.to(kept)[foreign]
             replaced += [f"{name} {words[i]}" for i in foreign.nonzero()[:, 0].tolist()]
         return replaced
@@ -907,8 +959,8 @@ class SyVLA(nn.Module):
 
     def scale(self, x: Tensor, name: str) -> Tensor:
         """LeRobot units -> low and high mapped to -1 and 1; a constant joint maps to 0."""
-        low = getattr(self, f"{name}_low")
-        span = getattr(self, f"{name}_high") - low
+        low, high, _ = self.scale_buffers(name)
+        span = high - low
         constant = span == 0
         scaled = 2 * (x - low) / torch.where(constant, 1.0, span) - 1
         return torch.where(constant, 0.0, scaled)
@@ -916,16 +968,17 @@ class SyVLA(nn.Module):
     def clip(self, x: Tensor, name: str) -> Tensor:
         """Scaled values, kept within what was recorded."""
         limit = getattr(self, f"{name}_limit")
-        return torch.minimum(torch.maximum(x, -limit), limit)
+        return x.clamp(-limit, limit)
 
     def clipped(self, actions: np.ndarray) -> str:
         """Which share of recorded actions (N, A) lies beyond the limits, as in "gripper 45.0 %", or "none".
 
         Training would teach the limit in their place.
         """
-        limit = self.action_limit.cpu()
-        scaled = self.scale(torch.tensor(actions).to(self.action_limit), "action").cpu()  # (N, A)
-        share = (scaled.abs() > limit * (1 + 1e-4)).float().mean(0).tolist()
+        limit = self.action_limit
+        scaled = self.scale(torch.tensor(actions).to(limit), "action")  # (N, A)
+        beyond = scaled.abs() > limit * (1 + 1e-4)  # but for rounding
+        share = beyond.float().mean(0).tolist()
         names = self.cfg.motor_names
         return ", ".join(f"{name} {part:.1%}" for name, part in zip(names, share) if part) or "none"
 
@@ -962,9 +1015,10 @@ class SyVLA(nn.Module):
         modulation = self.expert.modulation(t, None if age is None else age[:, None])
         v = self.expert(x_t, modulation, state, keys_values, attention)
         target = eps - clean  # (B, M, H, A), the velocity from data to noise
-        error = (v.float() - target).square().mean(-1)  # (B, M, H)
+        error = (v.float() - target).square()  # (B, M, H, A)
         weight = valid[:, None].float()  # (B, 1, H)
-        return (error * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+        total = (error.mean(-1) * weight).sum(-1)  # (B, M)
+        return total / weight.sum(-1).clamp(min=1)
 
     def gradient_norms(self, query_states: Tensor, *flow_args: Tensor | None) -> Tensor:
         """|| d loss / d h_i || (B, Q), the paper's measure of what a feature query state contributes.
@@ -973,9 +1027,9 @@ class SyVLA(nn.Module):
         is made.
         """
         leaf = query_states.detach().requires_grad_()
-        loss = (
-            self.flow_loss(leaf, *flow_args).mean(1).sum()
-        )  # a sum over the batch keeps per-sample gradients exact
+        # the sum over the batch keeps every sample's gradient exact
+        loss = self.flow_loss(leaf, *flow_args)  # (B, M)
+        loss = loss.mean(1).sum()
         (gradient,) = torch.autograd.grad(loss, leaf)  # (B, Q, D)
         return gradient.float().norm(dim=-1)
 
@@ -1000,23 +1054,27 @@ class SyVLA(nn.Module):
         (B, Q) or attention mass.
         """
         # one noise sample is enough, with the same noise and time that the second pass sees
-        flow_args = (state, actions, valid, eps[:, :1], t[:, :1], age)
+        eps = eps[:, :1]
+        t = t[:, :1]
+        flow_args = (state, actions, valid, eps, t, age)
         if self.cfg.decouple == "gradient":
             score = self.gradient_norms(query_states, *flow_args)  # (B, Q)
         elif self.cfg.decouple == "attention":
             attention = []  # one (B, nh, H + 1, Q) per block
             with torch.no_grad():
                 self.flow_loss(query_states, *flow_args, attention)
-            score = (
-                torch.stack(attention).float().mean(dim=(0, 2, 3))
-            )  # (B, Q): mean over blocks, heads, tokens
+            # the mean over blocks, heads and tokens: (B, Q)
+            attention = torch.stack(attention).float()  # (blocks, B, nh, H + 1, Q)
+            score = attention.mean(dim=(0, 2, 3))
         else:
             score = uniform
         share = self.cfg.decouple_percentile / 100
         if self.cfg.decouple_scope == "batch":
             return score >= torch.quantile(score.flatten(), share)
         Q = score.shape[1]
-        drop = min(max(1, round(share * Q)), Q - 1) if share > 0 else 0  # never all of them
+        drop = 0
+        if share > 0:  # at least one, never all of them
+            drop = min(max(1, round(share * Q)), Q - 1)
         rank = score.argsort(dim=1).argsort(dim=1)  # (B, Q), 0: the lowest score
         return rank >= drop
 
@@ -1058,11 +1116,13 @@ class SyVLA(nn.Module):
             visual, batch["tokens"], batch["segments"], batch["positions"], with_queries
         )
         labels = batch["labels"]
+        # the output layer is the widest of all: only where something is to be learnt
         rows, columns = (labels >= 0).nonzero(as_tuple=True)
         logits = self.vlm.lm.logits(text[rows, columns])
         nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")
-        per_row = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
-        per_row = per_row / (labels >= 0).sum(1).clamp(min=1)
+        total = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
+        count = (labels >= 0).sum(1)  # (B,) targets; a row may have none
+        per_row = total / count.clamp(min=1)
         loss = per_row.mean()
         mark("language")
         return loss, query_states
@@ -1090,9 +1150,10 @@ class SyVLA(nn.Module):
         keys_values = self.expert.condition(self.adapter(query_states))
         chain = [noise]
         for k in range(K):
-            m = [x[k][:, None] for x in modulation]  # each (1 or B, 1, 1, 9 De or 2 De)
-            v = self.expert(chain[-1][:, None], m, state, keys_values)[:, 0]  # (B, H, A)
-            chain.append(step(k, chain[-1], v))
+            m = [numbers[k][:, None] for numbers in modulation]  # each (1 or B, 1, 1, 9 De or 2 De)
+            x = chain[-1]  # (B, H, A)
+            v = self.expert(x[:, None], m, state, keys_values)[:, 0]  # (B, H, A)
+            chain.append(step(k, x, v))
         return torch.stack(chain, dim=1)
 
     def euler_step(self, k: int, x: Tensor, v: Tensor) -> Tensor:
@@ -1101,7 +1162,10 @@ class SyVLA(nn.Module):
 
     @torch.inference_mode()
     def reason(
-        self, images: Tensor, tasks: list[str], given: list[str] | None = None
+        self,
+        images: Tensor,
+        tasks: list[str],
+        given: list[str] | None = None,
     ) -> tuple[list[str], Tensor]:
         """images (B, V, px, px, 3) uint8, B tasks -> B reasoning texts, feature query states (B, Q, D).
 
@@ -1112,15 +1176,22 @@ class SyVLA(nn.Module):
         prompts = [self.tokenizer.prompt(task, self.cfg.reasoning) for task in tasks]
         limit = self.cfg.max_reasoning_tokens if self.cfg.reasoning else 0
         if given is not None:  # all that is left to write is the end of the reasoning
-            prompts = [[*prompt, *self.tokenizer.encode(text)] for prompt, text in zip(prompts, given)]
+            for prompt, text in zip(prompts, given):
+                prompt += self.tokenizer.encode(text)
             limit = 1
-        written, query_states = self.vlm.generate(visual, prompts, self.tokenizer.end_reasoning, limit, True)
+        end = self.tokenizer.end_reasoning
+        written, query_states = self.vlm.generate(visual, prompts, end, limit, with_queries=True)
         mark("reasoning")
         return given or [self.tokenizer.decode(ids) for ids in written], query_states
 
     @torch.inference_mode()
     def act(
-        self, images: Any, state: Any, task: list[str], seed: int = 0, reasoning: list[str] | None = None
+        self,
+        images: Any,
+        state: Any,
+        task: list[str],
+        seed: int = 0,
+        reasoning: list[str] | None = None,
     ) -> tuple[np.ndarray, list[str]]:
         """What to do next: B observations and tasks -> chunk (B, H, A) float32, B reasoning texts.
 
@@ -1149,29 +1220,20 @@ class SyVLA(nn.Module):
         State and chunk in LeRobot units. age (B,) of the query states in control steps; an expert that learnt
         from fresh ones only is not told. step: as denoise() takes it, by default Euler's.
         """
-        device = self.vlm.queries.device
-        query_states = to_tensor("query_states", query_states, device).float()
         state = self.check_state(state)
-        expected = (len(state), self.cfg.queries, self.cfg.width)
-        if tuple(query_states.shape) != expected or not torch.isfinite(query_states).all():
-            raise UserError(
-                f"query_states must be {expected} finite numbers of reason(); got {tuple(query_states.shape)}"
-            )
+        sizes = (len(state), self.cfg.queries, self.cfg.width)
+        query_states = self.check_array("query_states", query_states, sizes)
         check_whole("seed", seed, -(2**63))
+        if age is not None:
+            age = self.check_array("age", age, sizes[:1]).long()
+            age = age.clamp(0, self.cfg.stale)  # older ones than were learnt count as the oldest
         # on the CPU: a seed means the same noise on every device
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(state), self.cfg.chunk_size, self.cfg.action_dim, generator=generator)
-        noise = self.cfg.temperature * noise.to(device)
-        if age is not None:
-            age = to_tensor("age", age, device)
-            if tuple(age.shape) not in ((1,), (len(state),)) or not torch.isfinite(age).all():
-                raise UserError(f"age must be ({len(state)},) control steps; got {tuple(age.shape)}")
-            age = age.long().clamp(0, self.cfg.stale)
-        if not self.cfg.stale:
-            age = None
-        chain = self.denoise(
-            query_states, self.normalise(state, "state"), noise, step or self.euler_step, age
-        )
+        shape = (len(state), self.cfg.chunk_size, self.cfg.action_dim)
+        noise = torch.randn(shape, generator=generator)  # (B, H, A)
+        noise = self.cfg.temperature * noise.to(state.device)
+        state = self.normalise(state, "state")
+        chain = self.denoise(query_states, state, noise, step or self.euler_step, age)
         chunk = self.denormalise(self.clip(chain[:, -1], "action"))  # (B, H, A)
         mark("expert")
         return chunk.float().cpu().numpy()
@@ -1179,59 +1241,67 @@ class SyVLA(nn.Module):
     @torch.inference_mode()
     def answer(self, images: Any, questions: list[str], limit: int = 24) -> list[str]:
         """Answers to B questions about images (B, V, px, px, 3) uint8, at most `limit` tokens each."""
-        images = self.check_images(images)
+        # a pretrained VLM answers about any number of pictures of any size
+        images = self.check_images(images, any_size=bool(self.cfg.backbone))
         check_texts("questions", questions, len(images))
         check_whole("limit", limit, 1)
         visual = self.vlm.encode_images(images)
         prompts = [self.tokenizer.question(question) for question in questions]
         written, _ = self.vlm.generate(visual, prompts, self.tokenizer.end_answer, limit)
-        end = self.tokenizer.end_reasoning  # closes the answer to an instruction
-        return [self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids) for ids in written]
+        # the end of a reasoning closes the answer to an instruction
+        end = self.tokenizer.end_reasoning
+        return [self.tokenizer.decode(before(end, ids)) for ids in written]
 
-    def check_images(self, images: Any) -> Tensor:
-        """Images as a tensor on the model's device; UserError shows both sides of a misfit.
+    def check_array(
+        self,
+        what: str,
+        x: Any,
+        sizes: tuple,
+        note: str = "",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Array, tensor or nested lists of numbers -> a tensor on the model's device.
 
-        A pretrained VLM answers about any number of pictures of any size.
+        UserError shows both sides where the shape is not `sizes`, in which a word stands for any number, or
+        where numbers are not finite. note: what else the message says.
         """
-        cfg = self.cfg
-        images = to_tensor("images", images, self.vlm.queries.device)
-        expected = (len(cfg.camera_names), cfg.image_size, cfg.image_size, 3)
-        fits = images.ndim == 5 and images.shape[-1] == 3 and len(images) > 0
-        if not fits or images.dtype != torch.uint8 or not (cfg.backbone or images.shape[1:] == expected):
-            raise UserError(
-                f"images must be (B, {', '.join(map(str, expected))}) uint8, cameras {cfg.cameras}; "
-                f"got {tuple(images.shape)} {images.dtype}"
-            )
-        return images
+        if not isinstance(x, Tensor):
+            x = as_array(what, x)
+            x = torch.from_numpy(x.astype(x.dtype.newbyteorder("="), order="C"))
+        fits = x.ndim == len(sizes) and len(x) > 0
+        for there, wanted in zip(x.shape, sizes):
+            fits = fits and (there == wanted or isinstance(wanted, str))
+        if not fits or (dtype == torch.uint8 and x.dtype != dtype):
+            expected = ", ".join(map(str, sizes))
+            raise UserError(f"{what} must be ({expected}){note}; got {tuple(x.shape)} {x.dtype}")
+        if not torch.isfinite(x).all():
+            raise UserError(f"{what} must be finite numbers{note}; got {x.tolist()}"[:300])
+        return x.to(self.vlm.queries.device, dtype)
 
-    def check_state(self, state: Any) -> Tensor:
-        """State (B, S) in LeRobot units as a tensor on the model's device; UserError as for images."""
+    def check_images(self, images: Any, any_size: bool = False) -> Tensor:
+        """Images (B, V, px, px, 3) uint8 of the policy's cameras, or of `any_size`, as check_array()."""
+        px = self.cfg.image_size
+        sizes = ("V", "h", "w") if any_size else (len(self.cfg.camera_names), px, px)
+        note = f" uint8, cameras {self.cfg.cameras}"
+        return self.check_array("images", images, ("B", *sizes, 3), note, torch.uint8)
+
+    def check_state(self, state: Any, rows: int | str = "B") -> Tensor:
+        """State (rows, S) in LeRobot units, as check_array()."""
         names = self.cfg.state_names
-        state = to_tensor("state", state, self.vlm.queries.device).float()
-        if tuple(state.shape[1:]) != (len(names),) or state.ndim != 2:
-            raise UserError(f"state must be (B, {len(names)}), {names}; got {tuple(state.shape)}")
-        if not torch.isfinite(state).all():
-            raise UserError(f"state must be finite numbers, {names}; got {state.tolist()}"[:300])
-        return state
+        return self.check_array("state", state, (rows, len(names)), f", {names}")
 
     def check_inputs(self, images: Any, state: Any, task: list[str]) -> tuple[Tensor, Tensor]:
         """What act() is given -> images and state as tensors on the model's device."""
         images = self.check_images(images)
-        state = self.check_state(state)
-        expected = (len(self.cfg.camera_names), self.cfg.image_size, self.cfg.image_size, 3)
-        if images.shape[1:] != expected:
-            raise UserError(f"images must be (B, {', '.join(map(str, expected))}); got {tuple(images.shape)}")
+        state = self.check_state(state, len(images))
         check_texts("tasks", task, len(images))
-        if len(state) != len(images):
-            raise UserError(f"one state an image: got {len(images)} images, {len(state)} states")
         self.check_statistics()
         return images, state
 
     # -- on disk --------------------------------------------------------------------------------------------
 
     def load_weights(self, path: str | Path, part: str = "") -> None:
-        """Read model.safetensors; a missing, unknown, misshapen or impossible tensor is a UserError that
-        names it.
+        """Read model.safetensors; UserError names a tensor that is missing, unknown, misshapen or impossible.
 
         part: only tensors whose names begin so, as in "vlm.".
         """
@@ -1239,54 +1309,43 @@ class SyVLA(nn.Module):
             weights = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from None
-        for name in ("state_limit", "action_limit"):  # checkpoints before limits could differ
-            if name not in weights:
-                weights[name] = torch.full_like(getattr(self, name), LEAST_LIMIT).cpu()
-        loaded = {name: tensor for name, tensor in weights.items() if name.startswith(part)}
-        own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(part)}
-        if loaded.keys() != own.keys():
-            missing = sorted(own.keys() - loaded.keys())[:3]
-            unknown = sorted(loaded.keys() - own.keys())[:3]
-            raise UserError(f"{path} does not fit its config.json: missing {missing}, unknown {unknown}")
-        for name, tensor in loaded.items():
-            if tensor.shape != own[name].shape:
-                sizes = f"{tuple(tensor.shape)} there, {tuple(own[name].shape)} here"
-                raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
+        there = shapes(weights, part)
+        here = shapes(self.state_dict(), part)
+        for name, _ in sorted(there.items() ^ here.items()):  # the first one will do
+            sizes = f"{there.get(name, 'missing')} there, {here.get(name, 'unknown')} here"
+            raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
+        for name in there:
+            tensor = weights[name]
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} is {tensor.dtype}; weights must be floating-point numbers")
             if not torch.isfinite(tensor).all():
                 what = "weight" if "." in name else "normalisation statistics"
                 raise UserError(f"{path}: {what} {name} not finite; choose a checkpoint that train.py wrote")
-        for name in {"state", "action"} if not part else ():
-            low, high, limit = (loaded[f"{name}_{side}"] for side in ("low", "high", "limit"))
-            if not ((low <= high) & (limit > 0)).all():
-                raise UserError(f"{path}: {name}_low lies above {name}_high; choose another checkpoint")
-        self.load_state_dict(self.state_dict() | loaded)
-
-    @staticmethod
-    def load(folder: str | Path, tokenizer: Any = None, device: torch.device | str = "cpu") -> "SyVLA":
-        """load_policy() by its name in format 1; the folder's own tokenizer is used."""
-        return load_policy(folder, device)
+            high = name.replace("_low", "_high")  # another name for the two lower ends alone
+            if (tensor > weights[high]).any():
+                raise UserError(f"{path}: {name} lies above {high}; choose another checkpoint")
+        self.load_state_dict({name: weights[name] for name in there}, strict=False)
 
     def fingerprint(self, *words: Any) -> str:
         """Twelve hex digits that name the VLM's weights and `words`, for files made with a frozen VLM."""
-        digest = hashlib.sha256(" ".join(map(str, words)).encode())
-        for tensor in self.vlm.state_dict().values():
-            digest.update(tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:12]
+        words = " ".join(map(str, words))
+        return text_id(words.encode() + save(self.vlm.state_dict()))
 
     def parameter_table(self) -> dict[str, int]:
         """{part: number of parameters}."""
         parts = self.vlm.parts() | {
-            "adapter": list(self.adapter.parameters()),
-            "expert": list(self.expert.parameters()),
+            "adapter": self.adapter.parameters(),
+            "expert": self.expert.parameters(),
             "queries": [self.vlm.queries],
         }
         return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
 
 def save_policy(
-    folder: str | Path, policy: SyVLA, config: dict, weights: dict[str, Tensor] | None = None
+    folder: str | Path,
+    policy: SyVLA,
+    config: dict,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write what running a policy needs: weights with statistics, config, tokenizer.
 
@@ -1298,18 +1357,15 @@ def save_policy(
         raise UserError(
             f"non-finite weights; the last checkpoint in {folder} is untouched: lower the learning rates"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     if hasattr(policy.vlm, "save_description"):  # a pretrained backbone's own config
         policy.vlm.save_description(folder / "backbone")
-    for leftover in folder.glob(".tmp*"):  # safetensors writes under such a name, and a kill leaves it there
-        leftover.unlink()
-    tokenizer = policy.tokenizer.dumps()
-    with atomic_path(folder / "tokenizer.json") as path:
-        path.write_bytes(tokenizer.encode())
-    with atomic_path(folder / "model.safetensors") as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-        shutil.copymode(folder / "tokenizer.json", path)  # safetensors writes for the owner alone
-    made_by = {"format": FORMAT, "torch": torch.__version__, "tokenizer": text_id(tokenizer.encode())}
+    tokenizer = policy.tokenizer.dumps().encode()
+    # as bytes: safetensors' save_file() writes for the owner alone, whatever the umask, and hides a full disk
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    for name, content in (("tokenizer.json", tokenizer), ("model.safetensors", save(weights))):
+        with atomic_path(folder / name) as path:
+            path.write_bytes(content)
+    made_by = {"format": FORMAT, "torch": torch.__version__, "tokenizer": text_id(tokenizer)}
     write_json(folder / "config.json", config | made_by)
 
 

@@ -6,9 +6,9 @@
     python prepare.py --export=data/small --out=lerobot_small    # a LeRobot data set (v3.0)
     python prepare.py --check_expert=500                   # how often the scripted expert succeeds
 
-Read it in this order: ScriptedExpert, demonstrate, scene_questions; then how the work is divided, done in
-parallel and merged. The layout of the finished folder is described in data.py. Data sets that others recorded
-are read and written by extras/lerobot_io.py.
+Read it in this order: ScriptedExpert, Disturbance, demonstrate, scene_questions; then how work is divided,
+done in parallel and merged. The layout of the finished folder is described in data.py. Data sets that others
+recorded are read and written by extras/lerobot_io.py.
 """
 
 import functools
@@ -21,7 +21,9 @@ import shutil
 import signal
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,11 +135,11 @@ class ScriptedExpert:
             roll = -90 + wrap(yaw - phi, 90)
         gap = np.linalg.norm(cube[:2] - tool[:2])  # metres, horizontally
         height = tool[2] - CUBE
-        if (
-            gap < 0.02 and height < 0.009 and position[5] > CLOSED + 1.5
-        ):  # around the cube; or closed on nothing
+        # Around the cube: close. A gripper that has closed on nothing opens again.
+        if gap < 0.02 and height < 0.009 and position[5] > CLOSED + 1.5:
             return cube[:2], CUBE, roll, CLOSED
-        if height < 0.03 and gap > 0.028:  # low beside something: open and rise before going anywhere
+        # Low beside something: open and rise before going anywhere.
+        if height < 0.03 and gap > 0.028:
             return self.leave(tool, position[4], position[5])
         # The tool descends as it comes near, turns and opens.
         unready = gap + 0.0007 * abs(roll - position[4]) + 0.002 * max(OPEN - 4 - position[5], 0)
@@ -146,12 +148,14 @@ class ScriptedExpert:
     def carry(self, tool: ndarray, cube: ndarray, pad: ndarray) -> Pose:
         """Rise, go above the pad, descend, open. The cube is aimed, wherever it sits between the fingers."""
         gap = np.linalg.norm(pad - cube[:2])
-        if gap < 0.02 and min(cube[2] - CUBE, tool[2] - 0.008) < 0.007:  # the cube or the fingertips are down
+        # The cube or the fingertips are down.
+        if gap < 0.02 and min(cube[2] - CUBE, tool[2] - 0.008) < 0.007:
             return tool[:2], tool[2], -90, OPEN
         z = CUBE + np.clip(4 * (gap - 0.015), 0, HOVER)  # of the cube's centre: it descends near the pad
         free = 1  # share of the way to the pad that the tool may take now
         if gap > 0.03:
-            free = np.clip((cube[2] - 0.028) / 0.02, 0, 1)  # do not drag the cube through its neighbours
+            # Do not drag the cube through its neighbours.
+            free = np.clip((cube[2] - 0.028) / 0.02, 0, 1)
         return tool[:2] + free * (pad - cube[:2]), z + (tool[2] - cube[2]), -90, CLOSED
 
     def towards(self, position: ndarray, xy: ndarray, z: float, roll: float, gripper: float) -> ndarray:
@@ -166,6 +170,43 @@ class ScriptedExpert:
         return np.clip(position + step * STRIDE, LOW, HIGH).astype(np.float32)
 
 
+class Disturbance:
+    """What the arm executes instead of the expert's actions, so that the data show how to come back.
+
+    The arm drifts off the clean action, which remains the label (DART: Laskey et al. 2017, arXiv:1703.09327).
+    In half of the episodes it obeys for a while an expert that is mistaken about where things lie, as a
+    policy will be: it misses the cube or the pad. In 8 % the gripper opens or the arm is pushed.
+    """
+
+    def __init__(self, env: SO100Env, family: str, seed: int, noise: bool):
+        # The order of these draws is the data set: another one gives other demonstrations.
+        self.rng = np.random.default_rng([seed, 7])
+        third = LIMIT[family] // 3
+        self.noise = noise
+        self.accident = self.rng.choice(["open", "push", ""], p=[0.04, 0.04, 0.92]) if noise else ""
+        begin = int(self.rng.integers(4, third))
+        self.struck = range(begin, begin + 3 * bool(self.accident))  # steps of the accident, if there is one
+        self.push = self.rng.normal(0, 12, 6)  # LeRobot units
+        self.expert = ScriptedExpert(env, self.rng.normal(0, 0.016, 2))
+        self.mistaken = range(0)  # steps at which the arm obeys the mistaken expert
+        if noise and self.rng.random() < 0.5:
+            first = int(self.rng.integers(0, third))
+            self.mistaken = range(first, first + int(self.rng.integers(6, 16)))
+        self.drift = np.zeros(6)
+
+    def executed(self, step: int, action: ndarray) -> ndarray:
+        """Clean action (6,) -> what the arm does at this step (6,)."""
+        self.drift = 0.8 * self.drift + self.rng.normal(0, 0.9, 6) * self.noise  # stays near 1.5 degrees
+        if step in self.mistaken:
+            action = self.expert.action()
+        action = action + self.drift
+        if step in self.struck and self.accident == "push":
+            action += self.push
+        elif step in self.struck:
+            action[5] = OPEN
+        return action
+
+
 def demonstrate(
     env: SO100Env,
     seed: int,
@@ -177,33 +218,15 @@ def demonstrate(
     """One episode by the expert, from split id -> arrays, its entry in meta.json, why it failed ("" if not).
 
     arrays: per camera (n, px, px, 3) uint8, "state" and "action" (n, 6) float32. The episode ends three steps
-    after success. start_steps: a start episode of at most so many steps, amid work and from any arm pose.
-    images: draw the cameras.
-
-    With noise the arm executes disturbed actions, but the label is always the clean action that the expert
-    would take there, so the data show how to come back (DART: Laskey et al. 2017, arXiv:1703.09327). In half
-    of the episodes the arm obeys for a while an expert that is mistaken about where things lie, as a policy
-    will be: it misses the cube or the pad, and the data show what to do then. In 8 % the gripper opens or the
-    arm is pushed.
+    after success. noise: see Disturbance. start_steps: a start episode of at most so many steps, amid work
+    and from any arm pose. images: draw the cameras.
     """
     env.reset(seed=seed, options={"family": family, "split": "id", "start": start_steps > 0})
-    rng = np.random.default_rng([seed, 7])
-    third = LIMIT[family] // 3
-    accident = rng.choice(["open", "push", ""], p=[0.04, 0.04, 0.92]) if noise else ""
-    begin = int(rng.integers(4, third))  # step of the accident
-    push = rng.normal(0, 12, 6)  # LeRobot units
     expert = ScriptedExpert(env)
-    mistaken_expert = ScriptedExpert(env, rng.normal(0, 0.016, 2))
-    mistaken = range(0)  # steps at which the arm obeys the mistaken expert
-    if noise and rng.random() < 0.5:
-        first = int(rng.integers(0, third))
-        mistaken = range(first, first + int(rng.integers(6, 16)))
-    struck = range(begin, begin + 3 * bool(accident))  # steps of the accident, if there is one
-    drift = np.zeros(6)
-
+    disturbance = Disturbance(env, family, seed, noise)
     arrays = {name: [] for name in (*CAMERAS, "state", "action")}
-    reasons = []  # [[first step, text], ...]
     text = reasoning(env.goal, env.scene())
+    texts = []  # the reasoning at each step
     outcome = "never grasped"  # what a failure is called
     steps_since_success = 0
     for step in range(start_steps or LIMIT[family]):
@@ -213,18 +236,8 @@ def demonstrate(
         arrays["action"].append(action)  # (6,)
         for camera in CAMERAS if images else ():
             arrays[camera].append(env.render(env.px, camera))  # (px, px, 3)
-        if not reasons or text != reasons[-1][1]:
-            reasons.append([step, text])
-
-        # What the arm does instead.
-        drift = 0.8 * drift + rng.normal(0, 0.9, 6) * noise  # (6,), stays near 1.5 degrees
-        executed = (mistaken_expert.action() if step in mistaken else action) + drift
-        if step in struck and accident == "push":
-            executed = executed + push
-        elif step in struck:
-            executed[5] = OPEN
-        success, _ = env.advance(executed)
-
+        texts.append(text)
+        success, _ = env.advance(disturbance.executed(step, action))
         text = reasoning(env.goal, env.scene())
         if text.endswith("in hand"):
             outcome = "timeout"
@@ -234,18 +247,29 @@ def demonstrate(
             steps_since_success += 1
         if steps_since_success == 4:  # a few steps at the goal teach the policy to stay there
             break
+    spans = (disturbance.mistaken, disturbance.struck)
+    # A demonstration's entry has no "start" yet: merge_episodes() knows how many frames come before.
     entry = {
-        "length": step + 1,
+        "length": len(texts),
         "task": env.task,
-        "reason": reasons,
+        "reason": changes(enumerate(texts)),
         "success": steps_since_success > 0,
         "seed": seed,
         "family": family,
         "kind": "start" if start_steps else "demo",
-        "disturbed": [[span.start, span.stop] for span in (mistaken, struck) if span],
+        "disturbed": [[span.start, span.stop] for span in spans if span],
     }
     failure = "" if entry["success"] else env.failure or outcome
     return {name: np.array(values) for name, values in arrays.items()}, entry, failure
+
+
+def changes(texts: Iterable[tuple[int, str]]) -> list[list]:
+    """(step, text) of all steps -> [[step, text], ...] of those at which another text begins."""
+    found = []
+    for step, text in texts:
+        if not found or text != found[-1][1]:
+            found.append([step, text])
+    return found
 
 
 def check_expert(families: Sequence[str], n: int) -> None:
@@ -264,6 +288,7 @@ def check_expert(families: Sequence[str], n: int) -> None:
             share = f"{100 * won / n:.1f} % of {n} ({100 * low:.1f} - {100 * high:.1f})"
             why = dict(failures) or "none"
             print(f"{family}, {name}: {share}, {steps / n:.0f} steps; failed: {why}", flush=True)
+        # Statistics need no pictures; this one episode is drawn.
         arrays, _, _ = demonstrate(env, 1, family, noise=False)
         frames = np.concatenate((arrays["front"], arrays["wrist"]), axis=2)  # (n, px, 2 px, 3)
         path = save_film(list(map(Image.fromarray, frames)), "out/expert", family)
@@ -309,6 +334,7 @@ def scene_questions(
     question = f"which is nearer , the {one['colour']} cube or the {two['colour']} cube"
     yield "nearer", question, min((one, two), key=by_distance)["colour"]
     left = [(cube["x"], cube["colour"]) for cube in cubes if cube["x"] < one["x"]]  # in the front picture
+    # The rightmost of those to the left is the next one.
     neighbour = max(left, default=(0, "none"))[1]
     yield "left of", f"what colour is the cube left of the {one['colour']} cube", neighbour
     for _ in range(2):
@@ -368,7 +394,7 @@ SCENES = {  # seeds by kind of shard: no scene has two uses
 SHARD_FILE = re.compile(r"(_\d{7}_\d+\.npz|\.npz\.tmp|settings\.json\.tmp)$")  # in <out>/parts
 SHARD_SIZE = {"demo": 10, "start": 50, "questions": 100, "questions_val": 100}  # scenes per shard
 EPISODES = ("demo", "start", "lerobot")  # kinds of shards; the other two hold questions
-
+QUESTION_SETS = ("questions_val", "questions")  # in this order: what is held out is known before the rest
 
 # What some options need: the simulation's demonstrations, questions, see common.check_needs()
 SIMULATED = ("not lerobot", "not questions_from", "not export")
@@ -461,7 +487,7 @@ class PrepareConfig:
         0,
         "first training scene; the choice of pictures of --questions_from",
         "[0, 1000000]",
-        needs=("not lerobot|questions_from", "not export"),
+        needs=QUESTIONS,
     )
     check_expert: int = opt(
         0,
@@ -478,14 +504,15 @@ class PrepareConfig:
                     f"--seed={self.seed} with {count} {kind} scenes exceeds the {len(SCENES[kind])} seeds "
                     "of that kind; lower one of them"
                 )
-        if not self.out and (self.lerobot or self.questions_from or self.export):
+        read = self.lerobot or self.questions_from
+        if not self.out and (read or self.export):
             raise UserError("say where the result goes: --out=FOLDER, for example --out=data/mine")
         self.out = self.out or f"data/{self.config}"
-        if self.export and (self.lerobot or self.questions_from):
-            raise UserError(
-                "--export writes a finished data set; leave out --lerobot and --questions_from, "
-                "which read another one"
-            )
+        if self.export and read:
+            raise UserError("--export writes a finished set: leave out --lerobot and --questions_from")
+        # What is made. Where others' episodes or questions are read, nothing is simulated beside them.
+        self.makes_episodes = bool(self.lerobot or not self.questions_from)
+        self.makes_questions = bool(self.questions_from or not self.lerobot)
         if self.calibration and self.convention != "percent":
             raise UserError("--calibration=FILE tells the degrees of 100 %: add --convention=percent")
 
@@ -537,13 +564,13 @@ def plan_simulation(cfg: PrepareConfig) -> list[Shard]:
 def make_plan(cfg: PrepareConfig) -> tuple[list[Shard], dict[str, Any], int]:
     """-> shards, what meta.json says of cameras, motors and frame rate, number of pictures brought along."""
     common = {"cameras": list(CAMERAS), "motors": list(MOTORS), "fps": FPS}
-    if not cfg.lerobot and not cfg.questions_from:
+    if cfg.makes_episodes and not cfg.lerobot:
         return plan_simulation(cfg), common, 0
 
     from extras import lerobot_io
 
     shards = []
-    pictures = 0
+    pictures = 0  # of simulated ones it is not known: failures are left out
     if cfg.lerobot:
         shards, common, pictures = lerobot_io.plan_episodes(cfg)
         if cfg.reasoning_from:
@@ -563,43 +590,44 @@ def make_plan(cfg: PrepareConfig) -> tuple[list[Shard], dict[str, Any], int]:
 def make_shard(cfg: PrepareConfig, shard: Shard) -> None:
     """Simulate or read one shard and write its file. Runs in a process of the pool."""
     if shard.source is None:
-        arrays, info, left_out = simulate(cfg, shard)
+        scenes = simulate(cfg, shard)
     else:
         from extras import lerobot_io
 
-        if shard.kind == "lerobot":
-            arrays, info, left_out = lerobot_io.read_episodes(cfg, shard.source)
-        else:
-            arrays, info, left_out = lerobot_io.read_questions(cfg, shard.source, shard.first, shard.n)
+        read = lerobot_io.read_episodes if shard.kind == "lerobot" else lerobot_io.read_questions
+        scenes = read(cfg, shard)
+    # A shard is small, so all of it is held in memory: what is large is merged from files.
+    pieces = defaultdict(list)  # name of an array -> one piece for each scene
+    info = []  # entries of meta.json for episodes, or a list of questions for each picture
+    left_out = Counter()
+    for arrays, entries, failures in scenes:
+        info += entries
+        left_out.update(failures)
+        for name, array in arrays.items():
+            pieces[name].append(array)
+    arrays = {name: np.concatenate(found) for name, found in pieces.items()}
     with atomic_path(shard.path(cfg.out)) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, info=json.dumps(info), left_out=json.dumps(left_out))
 
 
-def simulate(cfg: PrepareConfig, shard: Shard) -> tuple[dict[str, ndarray], list, Counter]:
-    """One shard of demonstrations, start episodes or questions.
-
-    -> arrays by name, episodes' entries in meta.json or questions, numbers of failed demonstrations.
-    """
-    pieces = defaultdict(list)  # name of an array -> one piece for each scene
-    info = []
-    left_out = Counter()
+def simulate(cfg: PrepareConfig, shard: Shard) -> Iterator[tuple[dict[str, ndarray], list, list[str]]]:
+    """Of every scene its arrays, its entry of meta.json or its questions, and why a demonstration failed."""
     start_steps = cfg.start_steps if shard.kind == "start" else 0
     with closing(SO100Env(px=cfg.image_size)) as env:
         for seed in range(shard.first, shard.first + shard.n):
             if shard.kind in EPISODES:
                 arrays, entry, failure = demonstrate(env, seed, shard.name, start_steps=start_steps)
+                # A start episode is too short to succeed.
                 if failure and not start_steps:
-                    left_out[f"{shard.name}: {failure}"] += 1
-                    continue
+                    yield {}, [], [f"{shard.name}: {failure}"]
+                else:
+                    yield arrays, [entry], []
             else:
                 split = ASKED if cfg.ask_beyond and shard.kind == "questions" else "id"
                 obs, _ = env.reset(seed=seed, options={"family": shard.name, "split": split, "start": True})
                 arrays = {camera: image[None] for camera, image in obs["images"].items()}  # (1, px, px, 3)
-                entry = list(scene_questions(env.scene(), np.random.default_rng([7, seed]), split))
-            info.append(entry)
-            for name, array in arrays.items():
-                pieces[name].append(array)
-    return {name: np.concatenate(found) for name, found in pieces.items()}, info, left_out
+                questions = scene_questions(env.scene(), np.random.default_rng([7, seed]), split)
+                yield arrays, [list(questions)], []
 
 
 def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
@@ -608,30 +636,25 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
     if len(missing) < len(shards):
         print(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are there already")
     workers = min(cfg.workers or multiprocessing.cpu_count(), len(missing))
+    make = functools.partial(make_shard, cfg)
+    bar = functools.partial(tqdm, total=len(missing), unit="shard", disable=None)
     if workers <= 1:  # nothing to fork
-        for shard in tqdm(missing, unit="shard", disable=None):
-            make_shard(cfg, shard)
+        for _ in bar(map(make, missing)):
+            pass
         return
-    with (
-        terminable(),
-        multiprocessing.Pool(workers, leave_signals) as pool,
-        tqdm(total=len(missing), unit="shard", disable=None) as bar,
-    ):
-        processes = multiprocessing.active_children()
-        finished = pool.imap_unordered(functools.partial(make_shard, cfg), missing)
-        left = len(missing)
-        while left:
-            try:
-                finished.next(timeout=1)  # raises what went wrong in the other process
-                bar.update()
-                left -= 1
-            except multiprocessing.TimeoutError:
-                # The pool would wait for ever for the shard of a process that was killed.
-                if not all(process.is_alive() for process in processes):
-                    raise UserError(
-                        "a process was killed, perhaps for lack of memory; run the same command again with "
-                        "fewer --workers, it goes on where it stopped"
-                    ) from None
+    with terminable(), ProcessPoolExecutor(workers, initializer=leave_signals) as pool:
+        try:
+            for _ in bar(pool.map(make, missing)):  # raises what went wrong in the other process
+                pass
+        except BrokenProcessPool:
+            raise UserError(
+                "a process was killed, perhaps for lack of memory; run the same command again with fewer "
+                "--workers, it goes on where it stopped"
+            ) from None
+        finally:
+            # After Ctrl-C or an error, leaving the pool would wait for all shards that were begun.
+            for process in multiprocessing.active_children():
+                process.terminate()
 
 
 def leave_signals() -> None:
@@ -644,15 +667,26 @@ def leave_signals() -> None:
 # Merging
 
 
-def read_parts(paths: Sequence[Path]) -> tuple[list[list], Counter]:
-    """Of the files of some shards: entries of episodes or questions, a list per file; what was left out."""
+def read_parts(
+    cfg: PrepareConfig, shards: Sequence[Shard], kinds: Sequence[str]
+) -> tuple[list[Path], list[list], Counter]:
+    """Of shards of these kinds: the files with something in them, what each says of its episodes or pictures,
+    and how much was left out of all.
+    """
+    parts = []
     infos = []
     left_out = Counter()
-    for path in paths:
-        with np.load(path) as part:
-            infos.append(json.loads(str(part["info"])))
-            left_out.update(json.loads(str(part["left_out"])))
-    return infos, left_out
+    for shard in shards:
+        if shard.kind in kinds:
+            path = shard.path(cfg.out)
+            with np.load(path) as part:
+                info = json.loads(str(part["info"]))
+                left_out.update(json.loads(str(part["left_out"])))
+            # All demonstrations of a shard may have failed. Its file has no arrays then.
+            if info:
+                parts.append(path)
+                infos.append(info)
+    return parts, infos, left_out
 
 
 def write_array(path: Path, parts: Sequence[Path], rows: Sequence[Any], length: int) -> ndarray:
@@ -667,8 +701,8 @@ def write_array(path: Path, parts: Sequence[Path], rows: Sequence[Any], length: 
                 array = np.ascontiguousarray(arrays[path.stem][chosen])
             if part == parts[0]:  # the header tells the whole length, the shards only their own
                 header = np.lib.format.header_data_from_array_1_0(array)
-                header["shape"] = (length, *array.shape[1:])
-                np.lib.format.write_array_header_1_0(file, header)
+                whole = header | {"shape": (length, *array.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, whole)
             file.write(array)
     return np.load(path, mmap_mode="r")
 
@@ -680,8 +714,8 @@ def merge_questions(
 
     Pictures with a hash in held_out are left out: sets of others may hold a picture twice.
     """
-    parts = [shard.path(cfg.out) for shard in shards if shard.kind == name]
-    if not parts:
+    parts, infos, left_out = read_parts(cfg, shards, [name])
+    if not parts and not left_out:
         return set()
     folder = Path(cfg.out, f"{name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a killed run
@@ -690,16 +724,15 @@ def merge_questions(
     if cfg.questions_from:  # a picture of others stands for the first camera, the other views are grey
         common = common | {"grey": cameras[1:]}
         cameras = cameras[:1]
-    infos, left_out = read_parts(parts)
     texts = []
     rows = []  # for each shard, the pictures that stay
     hashes = set()
     for part, info in zip(parts, infos):
         with np.load(part) as arrays:
-            pictures = arrays[cameras[0]]
+            pictures = arrays[cameras[0]]  # (n, px, px, 3)
             # Blank pictures of different sizes are different pictures.
-            sizes = arrays["size"].tolist() if "size" in arrays else [0] * len(pictures)
-            found = [(hashlib.sha1(one).digest(), str(size)) for one, size in zip(pictures, sizes)]
+            sizes = arrays.get("size", [""] * len(pictures))
+        found = [(hashlib.sha1(picture).digest(), str(size)) for picture, size in zip(pictures, sizes)]
         chosen = [i for i, picture in enumerate(found) if picture not in held_out]
         rows.append(chosen)
         texts += [info[i] for i in chosen]
@@ -722,24 +755,23 @@ def merge_questions(
 def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:
     """The shards of episodes -> arrays in <out>, and last meta.json: it means that the data set is whole."""
     out = Path(cfg.out)
-    parts = [shard.path(cfg.out) for shard in shards if shard.kind in EPISODES]
-    infos, failures = read_parts(parts)
-    filled = [part for part, info in zip(parts, infos) if info]  # of some all demonstrations may have failed
+    parts, infos, failures = read_parts(cfg, shards, EPISODES)
     episodes = sum(infos, [])
     if not episodes:
-        hint = "; choose another set" if cfg.lerobot else "; set --demos to more"
-        raise UserError(f"not one episode can be used ({dict(failures)}){hint}")
+        hint = "choose another set" if cfg.lerobot else "set --demos to more"
+        raise UserError(f"not one episode can be used ({dict(failures)}); {hint}")
+    # Shards are merged in the order of the plan, whichever was ready first.
     frames = 0
     for episode in episodes:
         episode["start"] = frames
         frames += episode["length"]
     arrays = {}
     for name in (*common["cameras"], "state", "action"):
-        arrays[name] = write_array(out / f"{name}.npy", filled, [...] * len(filled), frames)
+        arrays[name] = write_array(out / f"{name}.npy", parts, [...] * len(parts), frames)
     if cfg.reasoning_from:
         add_reasoning(cfg.reasoning_from, episodes, arrays)
     meta = common | {
-        "statistics": {"state": statistics(arrays["state"]), "action": statistics(arrays["action"])},
+        "statistics": {name: statistics(arrays[name]) for name in ("state", "action")},
         "failures": failures,
         "episodes": episodes,
     }
@@ -748,9 +780,9 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
     said = f"failed demonstrations: {dict(failures) or 'none'}"
     if cfg.lerobot:
         failed = [episode["seed"] for episode in episodes if not episode["success"]]
-        said = (
-            f"failed, kept but not taught: {failed or 'none'}; left out or late: {dict(failures) or 'none'}"
-        )
+        said = f"failed, kept but not taught: {failed or 'none'}; "
+        said += f"left out or late: {dict(failures) or 'none'}"
+        # Many recorders write False everywhere.
         if len(failed) == len(episodes):
             said += "; if nobody judged them, add --rename=next.success="
     print(f"{out}: {frames} frames of {dict(kinds)}; {said}")
@@ -758,6 +790,7 @@ def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) ->
 
 def check_reasoner(cfg: PrepareConfig, cameras: Sequence[str]) -> None:
     """UserError, before any work, for a policy of --reasoning_from that cannot reason about the set."""
+    # The config alone is read here: loading the weights takes a while.
     policy = Config.read(cfg.reasoning_from)
     wanted = {"cameras": set(policy.camera_names) <= set(cameras), "reasoning": policy.reasoning}
     wanted["image_size"] = policy.image_size == cfg.image_size
@@ -781,25 +814,23 @@ def add_reasoning(run: str, episodes: list[dict], arrays: dict[str, ndarray]) ->
     for episode in tqdm(episodes, "reasoning", unit="episode", leave=False, disable=None):
         if any(text for _, text in episode["reason"]):
             continue
+        # One batch is an episode.
         steps = range(0, episode["length"], REASON_EVERY)
         rows = [episode["start"] + step for step in steps]
         tasks = [episode["task"]] * len(rows)
         images = np.stack([arrays[camera][rows] for camera in policy.cfg.camera_names], axis=1)
         images, _ = policy.check_inputs(images, arrays["state"][rows], tasks)
         texts, _ = policy.reason(images, tasks)
-        changes = []
-        for step, text in zip(steps, texts):
-            if not changes or text != changes[-1][1]:
-                changes.append([step, text])
-        episode["reason"] = changes
+        episode["reason"] = changes(zip(steps, texts))
 
 
 def merge(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:
     """The files of all shards -> the finished folder."""
     common = common | {"image_size": cfg.image_size, "made_by": {"program": "prepare.py"} | asdict(cfg)}
-    held_out = merge_questions(cfg, "questions_val", shards, common, set())
-    merge_questions(cfg, "questions", shards, common, held_out)
-    if cfg.lerobot or not cfg.questions_from:
+    seen = set()
+    for name in QUESTION_SETS:
+        seen = merge_questions(cfg, name, shards, common, held_out=seen)
+    if cfg.makes_episodes:
         merge_episodes(cfg, shards, common)
 
 
@@ -812,47 +843,43 @@ def is_whole(cfg: PrepareConfig, saved: Path, settings: dict[str, Any]) -> bool:
 
     saved: the file that keeps the settings of the shards while a data set is made.
     """
-    name = content = "questions"
-    if cfg.lerobot or not cfg.questions_from:
-        name, content = "meta.json", "a data set"
-    result = Path(cfg.out, name)  # what appears last
+    out = Path(cfg.out)
+    result = out / ("meta.json" if cfg.makes_episodes else "questions")  # what appears last
     if saved.is_file():
-        lock_folder(cfg.out, "prepare.py")
-    before = read_json(saved) if saved.is_file() else settings
-    # A set goes on without the episode that could not be read: its shards are named after their episodes.
-    may_change = {} if result.exists() else {"episodes": cfg.episodes}
-    if before | may_change != settings:
-        raise UserError(
-            f"{cfg.out} holds parts made with other settings; delete {saved.parent} or choose another --out"
-        )
-    if result.exists() and not saved.is_file():
-        old = result if content == "questions" else cfg.out
-        raise UserError(f"{cfg.out} already holds {content}; delete {old} or choose another --out")
-    if not saved.is_file():
+        lock_folder(out, "prepare.py")
+        # A set goes on without the episode that could not be read: its shards are named after their episodes.
+        may_change = {} if result.exists() else {"episodes": cfg.episodes}
+        if read_json(saved) | may_change != settings:
+            raise UserError(
+                f"{out} holds parts made with other settings; delete {saved.parent} or choose another --out"
+            )
+    elif result.exists():
+        content, old = ("a data set", out) if cfg.makes_episodes else ("questions", result)
+        raise UserError(f"{out} already holds {content}; delete {old} or choose another --out")
+    else:
         check_free(cfg)
     return result.exists()
 
 
 def check_free(cfg: PrepareConfig) -> None:
     """UserError if a new data set would take the place of files in <out> that this program has not made."""
-    asked = ["questions", "questions_val", "questions.tmp", "questions_val.tmp"]
+    questions = {*QUESTION_SETS, *(f"{name}.tmp" for name in QUESTION_SETS)}
     foreign = []
     for path in sorted(Path(cfg.out).glob("[!.]*")):
+        # Demonstrations may get questions later, and questions demonstrations.
+        replaced = cfg.makes_questions if path.name in questions else cfg.makes_episodes
         if path.name == "parts":
             foreign += [part for part in path.iterdir() if not SHARD_FILE.search(part.name)]
-        elif cfg.questions_from and not cfg.lerobot and path.name not in asked:
-            continue  # the demonstrations that the questions are for
-        elif cfg.lerobot and not cfg.questions_from and path.name in asked:
-            continue  # the questions that the demonstrations are for
-        elif path.is_dir() or path.is_file():
+        elif replaced and (path.is_dir() or path.is_file()):
             foreign.append(path)
     if foreign:
         raise UserError(f"{foreign[0]} is in the way and is left as it is; choose another --out")
 
 
 def clear_parts(folder: Path) -> None:
-    """Remove the files of the shards, and what a kill left of them; the settings last: without them, shards
-    could be taken for another data set's.
+    """Remove the files of the shards and what a kill left of them.
+
+    The settings go last: without them, shards could be taken for another data set's.
     """
     for path in sorted(folder.iterdir()):
         if SHARD_FILE.search(path.name):
@@ -866,6 +893,7 @@ def clear_parts(folder: Path) -> None:
 def check_disk(cfg: PrepareConfig, pictures: int) -> None:
     """UserError if the disk cannot hold the pictures twice, in shards and merged."""
     parts = Path(cfg.out, "parts")
+    # After a kill, what is there already needs no more room.
     there = sum(path.stat().st_size for path in parts.iterdir())
     needed = 2 * pictures * cfg.image_size**2 * 3 - there  # bytes
     free = shutil.disk_usage(parts).free
@@ -881,11 +909,13 @@ def prepare(cfg: PrepareConfig) -> None:
     if cfg.check_expert:
         return check_expert(cfg.families.split(","), cfg.check_expert)
     if cfg.export:
+        # The core runs without extras/.
         from extras import lerobot_io
 
         return print(lerobot_io.export(cfg))
     saved = Path(cfg.out, "parts", "settings.json")
     settings = asdict(cfg) | {"workers": 0}  # the number of processes may change
+    # After a kill at the very end, only the parts are still there to be cleared away.
     if is_whole(cfg, saved, settings):
         print(f"{cfg.out} is whole already; its parts are cleared away")
     else:

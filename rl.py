@@ -40,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from common import (
     Stopwatch,
@@ -71,7 +72,6 @@ from evaluate import (
     VecEnv,
     camera_indices,
     check_evaluation,
-    check_families,
     evaluate,
     policy_fn,
     report,
@@ -86,7 +86,7 @@ from model import (
     save_policy,
     timesteps,
 )
-from train import average_gradients, averaged_weights, reading_state
+from train import average_gradients, averaged_weights, in_every_process, reading_state, save_state
 
 Batch = dict[str, Tensor]
 
@@ -291,8 +291,7 @@ def chain_likelihood(net: Any, batch: Batch, cfg: RLConfig) -> tuple[Tensor, Ten
     K = chain.shape[1] - 1
     last = torch.full_like(batch["other"], K - 1)
     steps = torch.stack((last, batch["other"]), dim=1)  # (B, 2)
-    rows = torch.arange(len(chain), device=chain.device)[:, None]  # (B, 1)
-    x = chain[rows, steps]  # (B, 2, H, A)
+    x = chain.take_along_dim(steps[..., None, None], dim=1)  # (B, 2, H, A)
     t = timesteps(K, chain.device)[steps]  # (B, 2)
     keys_values = net.expert.condition(net.adapter(batch["query_states"]))
     modulation = net.expert.modulation(t)
@@ -362,22 +361,22 @@ def to_batch(episodes: list[Episode], cfg: RLConfig) -> Batch:
     Returns, which the value model learns, are those of lambda 1: it must not learn from its own guesses
     (VC-PPO, arXiv 2503.01491).
     """
-    decisions = []
+    extras = [extra for episode in episodes for extra in episode.extras]
+    batch = default_collate(extras)  # {name: (n, ...)}
+    advantages = []
+    returns = []
+    executed = []
     for episode in episodes:
         values = [float(extra["value"]) for extra in episode.extras]
-        last = episode.final or 0.0
-        advantages = gae(episode.rewards, values, last, cfg.gamma, cfg.gae_lambda)  # (T,)
-        corrections = gae(episode.rewards, values, last, cfg.gamma, 1.0)  # (T,)
-        returns = corrections + torch.tensor(values)  # (T,)
-        for i, extra in enumerate(episode.extras):
-            H = extra["chain"].shape[1]
-            outcome = {
-                "executed": torch.arange(H) < episode.executed[i],  # (H,)
-                "advantage": advantages[i],
-                "return": returns[i],
-            }
-            decisions.append(extra | outcome)
-    return {name: torch.stack([decision[name] for decision in decisions]) for name in decisions[0]}
+        outcome = (episode.rewards, values, episode.final or 0.0, cfg.gamma)
+        advantages.append(gae(*outcome, cfg.gae_lambda))  # (T,)
+        returns.append(gae(*outcome, 1.0) + torch.tensor(values))  # (T,)
+        executed += episode.executed
+    H = batch["chain"].shape[2]
+    batch["executed"] = torch.arange(H) < torch.tensor(executed)[:, None]  # (n, H)
+    batch["advantage"] = torch.cat(advantages)
+    batch["return"] = torch.cat(returns)
+    return batch
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -400,21 +399,19 @@ class ExpertSamples:
         shuffled = np.random.default_rng(0).permutation(len(recorded))  # (all frames,)
         frames = np.sort(shuffled[: cfg.index_frames])  # (N,), in the order in which they lie on disk
         table = load_table(policy, recorded, frames, cfg)
-        self.keys = F.normalize(table.pop("keys").float(), dim=-1)  # (N, V, E) of length 1
-        self.keys = self.keys.flatten(1)  # (N, V*E): one product with them sums the cosines over views
+        keys = F.normalize(table.pop("keys").float(), dim=-1)  # (N, V, E) of length 1
+        self.keys = keys.flatten(1)  # (N, V*E): one product with them sums the cosines over views
         device = policy.vlm.queries.device
         table["state"] = policy.normalise(table["state"].to(device), "state")  # (N, S)
         table["actions"] = policy.normalise(table["actions"].to(device), "action")  # (N, H, A)
 
-        families = []
-        decisions_left = []  # to the end of the demonstration
-        for i in frames:
-            episode = recorded.episodes[recorded.episode_of[i]]
-            families.append(episode.get("family", ""))
-            steps_left = episode["start"] + episode["length"] - recorded.frames[i]
-            decisions_left.append(math.ceil(steps_left / policy.cfg.n_action_steps))
-        self.families = np.array(families)  # (N,)
-        self.table = table | {"left": torch.tensor(decisions_left)}
+        # Success is so many decisions away: the value model's control needs it (expert_advantage).
+        episodes = [recorded.episodes[recorded.episode_of[i]] for i in frames]
+        ends = np.array([episode["start"] + episode["length"] for episode in episodes])  # (N,)
+        steps_left = ends - np.array(recorded.frames)[frames]  # (N,)
+        left = np.ceil(steps_left / policy.cfg.n_action_steps)  # (N,)
+        self.table = table | {"left": torch.from_numpy(left)}
+        self.families = np.array([episode.get("family", "") for episode in episodes])  # (N,)
 
     def look_up(self, episodes: list[Episode]) -> None:
         """Each decision retrieves a frame by its "views": its extras gain "expert" (row) and "similarity"."""
@@ -436,29 +433,28 @@ class ExpertSamples:
         queries = F.normalize(views.float(), dim=-1).flatten(1)  # (T, V*E)
         similarity = queries @ self.keys.T  # (T, N)
         if self.cfg.experts == "random":
-            rows = (uniform * len(self.keys)).long()[:, None]  # (T, 1)
+            candidates = torch.arange(len(self.keys)).expand_as(similarity)  # (T, N)
         else:
             other_family = torch.from_numpy(self.families != family)  # (N,)
             ranked = similarity - 100 * other_family  # (T, N), other families' frames last
-            nearest = ranked.topk(NEIGHBOURS, dim=1).indices  # (T, NEIGHBOURS)
-            column = (uniform * NEIGHBOURS).long()[:, None]  # (T, 1)
-            rows = nearest.gather(1, column)  # (T, 1)
+            candidates = ranked.topk(NEIGHBOURS, dim=1).indices  # (T, NEIGHBOURS)
+        column = (uniform * candidates.shape[1]).long()[:, None]  # (T, 1)
+        rows = candidates.gather(1, column)  # (T, 1)
         return rows[:, 0], similarity.gather(1, rows)[:, 0]
 
     def samples(self, rows: Tensor, iteration: int) -> Batch:
         """Rows (n,) of the table and noise for their flow loss, under names that begin with "expert_"."""
         rng = np.random.default_rng([self.cfg.seed, iteration, 1])
         c = self.policy_cfg
-        n = len(rows)
+        shape = (len(rows), NOISE_SAMPLES)
+        samples = {name: tensor[rows] for name, tensor in self.table.items()}
         noise = {
-            "t": flow_times(rng, (n, NOISE_SAMPLES)),
-            "eps": rng.standard_normal((n, NOISE_SAMPLES, c.chunk_size, c.action_dim)),
-            "uniform": rng.random((n, c.queries)),  # for the control --decouple=random
+            "t": flow_times(rng, shape),
+            "eps": rng.standard_normal((*shape, c.chunk_size, c.action_dim)),
+            "uniform": rng.random((len(rows), c.queries)),  # for the control --decouple=random
         }
-        samples = {f"expert_{name}": tensor[rows] for name, tensor in self.table.items()}
-        for name, array in noise.items():
-            samples[f"expert_{name}"] = torch.from_numpy(array).float()
-        return samples
+        samples |= {name: torch.from_numpy(array).float() for name, array in noise.items()}
+        return {f"expert_{name}": tensor for name, tensor in samples.items()}
 
 
 @torch.inference_mode()
@@ -540,9 +536,7 @@ def policy_loss(policy: SyVLA, batch: Batch, cfg: RLConfig) -> Batch:
         "kl": (ratio - 1 - ratio.log()).mean(),  # an unbiased estimate that is never negative
         "clipped": clipped.float().mean(),
     }
-    loss = surrogate.mean()
-    if not cfg.ppo:
-        loss = torch.zeros_like(loss)
+    loss = cfg.ppo * surrogate.mean()  # 0 where the expert samples alone are imitated
     if cfg.experts != "none":
         weighted = batch["expert_advantage"] * expert_loss(policy, batch)  # (B,)
         logs["expert_loss"] = weighted.mean()
@@ -567,11 +561,7 @@ class Learner:
         self.cfg = cfg
         self.device = policy.vlm.queries.device
         torch.manual_seed(cfg.seed)
-        modules = {
-            "adapter": policy.adapter,
-            "expert": policy.expert,
-            "critic": Critic(policy.cfg),
-        }
+        modules = {"adapter": policy.adapter, "expert": policy.expert, "critic": Critic(policy.cfg)}
         self.net = nn.ModuleDict(modules).to(self.device).requires_grad_(True)
         self.start = copy.deepcopy(self.net)  # for the KL divergence from the starting policy
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
@@ -600,7 +590,7 @@ class Learner:
         takes its rows of each minibatch, so the result does not depend on the number of processes.
         """
         rank, world = rank_and_world()
-        numbers = defaultdict(list)
+        steps = []
         for rows in np.array_split(order, math.ceil(len(order) / self.cfg.minibatch)):
             mine = rows[rank::world]
             logs = losses_of({name: tensor[mine] for name, tensor in batch.items()})
@@ -617,12 +607,11 @@ class Learner:
                 raise UserError(f"numbers are no longer finite: {step}; type a lower --lr and --resume")
             self.optimizer.step()
             self.optimizer.zero_grad()
-            for name, number in step.items():
-                numbers[name].append(number)
+            steps.append(step)
             if self.cfg.ppo and step.get("kl", 0) > self.cfg.target_kl:  # the same on every process
                 break
-        means = {name: float(np.mean(values)) for name, values in numbers.items()}
-        return means | {"updates": len(numbers["loss"])}
+        means = {name: float(np.mean([step[name] for step in steps])) for name in step}
+        return means | {"updates": len(steps)}
 
     def save(self, path: Path, iteration: int) -> None:
         """Write what --resume needs after so many iterations."""
@@ -633,8 +622,7 @@ class Learner:
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
+        save_state(path, state)
 
     def load(self, path: Path) -> int:
         """Read what save() wrote -> the number of iterations that are done."""
@@ -642,9 +630,9 @@ class Learner:
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.ema = {name: state["ema"][name] for name in self.ema}
-            self.best = float(state["best"])
-            return int(state["iteration"])
+            self.ema = state["ema"]
+            self.best = state["best"]
+            return state["iteration"]
 
 
 def update(learner: Learner, batch: Batch, iteration: int) -> dict[str, float]:
@@ -655,12 +643,15 @@ def update(learner: Learner, batch: Batch, iteration: int) -> dict[str, float]:
     n = len(batch["chain"])
     K = policy.cfg.denoise_steps
     rng = np.random.default_rng([cfg.seed, iteration, 2])
-    other = torch.from_numpy(rng.integers(max(1, K - 1), size=n))  # (n,) one of the steps before the last
+    other = rng.integers(max(1, K - 1), size=n)  # (n,) one of the steps before the last
     orders = [rng.permutation(n) for _ in range(CRITIC_PASSES)]  # of rows; the policy takes the first
     advantage = batch["advantage"]  # (n,)
     mean = advantage.mean()
     std = advantage.std().clamp(min=1e-6)
-    batch = batch | {"advantage": (advantage - mean) / std, "other": other.to(advantage.device)}
+    batch = batch | {
+        "advantage": (advantage - mean) / std,
+        "other": torch.as_tensor(other, device=learner.device),
+    }
     numbers = {"updates": 0}
     if iteration >= cfg.critic_warmup:
         if cfg.experts != "none":
@@ -671,17 +662,16 @@ def update(learner: Learner, batch: Batch, iteration: int) -> dict[str, float]:
             batch["old_logp"], batch["proximal"], _ = chain_likelihood(policy, batch, cfg)
             if cfg.anchor:
                 _, batch["anchor"], _ = chain_likelihood(learner.start, batch, cfg)
-        policy_losses = functools.partial(policy_loss, policy, cfg=cfg)
-        numbers = learner.train_pass(policy_losses, batch, orders[0])
+        losses = functools.partial(policy_loss, policy, cfg=cfg)
+        numbers = learner.train_pass(losses, batch, orders[0])
 
     def value_loss(part: Batch) -> Batch:
         return {"loss": F.mse_loss(critic(part), part["return"])}
 
-    losses = [learner.train_pass(value_loss, batch, order)["loss"] for order in orders]
-    numbers["value_loss"] = float(np.mean(losses))
+    passes = [learner.train_pass(value_loss, batch, order)["loss"] for order in orders]
     error = batch["return"] - batch["value"]  # (n,)
     unexplained = error.var() / batch["return"].var().clamp(min=1e-8)
-    return numbers | {"explained": 1 - unexplained.item()}
+    return numbers | {"value_loss": float(np.mean(passes)), "explained": 1 - unexplained.item()}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -695,11 +685,13 @@ def look(learner: Learner, obs: dict) -> Batch:
     -> query_states (n, Q, D), state (n, S) normalised, value (n,), and views (n, V, E) for the retrieval.
     """
     policy = learner.policy
+    c = policy.cfg
     cameras = camera_indices(policy, learner.cfg.env)
     images, state = policy.check_inputs(obs["images"][:, cameras], obs["state"], obs["task"])
+    # As SyVLA.reason(), but the visual tokens are kept for the retrieval.
     visual = policy.vlm.encode_images(images)  # (n, V, tokens, D)
-    prompts = [policy.tokenizer.prompt(task, policy.cfg.reasoning) for task in obs["task"]]
-    limit = policy.cfg.max_reasoning_tokens if policy.cfg.reasoning else 0
+    prompts = [policy.tokenizer.prompt(task, c.reasoning) for task in obs["task"]]
+    limit = c.max_reasoning_tokens if c.reasoning else 0
     _, query_states = policy.vlm.generate(visual, prompts, policy.tokenizer.end_reasoning, limit, True)
     seen = {"query_states": query_states, "state": policy.normalise(state, "state")}
     seen["value"] = learner.net.critic(seen)
@@ -717,10 +709,10 @@ def explore(learner: Learner, obs: dict) -> tuple[np.ndarray, list[Batch]]:
     mark("simulation")
     policy = learner.policy
     c = policy.cfg
+    shape = (c.denoise_steps + 1, c.chunk_size, c.action_dim)
     draws = []
     for episode in obs["episode"]:
         rng = np.random.default_rng([learner.cfg.seed, episode.seed, len(episode.extras)])
-        shape = (c.denoise_steps + 1, c.chunk_size, c.action_dim)
         draws.append(rng.standard_normal(shape, np.float32))  # the first starts the chain, the last moves it
     noise = torch.from_numpy(np.stack(draws)).to(learner.device)  # (n, K+1, H, A)
     seen = look(learner, obs)
@@ -730,7 +722,7 @@ def explore(learner: Learner, obs: dict) -> tuple[np.ndarray, list[Batch]]:
     actions = policy.denormalise(policy.clip(chain[:, -1], "action"))  # (n, H, A)
     seen["chain"] = chain
     extras = []
-    for row in range(len(chain)):
+    for row in range(len(chain)):  # copies, as a view of the batch would keep and send all of it
         extras.append({name: tensor[row].to("cpu", copy=True) for name, tensor in seen.items()})
     mark("expert")
     return actions[:, : c.n_action_steps].cpu().numpy(), extras
@@ -746,25 +738,24 @@ def play(learner: Learner, vec: VecEnv, jobs: list[Episode]) -> list[Episode]:
     if learner.cfg.env != "real":
         return run_episodes(vec, jobs, decide, "rollouts", final_values)
 
-    # Every episode is on disk as soon as it ends: a person's time is not lost when the program dies.
-    from extras.real_env import ArmError
-
+    # A person's time is not lost when the program dies: an episode is on disk as soon as it ends, and an
+    # interrupted run plays only what is missing.
     folder = Path(learner.cfg.out, "episodes")
-    paths = {job.seed: folder / f"{job.seed}.pt" for job in jobs}
+    for job in jobs:
+        path = folder / f"{job.seed}.pt"
+        if path.is_file():
+            vars(job).update(torch.load(path, weights_only=True))
 
     def save(episode: Episode) -> None:
-        with atomic_path(paths[episode.seed]) as path:
-            torch.save(vars(episode), path)
+        save_state(folder / f"{episode.seed}.pt", vars(episode))
 
-    # What an interrupted run has played is not played again.
-    kept = [torch.load(path, weights_only=True) for path in paths.values() if path.is_file()]
-    left = [job for job in jobs if not paths[job.seed].is_file()]
+    missing = [job for job in jobs if not job.extras]
     try:
-        played = run_episodes(vec, left, decide, "episodes", final_values, save)
+        run_episodes(vec, missing, decide, "episodes", final_values, save)
         vec.env.rest()
-    except ArmError as error:
-        raise ArmError(f"{error}; the episodes so far are kept: go on with --resume") from None
-    return [Episode(**values) for values in kept] + played
+    except UserError as error:  # of the arm, of its cameras, or nobody is at the keyboard
+        raise UserError(f"{error}; the episodes so far are kept: go on with --resume") from None
+    return jobs
 
 
 def gather(episodes: list[Episode]) -> list[Episode]:
@@ -780,8 +771,8 @@ def success_rates(name: str, episodes: list[Episode]) -> dict[str, float]:
     """{"name family": share of successful episodes}."""
     won = defaultdict(list)
     for episode in episodes:
-        won[f"{name} {episode.options['family']}"].append(episode.success)
-    return {key: float(np.mean(values)) for key, values in won.items()}
+        won[episode.options["family"]].append(episode.success)
+    return {f"{name} {family}": float(np.mean(successes)) for family, successes in won.items()}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -793,7 +784,7 @@ def practise(learner: Learner, experts: ExpertSamples | None, vec: VecEnv, itera
     cfg = learner.cfg
     rank, world = rank_and_world()
     jobs = []
-    for i in range(rank, cfg.episodes, world):
+    for i in range(rank, cfg.episodes, world):  # of this process; all families take turns
         options = {"family": cfg.family_names[i % len(cfg.family_names)], "split": "id"}
         if cfg.env == "real":
             options = {"family": "real", "task": cfg.task}
@@ -819,10 +810,8 @@ def practise(learner: Learner, experts: ExpertSamples | None, vec: VecEnv, itera
             average.lerp_(weight, 1 - EMA)
         mark("update")
     line |= success_rates("success", episodes)
-    line["return"] = batch["return"].mean().item()
-    line["seconds"] = sum(watch.seconds.values())
-    line["time"] = dict(watch.seconds)
-    return line
+    line |= {"return": batch["return"].mean().item(), "seconds": sum(watch.seconds.values())}
+    return line | {"time": dict(watch.seconds)}
 
 
 def keep_best(learner: Learner, vec: VecEnv) -> dict[str, float]:
@@ -839,7 +828,6 @@ def keep_best(learner: Learner, vec: VecEnv) -> dict[str, float]:
             jobs.append(Episode(seed, {"family": family, "split": "id"}))
     with averaged_weights(policy, learner.ema):
         episodes = run_episodes(vec, jobs[rank::world], policy_fn(policy, cfg.env), "validation")
-    policy.eval()  # averaged_weights() leaves the policy in training mode
     rates = success_rates("validation", gather(episodes))
     score = sum(rates.values())  # every family counts the same
     if score > learner.best or not rates:
@@ -864,16 +852,11 @@ def settle(cfg: RLConfig) -> RLConfig:
         raise UserError(f"{cfg.out} already holds a run; add --resume to go on, or choose another --out")
     if cfg.resume:
         saved = read_checkpoint_config(cfg.out)
-        if not isinstance(saved.get("rl"), dict):
-            raise UserError(f"{cfg.out}/config.json is not what rl.py writes; choose another --out")
-        settings = saved["rl"] | {"format": saved.get("format")}
+        settings = saved.get("rl", {}) | {"format": saved.get("format")}
         cfg = resumed_config(cfg, settings, MAY_CHANGE)
-    Config.read(cfg.init_from)
     trained = read_checkpoint_config(cfg.init_from)
     for name in ("data", "families", "env"):
         setattr(cfg, name, getattr(cfg, name) or trained.get(name, ""))
-    if cfg.env != "real":
-        check_families(cfg.family_names, cfg.env)
     return cfg
 
 
@@ -894,20 +877,18 @@ def train_rl(cfg: RLConfig) -> None:
     rank, world = rank_and_world()
     fast_cpu(cfg.threads)
     device, _, _ = choose_device(cfg.device)
-    cfg = settle(cfg)
     join_processes(device)
+    cfg = in_every_process(settle, cfg)
     policy = load_policy(cfg.init_from, device)
     policy.check_statistics()
-    fingerprint = policy.fingerprint()
-    learner = Learner(policy, cfg)
-    experts = None
-    if cfg.experts != "none":
-        experts = ExpertSamples(policy, cfg)
-    print0(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
-    print0(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es)")
-    out = Path(cfg.out)
     if cfg.env != "real":
         check_evaluation(policy, cfg.family_names, cfg.env)
+    fingerprint = policy.fingerprint()
+    learner = Learner(policy, cfg)
+    experts = None if cfg.experts == "none" else ExpertSamples(policy, cfg)
+    print0(*(f"{name}={value}" for name, value in asdict(cfg).items()))
+    print0(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {world} process(es)")
+    out = Path(cfg.out)
     if rank == 0:
         claim_folder(out, "rl.py", create=True)
     with connect(policy, cfg) as vec:
@@ -928,8 +909,8 @@ def train_rl(cfg: RLConfig) -> None:
             if rank == 0:
                 append_log(out / "log.jsonl", line)
                 learner.save(out / "train_state.pt", done)
-            shown = [f"{name} {line[name]:.4g}" for name in line if name != "time"]
-            print0(" | ".join(shown))
+            line.pop("time")
+            print0(" | ".join(f"{name} {number:.4g}" for name, number in line.items()))
     if policy.fingerprint() != fingerprint:
         raise RuntimeError("the VLM should be frozen, but its weights have changed")
     print0("the VLM is the same bit for bit, so its answers are")
@@ -951,33 +932,28 @@ def report_success(learner: Learner, name: str) -> None:
 def plot(out: Path) -> None:
     """curves.png: success with noise and on validation scenes, KL and gradient norm over iterations."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("for a picture of the curves: pip install matplotlib, then run the same with --resume")
         return
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     lines = read_log(out / "log.jsonl")
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2))
-    for axis, shown in zip(axes, ("success validation", "kl", "gnorm")):
+    figure = Figure((12, 3.2), layout="tight")
+    for axis, shown in zip(figure.subplots(1, 3), ("success validation", "kl", "gnorm")):
         for key in lines[-1]:
             if key.split()[0] in shown:  # "success place" is that of a family
-                there = [line for line in lines if key in line]
-                axis.plot([line["iteration"] for line in there], [line[key] for line in there], label=key)
+                points = [(line["iteration"], line[key]) for line in lines if key in line]
+                axis.plot(*zip(*points), label=key)
         axis.set_xlabel("iteration")
         axis.legend()
-    figure.tight_layout()
     with atomic_path(out / "curves.png") as path:
         figure.savefig(path, format="png")
     print(f"wrote {out / 'curves.png'}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Entry point of the command line."""
-    words = sys.argv[1:] if argv is None else argv
-    run_program(train_rl, parse_config(RLConfig, all_presets(), words))
+    run_program(train_rl, parse_config(RLConfig, all_presets(), argv))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

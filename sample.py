@@ -15,7 +15,6 @@ actions. The last three commands need extras/realtime.py, the very last one also
 
 import sys
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-import evaluate
 from common import UserError, check_options, fast_cpu, opt, parse_config, read_checkpoint_config, run_program
 from data import Episodes
-from evaluate import Episode, PolicyFn, SingleEnv
+from evaluate import (
+    EVAL,
+    Episode,
+    PolicyFn,
+    SingleEnv,
+    camera_indices,
+    check_families,
+    draw_frame,
+    environment_class,
+    evaluate,
+    make_env,
+    policy_fn,
+    report,
+    run_episodes,
+    save_film,
+    summarise,
+)
 from model import SyVLA, all_presets, load_policy
 from sim_env import FPS, SEEDS, SPLITS, resize_image
 
@@ -61,7 +75,7 @@ class SampleConfig:
         "[0, 4294967295]",
         needs=("not replay", "not image", "not eval|env=real"),
     )
-    eval: int = opt(0, "episodes per family and split; on the real arm a person judges them", evaluate.EVAL)
+    eval: int = opt(0, "episodes per family and split; on the real arm a person judges them", EVAL)
     families: str = opt(
         "", "task families, with commas; a film takes the first (default: the run's)", needs=SCENE, many=True
     )
@@ -129,10 +143,10 @@ class SampleConfig:
     @property
     def scene(self) -> dict[str, str]:
         """Options of reset() for a film."""
-        family, *_ = self.families.split(",")
-        split, *_ = self.splits.split(",")
-        options = {"family": family, "split": split or "id"}
-        if self.task:
+        family = self.families.split(",")[0]
+        split = self.splits.split(",")[0] or "id"
+        options = {"family": family, "split": split}
+        if self.task:  # environments of one's own may not know this option
             options["task"] = self.task
         return options
 
@@ -148,15 +162,15 @@ def single_env(policy: SyVLA, cfg: SampleConfig, judged: bool = False) -> Single
 
         return connect(cfg, policy, judged, cfg.dry_run)
     options = {"moved": cfg.moved} if cfg.moved else {}  # an option of the simulation alone
-    env = evaluate.make_env(cfg.env, policy.cfg.image_size, **options)
-    cameras = evaluate.environment_class(cfg.env).cameras
+    env = make_env(cfg.env, policy.cfg.image_size, **options)
+    cameras = environment_class(cfg.env).cameras
     return SingleEnv(env, policy.cfg.image_size, cameras, policy.cfg.state_dim)
 
 
 def choose_policy_fn(policy: SyVLA, cfg: SampleConfig) -> PolicyFn:
     """Synchronous acting, or where reasoning takes its time, a runner of extras/realtime.py."""
     if not (cfg.mode or cfg.delay or cfg.interactive or cfg.env == "real"):
-        return evaluate.policy_fn(policy, cfg.env)
+        return policy_fn(policy, cfg.env)
     from extras.realtime import make_runner
 
     return make_runner(policy, cfg)
@@ -169,20 +183,17 @@ def importance(policy: SyVLA, obs: dict, actions: np.ndarray, text: str) -> np.n
     """
     images, state = policy.check_inputs(obs["images"], obs["state"], obs["task"])
     _, query_states = policy.reason(images, obs["task"], [text])  # (1, Q, D)
-    h = len(actions)
-    H = policy.cfg.chunk_size
-    chunk = np.zeros((1, H, policy.cfg.action_dim), np.float32)
-    chunk[0, :h] = actions  # what follows them is not valid
-    chunk = policy.normalise(torch.as_tensor(chunk), "action")  # (1, H, A)
-    valid = torch.arange(H)[None] < h  # (1, H)
+    padding = policy.cfg.chunk_size - len(actions)
+    chunk = np.pad(actions, ((0, padding), (0, 0)))[None]  # (1, H, A)
+    chunk = policy.normalise(torch.as_tensor(chunk), "action")
+    valid = torch.arange(policy.cfg.chunk_size)[None] < len(actions)  # (1, H)
     # 8 noise samples at fixed flow times: the same film has the same bars
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(1, 8, *chunk.shape[1:], generator=generator)  # (1, M, H, A)
     t = torch.linspace(0.1, 0.9, 8)[None]  # (1, M)
     state = policy.normalise(state, "state")  # (1, S)
     norms = policy.gradient_norms(query_states.clone(), state, chunk, valid, eps, t)  # (1, Q)
-    norms = norms[0] / norms.max().clamp(min=1e-9)
-    return norms.numpy()
+    return (norms[0] / norms.max().clamp(min=1e-9)).numpy()
 
 
 class Film:
@@ -192,7 +203,7 @@ class Film:
         self.policy = policy
         self.vec = vec
         self.decide = choose_policy_fn(policy, cfg)
-        self.views = evaluate.camera_indices(policy, cfg.env)
+        self.views = camera_indices(policy, cfg.env)
         self.actions = []  # decided, but not done yet
         self.text = ""
         self.weights = []  # importance of the query states behind the actions
@@ -204,21 +215,20 @@ class Film:
             actions, (text,) = self.decide(obs)  # (1, h, A)
             self.actions = list(actions[0])
             if len(self.actions) > 1:  # a runner's come one by one, perhaps from an older picture
+                # the policy's cameras alone, in its order
                 seen = obs | {"images": obs["images"][:, self.views]}
                 self.weights = importance(self.policy, seen, actions[0], text)
             if text and text != self.text:
                 print(f"step {steps:3d}  <reason> {text} </reason>", flush=True)
             self.text = text
         self.draw(f"(step {steps})")  # before the action is done
-        action = self.actions.pop(0)  # (A,)
-        return action[None, None], [self.text]
+        return self.actions.pop(0)[None, None], [self.text]  # (1, 1, A)
 
     def draw(self, note: str) -> None:
         """Add a frame of the arm as it is now."""
         cameras = self.policy.cfg.camera_names
-        task = self.vec.task[0]
-        frame = evaluate.draw_frame(self.vec.env, cameras, task, self.text, self.weights, note)
-        self.frames.append(frame)
+        shown = (self.vec.task[0], self.text, self.weights, note)
+        self.frames.append(draw_frame(self.vec.env, cameras, *shown))
 
     def end(self, episode: Episode) -> None:
         """Show the last frame for a second."""
@@ -242,10 +252,10 @@ def film(policy: SyVLA, cfg: SampleConfig) -> None:
             vec.env = TalkingEnv(vec.env, policy.tokenizer, cfg.seed)
             # one per instruction, as many as anybody will type; the end of the input raises EOFError
             episodes = [Episode(cfg.seed, cfg.scene) for _ in range(1000)]
-        evaluate.run_episodes(vec, episodes, movie, "", on_end=movie.end)
+        run_episodes(vec, episodes, movie, "", on_end=movie.end)
     if movie.frames:  # none, if nobody typed an instruction
         title = "conversation" if cfg.interactive else episodes[0].task
-        path = evaluate.save_film(movie.frames, Path(cfg.run, "sample"), title)
+        path = save_film(movie.frames, Path(cfg.run, "sample"), title)
         print(f"wrote {path}.gif and .png")
 
 
@@ -261,20 +271,14 @@ def evaluate_policy(policy: SyVLA, cfg: SampleConfig) -> None:
     teacher = cfg.reasoning == "teacher"
     if teacher and not (policy.cfg.reasoning and cfg.env == "sim"):
         raise UserError("only the simulation has a teacher, for policies that reason: leave --reasoning out")
-    name = "eval"
-    if teacher:
-        name += "_teacher"
-    if cfg.seeds != "report":
-        name += f"_{cfg.seeds}"
+    name = "eval" + "_teacher" * teacher + "_val" * (cfg.seeds == "val")
     splits = SPLITS
     if cfg.splits:
         splits = cfg.splits.split(",")
-        name += "_" + "_".join(splits)
+        name = "_".join((name, *splits))
     families = cfg.families.split(",")
-    scenes = (cfg.eval, cfg.seeds, splits)
-    # {family: {split: cell}}
-    results = evaluate.evaluate(policy, families, *scenes, cfg.env, teacher)
-    evaluate.report(results, Path(cfg.run, f"{name}.json"))
+    results = evaluate(policy, families, cfg.eval, cfg.seeds, splits, cfg.env, teacher)
+    report(results, Path(cfg.run, f"{name}.json"))
 
 
 def evaluate_real(policy: SyVLA, cfg: SampleConfig) -> None:
@@ -282,29 +286,29 @@ def evaluate_real(policy: SyVLA, cfg: SampleConfig) -> None:
     policy.tokenizer.prompt(cfg.task)  # complain about the words before anything moves
     episodes = [Episode(cfg.seed, cfg.scene) for _ in range(cfg.eval)]
     with single_env(policy, cfg, judged=True) as vec:
-        evaluate.run_episodes(vec, episodes, choose_policy_fn(policy, cfg), "")
-    nobody_knows = {"target_at_0": None, "reasoning": None}  # what a teacher would reason
-    cell = evaluate.summarise(episodes) | nobody_knows | {"task": cfg.task}
-    evaluate.report({"real": {"id": cell}}, Path(cfg.run, "eval_real.json"))
-
-
-def compare_modes(policy: SyVLA, cfg: SampleConfig) -> None:
-    """Success against the time that reasoning takes, see extras/realtime.py."""
-    from extras.realtime import compare
-
-    compare(policy, cfg, single_env(policy, cfg))
+        run_episodes(vec, episodes, choose_policy_fn(policy, cfg), "")
+    # what a teacher would reason, nobody knows
+    cell = summarise(episodes) | {"target_at_0": None, "reasoning": None, "task": cfg.task}
+    report({"real": {"id": cell}}, Path(cfg.run, "eval_real.json"))
 
 
 def replay(policy: SyVLA, cfg: SampleConfig) -> None:
     """Open-loop error per joint on recorded frames: the first thing to look at when a policy does nothing."""
     episodes = Episodes(read_checkpoint_config(cfg.run)["data"], policy.cfg)
     episodes.check_tasks(policy.tokenizer)
+
+    def predict(picks: Any) -> tuple[np.ndarray, dict]:
+        """Recorded frames by index -> the chunks (B, H, A) that the policy would do there, their batch."""
+        batch = episodes.samples(policy.tokenizer, picks)
+        tasks = [episodes.reason_at(i)[0] for i in picks]
+        return policy.act(batch["images"], batch["state"], tasks)[0], batch
+
     rng = np.random.default_rng(0)
     n = min(400, len(episodes))
     frames = rng.choice(len(episodes), n, replace=False)
     errors = []
     for picks in np.array_split(frames, n // 40 + 1):
-        chunk, batch = predict(policy, episodes, picks)
+        chunk, batch = predict(picks)
         error = np.abs(chunk - batch["actions"].numpy())  # (B, H, A)
         error[~batch["valid"].numpy()] = np.nan  # behind the episode's end
         errors.append(error)
@@ -316,9 +320,9 @@ def replay(policy: SyVLA, cfg: SampleConfig) -> None:
     # one whole episode, to look at
     episode = episodes.episodes[int(rng.integers(len(episodes.episodes)))]
     first = episodes.frames.index(episode["start"])
+    # chunks from the frames at which the policy would have decided
     every = policy.cfg.n_action_steps
-    picks = range(first, first + episode["length"], every)
-    chunks, _ = predict(policy, episodes, picks)
+    chunks, _ = predict(range(first, first + episode["length"], every))
     truth = episodes.action[episode["start"] :][: episode["length"]]  # (n, A)
     path = Path(cfg.run, "sample", "replay.png")
     path.parent.mkdir(exist_ok=True)
@@ -326,40 +330,23 @@ def replay(policy: SyVLA, cfg: SampleConfig) -> None:
     print(f"wrote {path}: one episode, recorded actions in grey, predicted chunks in blue, a strip per joint")
 
 
-def predict(policy: SyVLA, episodes: Episodes, picks: Any) -> tuple[np.ndarray, dict]:
-    """Recorded frames by index -> the chunks (B, H, A) that the policy would do there, their batch."""
-    batch = episodes.samples(policy.tokenizer, picks)
-    tasks = [episodes.reason_at(i)[0] for i in picks]
-    chunks, _ = policy.act(batch["images"], batch["state"], tasks)
-    return chunks, batch
-
-
-def plot_replay(
-    truth: np.ndarray,
-    chunks: np.ndarray,
-    every: int,
-    motors: list[str],
-) -> Image.Image:
+def plot_replay(truth: np.ndarray, chunks: np.ndarray, every: int, motors: list[str]) -> Image.Image:
     """truth (n, A), chunks (k, H, A) that begin every `every` control steps -> a strip per joint."""
-    n, A = truth.shape
-    picture = Image.new("RGB", (640, 110 * A), "white")
-    pen = ImageDraw.Draw(picture)
+    # One strip of 110 pixels per joint; the recording is as wide as the picture.
+    px = 640 / len(truth)  # pixels of a control step
+    strips = 110 * np.arange(len(motors))  # (A,) their upper ends
     shown = np.concatenate((truth, *chunks))  # (n + k H, A)
-    low = shown.min(axis=0)
-    span = np.ptp(shown, axis=0) + 1e-6
-    for j, motor in enumerate(motors):
-        pen.text((4, 110 * j), motor, fill="black")
-
-    def draw(first: int, values: np.ndarray, colour: str) -> None:
-        x = (first + np.arange(len(values))) / n * 640  # pixels, the recording is as wide as the picture
-        for j in range(A):
-            height = (values[:, j] - low[j]) / span[j]  # 0 to 1
-            y = 110 * j + 95 - 80 * height  # pixels, downwards
+    scale = 80 / (np.ptp(shown, axis=0) + 1e-6)  # (A,) pixels of a unit
+    base = strips + 95 + scale * shown.min(axis=0)  # (A,)
+    picture = Image.new("RGB", (640, 110 * len(motors)), "white")
+    pen = ImageDraw.Draw(picture)
+    curves = [(k * every, chunk, "blue") for k, chunk in enumerate(chunks)]
+    for first, values, colour in [*curves, (0, truth, "grey")]:
+        x = px * np.arange(first, first + len(values))
+        for y in (base - scale * values).T:  # downwards
             pen.line([*zip(x, y)], fill=colour, width=3)
-
-    for k, chunk in enumerate(chunks):
-        draw(k * every, chunk, "blue")
-    draw(0, truth, "grey")
+    for motor, top in zip(motors, strips):
+        pen.text((4, top), motor, fill="black")
     return picture
 
 
@@ -373,7 +360,7 @@ def ask(policy: SyVLA, cfg: SampleConfig) -> None:
         return
     with single_env(policy, cfg) as vec:
         vec.reset([0], [cfg.seed], [cfg.scene])
-        views = evaluate.camera_indices(policy, cfg.env)
+        views = camera_indices(policy, cfg.env)
         images = vec.observe([0])["images"][:, views]
         (answer,) = policy.answer(images, [cfg.ask])
         path = Path(cfg.run, "sample", f"scene_{cfg.seed}.png")
@@ -407,29 +394,16 @@ def read_pictures(policy: SyVLA, paths: list[str]) -> np.ndarray:
 
 def newest_run() -> str:
     """The newest policy under out/."""
-    newest = None
+    # A run that has not saved a policy yet has a config alone; a kill may leave weights alone.
+    saved = {}
     for path in Path("out").glob("*/config.json"):
-        if not path.with_name("model.safetensors").is_file():
-            continue  # a run that has not saved a policy yet
-        if newest is None or path.stat().st_mtime > newest.stat().st_mtime:
-            newest = path
-    if newest is None:
+        if path.with_name("model.safetensors").is_file():
+            saved[path.stat().st_mtime] = path.parent
+    if not saved:
         raise UserError("there is no policy under out/: type --run=FOLDER, or python train.py --config tiny")
-    print(f"policy: {newest.parent}")
-    return str(newest.parent)
-
-
-def choose_program(cfg: SampleConfig) -> Callable[[SyVLA, SampleConfig], None]:
-    """What the command line asks for."""
-    if cfg.eval and cfg.env == "real":
-        return evaluate_real
-    if cfg.eval and (cfg.mode or cfg.delay or cfg.moved):
-        return compare_modes
-    if cfg.eval:
-        return evaluate_policy
-    if cfg.replay:
-        return replay
-    return ask if cfg.ask else film
+    newest = saved[max(saved)]
+    print(f"policy: {newest}")
+    return str(newest)
 
 
 def sample(cfg: SampleConfig) -> None:
@@ -443,19 +417,29 @@ def sample(cfg: SampleConfig) -> None:
     if cfg.moved and cfg.env != "sim":
         raise UserError(f"only the simulation moves the cube, not --env={cfg.env}: leave --moved out")
     if not (cfg.image or cfg.replay):  # complain before anything moves
-        evaluate.camera_indices(policy, cfg.env)
+        camera_indices(policy, cfg.env)
         if cfg.env != "real":
-            evaluate.check_families(cfg.families.split(","), cfg.env)
-    choose_program(cfg)(policy, cfg)
+            check_families(cfg.families.split(","), cfg.env)
+    if cfg.eval and cfg.env == "real":
+        evaluate_real(policy, cfg)
+    elif cfg.eval and (cfg.mode or cfg.delay or cfg.moved):
+        from extras.realtime import compare
+
+        compare(policy, cfg, single_env(policy, cfg))
+    elif cfg.eval:
+        evaluate_policy(policy, cfg)
+    elif cfg.replay:
+        replay(policy, cfg)
+    elif cfg.ask:
+        ask(policy, cfg)
+    else:
+        film(policy, cfg)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     presets = {name: {} for name in all_presets()}  # a checkpoint knows all its settings
-    if argv is None:
-        argv = sys.argv[1:]
-    cfg = parse_config(SampleConfig, presets, argv, positional="task")
-    run_program(sample, cfg)
+    run_program(sample, parse_config(SampleConfig, presets, argv, positional="task"))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image, ImageOps
 
-from common import Stopwatch, UserError, atomic_path
+from common import UserError, atomic_path
 
 GL_HELP = (
     "MuJoCo cannot draw ({}). A machine without a display needs EGL. On Debian or Ubuntu type: "
@@ -77,12 +76,12 @@ OFFSET = np.array([0, 90, -90, 0, 0, 100 * 0.174 / 1.924])
 
 def to_position(qpos: Array) -> Array:
     """Joint angles of the model in radians (..., 6) -> LeRobot units (..., 6)."""
-    return np.asarray(qpos) * SCALE + OFFSET
+    return qpos * SCALE + OFFSET
 
 
 def to_qpos(position: Array) -> Array:
     """LeRobot units (..., 6) -> joint angles of the model in radians (..., 6)."""
-    return (np.asarray(position) - OFFSET) / SCALE
+    return (position - OFFSET) / SCALE
 
 
 LOW, HIGH = np.sort(to_position(JOINT_RANGE.T), axis=0)  # joint limits in LeRobot units, (6,) each
@@ -138,11 +137,12 @@ def number_of(expression: str) -> int:
 
 
 VAGUE_NAMES = {colour: list(phrases) for colour, phrases in WORDS["vague_names"].items()}  # six a colour
-EXPRESSIONS = [f"{a} {sign} {b}" for sign, a, b in itertools.product("+-", range(10), range(10))]
-ALL_SUMS = sorted((s for s in EXPRESSIONS if 1 <= number_of(s) <= 5), key=number_of)  # 11 for each result
-HELD_OUT_SUMS = ALL_SUMS[2::5]  # two or three for each result
-ASKED_SUMS = ALL_SUMS[4::5]  # the same
-SUMS = sorted(set(ALL_SUMS) - {*HELD_OUT_SUMS, *ASKED_SUMS}, key=ALL_SUMS.index)
+EXPRESSIONS = map(" ".join, itertools.product("0123456789", "+-", "0123456789"))
+SUMS = [expression for expression in EXPRESSIONS if 1 <= number_of(expression) <= 5]
+SUMS.sort(key=lambda expression: (number_of(expression), expression[2]))  # 11 for each result
+HELD_OUT_SUMS = SUMS[2::5]  # two or three for each result
+ASKED_SUMS = SUMS[4::5]  # the same
+SUMS = [expression for expression in SUMS if expression not in HELD_OUT_SUMS + ASKED_SUMS]
 
 
 class Wording(NamedTuple):
@@ -163,7 +163,7 @@ NEW_WORDS = ("asked_instruction", "ood_instruction")  # splits whose words no de
 
 
 def wording(split: str) -> Wording:
-    """The words of a split; where positions are new the words are those of training."""
+    """The words of a split; where positions are new the words are those of demonstrations."""
     return WORDING.get(split, WORDING["id"])
 
 
@@ -177,41 +177,36 @@ def contents(scene: dict) -> tuple[list, dict]:
 def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> dict:
     """A random goal that the cubes and pads of SO100Env.scene() allow; UserError if there are too few.
 
-    Where positions are new the target cubes are the first in the list. Pads that hold a cube are not asked
-    for. Where there is such a pad, a share of the goals has its first leg done already.
+    Where positions are new the target cubes are the first in the list. Pads that hold a cube are not asked for. Where
+    there is such a pad, a share of the goals has its first leg done already.
     """
     n = LEGS[family]
     colours, pad_colour = contents(scene)
     if min(len(colours), len(pad_colour)) < n:
-        raise UserError(f"family {family} needs {n} cubes and {n} pads; here are {colours} and {pad_colour}")
+        raise UserError(f"family {family} needs {n} cubes and {n} pads in the scene")
     if split not in TARGET_AREA:
         colours = rng.permutation(colours).tolist()
-    colours = colours[:n]  # of the cubes to move
     cube_on = {cube["pad"]: cube["colour"] for cube in scene["cubes"] if cube["pad"]}
     free = [number for number in pad_colour if number not in cube_on]  # pads on which no cube lies
-    numbers = rng.permutation(free)[:n].tolist() if family != "calculate" else [int(rng.choice(free))]
+    # The pad is drawn before the sum: pads are equally frequent, however many sums name them.
+    numbers = [int(rng.choice(free))] if family == "calculate" else rng.permutation(free)[:n].tolist()
     # A policy also has to learn to say `then` and `done`: as if the first leg had been carried out.
     done_already = 0.5 if n == 2 else 0.2
     if cube_on and rng.random() < done_already:
         numbers[0] = int(rng.choice(list(cube_on)))
         done = cube_on[numbers[0]]
-        if done in colours:
-            colours.remove(done)
-        colours = [done, *colours][:n]
+        colours.remove(done)
+        colours.insert(0, done)
     said = wording(split)
-    named = 0.15  # probability that the instruction says a cube's vague name
+    new = split in NEW_WORDS
+    named = 0.0 if new else 0.15  # probability that the instruction says a cube's vague name
     expression = None
-    coin = 0.0
     if family == "calculate":
-        # The pad was drawn first: pads are equally frequent, however many sums name them.
-        matching = [s for s in said.sums if number_of(s) == numbers[0]]
-        expression = str(rng.choice(matching))
-    else:
-        coin = float(rng.random() < 0.5)  # drawn in every split, so that all consume the same random numbers
-    if split in NEW_WORDS:
-        named = coin
+        expression = str(rng.choice([s for s in said.sums if number_of(s) == numbers[0]]))
+    elif rng.random() < 0.5 and new:  # drawn in every split, so that all consume the same random numbers
+        named = 1.0
     legs = []
-    for colour, number in zip(colours, numbers):
+    for colour, number in zip(colours, numbers):  # there are n numbers
         vague = None
         if family != "tiny" and rng.random() < named:
             vague = str(rng.choice(VAGUE_NAMES[colour][said.names]))
@@ -225,27 +220,25 @@ def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> 
 VERBS = WORDS["verbs"]
 
 
-def noun(usual: str, rare: str, rng: Generator, plain: bool) -> str:
-    """One of two words for the same thing. Plain sentences have the usual one."""
-    if plain or rng.random() < 0.6:
-        return usual
-    return rare
+def phrases(leg: Leg, expression: str | None, rng: Generator, plain: bool) -> tuple[str, str]:
+    """What a leg's cube and pad are called. Plain sentences have the usual words.
 
+    "the red cube", "the red block" or "the one that looks like a tomato"; "the blue pad" or "the blue
+    square", for a sum "pad 3 + 1", "pad number 3 plus 1", ...
+    """
 
-def cube_phrase(leg: Leg, rng: Generator, plain: bool) -> str:
-    """ "the red cube", "the red block" or "the one that looks like a tomato"."""
+    def noun(usual: str, rare: str) -> str:
+        return usual if plain or rng.random() < 0.6 else rare
+
     if leg.vague:
-        return f"the one that looks like {WORDS['vague_names'][leg.cube][leg.vague]}"
-    return f"the {leg.cube} {noun('cube', 'block', rng, plain)}"
-
-
-def pad_phrase(leg: Leg, expression: str | None, rng: Generator, plain: bool) -> str:
-    """ "the blue pad" or "the blue square"; for a sum "pad 3 + 1", "pad number 3 plus 1", ..."""
+        cube = f"the one that looks like {WORDS['vague_names'][leg.cube][leg.vague]}"
+    else:
+        cube = f"the {leg.cube} {noun('cube', 'block')}"
     if expression is None:
-        return f"the {leg.pad} {noun('pad', 'square', rng, plain)}"
+        return cube, f"the {leg.pad} {noun('pad', 'square')}"
     if not plain and rng.random() < 0.5:
         expression = expression.replace("+", "plus").replace("-", "minus")
-    return f"{noun('pad', 'pad number', rng, plain)} {expression}"
+    return cube, f"{noun('pad', 'pad number')} {expression}"
 
 
 def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> str:
@@ -255,36 +248,38 @@ def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> s
     frame is one that demonstrations never have, except where something else is new already: in half of the
     sums, and for new vague names.
     """
+
+    def pick(kind: str) -> str:
+        return rng.choice(WORDS[kind])
+
     legs = goal["legs"]
     new = split in NEW_WORDS and family != "tiny"
-    if new:
-        named = any(leg.vague for leg in legs)
-        new = rng.random() < 0.5 if goal["sum"] else not named
+    if new and goal["sum"]:
+        new = rng.random() < 0.5
+    elif new:
+        new = not any(leg.vague for leg in legs)
     plain = family == "tiny" or (not new and rng.random() < 0.3)
     clauses = []  # one for each leg
     for leg in legs:
-        words = {
-            "cube": cube_phrase(leg, rng, plain),
-            "pad": pad_phrase(leg, goal["sum"], rng, plain),
-        }
-        frame = "{cube} on {pad}"  # behind "put": the canonical sentence
-        if not plain:
-            frame = rng.choice(wording(split if new or split == ASKED else "id").frames)
-            if clauses and not new and rng.random() < 0.3:
-                frame = "{cube} {preposition} {pad}"  # "... , then the green cube onto the yellow pad"
-            words["verb"] = rng.choice(VERBS)
-            words["preposition"] = rng.choice(WORDS["prepositions"])
-        clauses.append(frame.format(**words))
-    if plain:
+        cube, pad = phrases(leg, goal["sum"], rng, plain)
+        if plain:
+            clauses.append(f"{cube} on {pad}")
+            continue
+        frame = rng.choice(wording(split if new or split == ASKED else "id").frames)
+        if clauses and not new and rng.random() < 0.3:
+            frame = "{cube} {preposition} {pad}"  # "... , then the green cube onto the yellow pad"
+        verb = pick("verbs")
+        clauses.append(frame.format(cube=cube, pad=pad, verb=verb, preposition=pick("prepositions")))
+    if plain:  # the canonical sentence
         return f"put {' , then '.join(clauses)}"
     text = clauses[0]
     if len(clauses) == 2:
-        text = rng.choice(WORDS["joins"]).format(*clauses)
+        text = pick("joins").format(*clauses)
     if new or rng.random() >= 0.4:
         return text
     if rng.random() < 0.5:
-        return f"{rng.choice(WORDS['prefixes'])} {text}"
-    return f"{text} {rng.choice(WORDS['suffixes'])}"
+        return f"{pick('prefixes')} {text}"
+    return f"{text} {pick('suffixes')}"
 
 
 def reasoning(goal: dict, scene: dict) -> str:
@@ -326,9 +321,7 @@ def understand(task: str, scene: dict) -> dict:
     words = " ".join(re.findall(r"\w+|[^\w\s]", task.lower()))
     words = words.replace(" plus ", " + ").replace(" minus ", " - ")
     # What is mentioned, in the order in which it is: [(colour, vague name or ""), ...]
-    cubes = []
-    for colour, name in re.findall(CUBE_PATTERN, words):
-        cubes.append((colour or COLOUR_OF[name], name))
+    cubes = [(colour or COLOUR_OF[name], name) for colour, name in re.findall(CUBE_PATTERN, words)]
     pads = re.findall(PAD_PATTERN, words)  # [(colour, "") or ("", sum), ...]
     expression = "".join(text for _, text in pads)
     # As many pads as cubes, none of them twice; a sum names one pad of one leg.
@@ -386,17 +379,13 @@ def is_free(xy: Array, others: list) -> bool:
 
 
 def sample_cubes(rng: Generator, family: str, split: str, n: int, pads: list) -> list[tuple]:
-    """Places of n cubes [(phi, r), ...], at least CUBE_GAP apart; those of TARGET_AREA come first.
+    """Places of n cubes [(phi, r), ...], at least CUBE_GAP apart; targets in TARGET_AREA come first.
 
     With the places of pads [(phi, r), ...], some cubes lie on a pad already and some anywhere, as amid work.
     """
-    usual = CUBE_AREA
-    targets = 0
-    empty = [HELD_OUT_AREA]  # areas in which no other cube may lie
-    if family == "tiny":
-        usual = TINY_AREA
-    if split in TARGET_AREA:
-        targets = LEGS[family]
+    usual = TINY_AREA if family == "tiny" else CUBE_AREA
+    targets = LEGS[family] if split in TARGET_AREA else 0
+    empty = [HELD_OUT_AREA]  # where no other cube may lie
     if split in ("id", "asked_position", "asked_instruction"):
         empty.append(ASKED_AREA)
     while True:
@@ -438,9 +427,8 @@ FOREARM = 0.1349 + 0.0052j  # elbow to wrist, at tilt 0
 TIP = 0.0601 + 0.1014  # wrist axis to the centre of the fingertips
 OPEN = 33.0  # gripper: 53 mm between the fingers
 CLOSED = 11.0  # gripper: a little narrower than a cube, so that it squeezes
-WRIST_RANGE = (-1.62, 1.62)  # a little inside the joint's 1.66
-PLANE_RANGES = (*JOINT_RANGE[1:3], WRIST_RANGE)
-Angles = tuple[float, float, float]  # shoulder_lift, elbow_flex, wrist_flex in radians
+# of shoulder_lift, elbow_flex, wrist_flex in radians; the last a little inside the joint's 1.66
+PLANE_RANGES = (*JOINT_RANGE[1:3], (-1.62, 1.62))
 
 
 def pinch_x(gripper: float) -> float:
@@ -455,7 +443,12 @@ def length(vector: complex) -> float:
     return math.hypot(vector.real, vector.imag)
 
 
-def solve_plane(point: complex, tool: complex, tilt: float) -> Angles | None:
+def corner(a: float, b: float, opposite: float) -> float:
+    """The angle of a triangle between its sides a and b, by the law of cosines."""
+    return math.acos((a * a + b * b - opposite * opposite) / (2 * a * b))
+
+
+def solve_plane(point: complex, tool: complex, tilt: float) -> tuple | None:
     """Angles that bring the tool's end to a point at a tilt; None where they cannot.
 
     tool: from the wrist to the tool's end at tilt 0.
@@ -469,22 +462,18 @@ def solve_plane(point: complex, tool: complex, tilt: float) -> Angles | None:
     if not abs(a - b) < d < a + b:
         return None
     down = -cmath.phase(wrist)  # tilt of the line from shoulder to wrist
-    # tilts of the two links by the law of cosines, with the elbow above the line from shoulder to wrist
-    at_shoulder = math.acos((a * a + d * d - b * b) / (2 * a * d))
-    at_wrist = math.acos((b * b + d * d - a * a) / (2 * b * d))
-    upper = down - at_shoulder
-    fore = down + at_wrist
+    # tilts of the two links, with the elbow above the line from shoulder to wrist
+    upper = down - corner(a, d, b)
+    fore = down + corner(b, d, a)
     # Angles of the joints: differences of tilts, which are counted from the links' own directions.
     lift = upper + cmath.phase(UPPER_ARM)
     elbow = fore + cmath.phase(FOREARM) - lift
     angles = (lift, elbow, tilt - lift - elbow)
-    for angle, (low, high) in zip(angles, PLANE_RANGES):
-        if not low < angle < high:
-            return None
-    return angles
+    inside = all(low < angle < high for angle, (low, high) in zip(angles, PLANE_RANGES))
+    return angles if inside else None
 
 
-def solve_steepest(point: complex, tool: complex) -> Angles | None:
+def solve_steepest(point: complex, tool: complex) -> tuple | None:
     """solve_plane() at the tilt nearest to the vertical that the joints allow; None if there is none."""
     for degrees in range(90, -45, -5):  # from the vertical upwards
         flat = math.radians(degrees)
@@ -538,17 +527,6 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY") and not os.environ.
         gl_context.GLContext = GLContext
 
 
-def make_renderer(model: mujoco.MjModel, px: int) -> mujoco.Renderer:
-    """A renderer of (px, px) pictures."""
-    if not 8 <= px <= 1024:
-        raise UserError(f"images of {px} pixels: type a px between 8 and 1024")
-    try:
-        renderer = mujoco.Renderer(model, px, px, max_geom=100)
-    except (RuntimeError, ImportError, AttributeError, mujoco.FatalError) as error:
-        raise UserError(GL_HELP.format(error)) from error
-    return renderer
-
-
 def resize_image(picture: Image.Image, px: int, fit: str) -> Array:
     """A camera's picture of any size -> (px, px, 3) uint8; one of this size already stays bit for bit.
 
@@ -556,8 +534,7 @@ def resize_image(picture: Image.Image, px: int, fit: str) -> Array:
     through here, so that a policy sees the same scene in the same way.
     """
     resize = ImageOps.fit if fit == "crop" else Image.Image.resize
-    resized = resize(picture.convert("RGB"), (px, px), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    return np.asarray(resize(picture.convert("RGB"), (px, px), Image.Resampling.BILINEAR))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -565,8 +542,10 @@ def resize_image(picture: Image.Image, px: int, fit: str) -> Array:
 
 # Bodies of so100.xml in their order; 0 is the world with the table.
 ARM = range(1, 8)  # base .. fixed jaw, moving jaw
-PADS = slice(-9, -4)  # among the model's bodies, and also among its geoms: each pad and cube has one
+# Pads and cubes are the last rows of the model's bodies, and also of its geoms: each has one geom.
+PADS = slice(-9, -4)
 CUBES = slice(-4, None)
+PAD_ROWS = range(-9, -4)
 HOME = np.array([0, 0.15, 0.11, -90])  # phi, r, z, roll of the tool when an episode starts
 HOME_SPREAD = np.array([10, 0.015, 0.01, 10])
 SHADE_SPREAD = np.array([0.12, 0.04, 0.04, 0.04])  # of a colour: brightness, red, green, blue
@@ -575,10 +554,9 @@ CAMERA_SPREAD = np.repeat([[0.01, 0.005], [0.02, 0.003]], 3, axis=1)  # (2, 6): 
 
 def check_task(family: str, split: str) -> None:
     """UserError for a family or a split that does not exist."""
-    if family not in LIMIT:
-        raise UserError(f"unknown family {family!r}: type one of {', '.join(LIMIT)}")
-    if split not in (*SPLITS, ASKED):
-        raise UserError(f"unknown split {split!r}: type one of {', '.join(SPLITS)}")
+    for kind, word, known in (("family", family, LIMIT), ("split", split, (*SPLITS, ASKED))):
+        if word not in known:
+            raise UserError(f"unknown {kind} {word!r}: type one of {', '.join(known)}")
 
 
 def quaternion(yaw: float) -> tuple:
@@ -626,7 +604,6 @@ class SO100Env:
         self.cube_velocity = self.data.qvel[6:].reshape(4, 6)  # a view: linear, angular
         self.goal = None
         self.renderers = {}  # px -> renderer
-        self.watch = Stopwatch()
 
     # -- episodes --------------------------------------------------------------------------------------------
 
@@ -638,7 +615,12 @@ class SO100Env:
         a scene of sequence or of tiny). Without a seed a training one is drawn, or for the
         other splits a report one.
         """
-        known = {"family": self.family, "split": self.split, "start": False, "task": ""}
+        known = {
+            "family": self.family,
+            "split": self.split,
+            "start": False,
+            "task": "",
+        }
         chosen = known | (options or {})
         if len(chosen) > len(known):
             raise UserError(f"unknown reset options {sorted(chosen.keys() - known)}: type {', '.join(known)}")
@@ -656,7 +638,7 @@ class SO100Env:
         self.split = split
         if not task:
             self._make_scene(seed, start)
-            return self._obs(), self._info(0)
+            return self._obs(), self._info()
         if family != "tiny":
             self.family = "sequence"
         for candidate in range(seed, seed + 200):
@@ -664,7 +646,7 @@ class SO100Env:
             with contextlib.suppress(UserError):
                 understand(task, self.scene())
                 break
-        return self.instruct(task), self._info(0)  # UserError if no scene has what the task names
+        return self.instruct(task), self._info()  # UserError if no scene has what the task names
 
     def instruct(self, task: str) -> dict:
         """Another instruction, in a person's own words, for the scene as it is -> observation.
@@ -673,13 +655,10 @@ class SO100Env:
         """
         self.goal = understand(task, self.scene())
         self.task = task
-        family = "place"  # the time limit depends on it
-        if len(self.goal["legs"]) == 2:
-            family = "sequence"
-        elif self.goal["sum"]:
-            family = "calculate"
-        if self.family != "tiny":
-            self.family = family
+        if self.family != "tiny":  # the time limit depends on the family
+            self.family = "calculate" if self.goal["sum"] else "place"
+            if len(self.goal["legs"]) == 2:
+                self.family = "sequence"
         self._begin()
         return self._obs()
 
@@ -693,9 +672,8 @@ class SO100Env:
         self.seed = seed
         self.moved_at = None
         # Every kind of scene has random numbers of its own.
-        family = list(LIMIT).index(self.family)
-        split = (*SPLITS, ASKED).index(self.split)
-        rng = default_rng([family, split, seed, int(start)])
+        kind = (list(LIMIT).index(self.family), (*SPLITS, ASKED).index(self.split))
+        rng = default_rng([*kind, seed, int(start)])
         mujoco.mj_resetData(self.model, self.data)
         self._place_things(rng, start)
         self._vary(rng)
@@ -720,10 +698,9 @@ class SO100Env:
             turned = rng.uniform(-3, 3)
         r = PAD_R + rng.uniform(-0.006, 0.006)
         pads = [(phi + turned, r) for phi in PAD_PHI]
-        for body, pad, colour in zip(range(m.nbody)[PADS], pads, self.pad_colours):
-            m.body_pos[body, :2] = polar_to_xy(*pad)
-            m.body_pos[body, 2] = 0 if colour else -1
-            m.body_quat[body] = quaternion(math.radians(pad[0]))
+        for row, pad, colour in zip(PAD_ROWS, pads, self.pad_colours):
+            m.body_pos[row] = (*polar_to_xy(*pad), 0 if colour else -1)
+            m.body_quat[row] = quaternion(math.radians(pad[0]))
         if not start or self.family == "tiny":  # no cube begins on a pad
             pads = []
         n = len(self.cube_colours)
@@ -732,14 +709,11 @@ class SO100Env:
         m.body_gravcomp[CUBES] = ~used
         m.geom_contype[CUBES] = used
         m.geom_conaffinity[CUBES] = used
-        # Parked ones lie one metre deep and one metre apart.
-        self.cube_pose[:, 0] = range(4)
-        self.cube_pose[:, 2] = -1
-        for pose, place in zip(self.cube_pose, places):
-            pose[:2] = polar_to_xy(*place)
         yaws = rng.uniform(0, math.pi / 2, 4)
-        for pose, yaw in zip(self.cube_pose, yaws):
-            pose[3:] = quaternion(yaw)
+        for i, yaw in enumerate(yaws):
+            # Parked ones lie one metre deep and one metre apart. _vary() lifts the others onto the table.
+            x, y = polar_to_xy(*places[i]) if i < n else (i, 0)
+            self.cube_pose[i] = (x, y, -1, *quaternion(yaw))
 
     def _vary(self, rng: Generator) -> None:
         """Colours, light, cameras, friction and size: fields of the model, written anew at every reset."""
@@ -756,6 +730,7 @@ class SO100Env:
         colour[PADS] = [shades[name or "table"] for name in self.pad_colours]
         colour[CUBES][:n] = [shades[name] for name in self.cube_colours]
         # One lamp: its brightness and direction.
+        # An array of one number, because a plain float would be multiplied in float32 as the field is.
         brightness = 1 + rng.uniform(-0.3, 0.3, 1)
         m.light_diffuse[0] = MODEL.light_diffuse[0] * brightness
         direction = MODEL.light_dir[0] + rng.uniform(-0.25, 0.25, 3)
@@ -787,8 +762,7 @@ class SO100Env:
             d.ctrl[:] = d.qpos[:6]  # the servos hold this pose
             mujoco.mj_forward(self.model, d)
             touching = np.isin(self._contacts(), ARM).any()
-            lowest = d.site_xpos[:, 2].min()  # of the fingertips
-            if not touching and lowest > 0.012:
+            if not touching and d.site_xpos[:, 2].min() > 0.012:  # the lower fingertip
                 return
 
     def _move_target(self) -> None:
@@ -804,9 +778,9 @@ class SO100Env:
             there = polar_to_xy(phi, r)
             far = math.dist(there, here) >= 0.05
             if far and not inside(HELD_OUT_AREA, phi, r) and is_free(there, others):
-                i = self.cube_colours.index(todo[0])
-                self.cube_pose[i, :2] = there
-                self.cube_velocity[i] = 0
+                row = self._row(todo[0])
+                self.cube_pose[row, :2] = there
+                self.cube_velocity[row] = 0
                 self.moved_at = self.steps
 
     # -- truth -----------------------------------------------------------------------------------------------
@@ -815,15 +789,17 @@ class SO100Env:
         """Measured joint positions (6,) in LeRobot units."""
         return to_position(self.data.qpos[:6])
 
+    def _row(self, colour: str) -> int:
+        """A cube's row in the arrays of bodies, geoms, cube_pose and cube_velocity: -4..-1."""
+        return self.cube_colours.index(colour) - 4
+
     def cube_xyz(self, colour: str) -> Array:
         """Centre of a cube (3,), metres."""
-        i = self.cube_colours.index(colour)
-        return self.data.xpos[CUBES][i].copy()
+        return self.data.xpos[self._row(colour)].copy()
 
     def cube_axes(self, colour: str) -> Array:
         """A cube's axes in the world: the columns of a rotation matrix (3, 3)."""
-        i = self.cube_colours.index(colour)
-        return self.data.xmat[CUBES][i].reshape(3, 3)
+        return self.data.xmat[self._row(colour)].reshape(3, 3)
 
     def cube_yaw(self, colour: str) -> float:
         """Yaw of a cube in degrees, modulo 90, from whichever of its axes lies flattest."""
@@ -833,7 +809,7 @@ class SO100Env:
 
     def pad_xy(self, number: int) -> Array:
         """Centre of pad 1..5 (2,), metres."""
-        return self.model.body_pos[PADS][number - 1, :2].copy()
+        return self.model.body_pos[PAD_ROWS[number - 1], :2].copy()
 
     def _contacts(self) -> Array:
         """The two bodies of every contact (contacts, 2)."""
@@ -841,7 +817,7 @@ class SO100Env:
 
     def touching(self, colour: str) -> tuple[bool, bool]:
         """Does the cube touch the (fixed, moving) jaw?"""
-        cube = self.model.nbody - 4 + self.cube_colours.index(colour)
+        cube = self.model.nbody + self._row(colour)
         pairs = self._contacts()
         touched = pairs[(pairs == cube).any(1)]  # (n, 2): those of this cube
         return ARM[-2] in touched, ARM[-1] in touched
@@ -852,10 +828,11 @@ class SO100Env:
 
     def over_pad(self, colour: str, number: int) -> bool:
         """Is the cube's centre above that pad, at any height?"""
-        offset = self.cube_xyz(colour) - self.data.xpos[PADS][number - 1]  # (3,)
-        axes = self.data.xmat[PADS][number - 1].reshape(3, 3)  # columns
-        x, y, _ = offset @ axes  # in the pad's frame
-        return bool(max(abs(x), abs(y)) < PAD)
+        row = PAD_ROWS[number - 1]
+        offset = self.cube_xyz(colour) - self.data.xpos[row]  # (3,)
+        axes = self.data.xmat[row].reshape(3, 3)  # columns
+        inside = np.abs(offset @ axes) < PAD  # (3,) in the pad's frame
+        return bool(inside[:2].all())
 
     def pad_under(self, colour: str) -> int | None:
         """Number of the pad on which the cube lies, let go of, or None. It may still move: see resting()."""
@@ -869,8 +846,7 @@ class SO100Env:
 
     def resting(self, colour: str, number: int) -> bool:
         """Does the cube lie still and released on that pad?"""
-        i = self.cube_colours.index(colour)
-        velocity = self.cube_velocity[i].reshape(2, 3)
+        velocity = self.cube_velocity[self._row(colour)].reshape(2, 3)
         slow = np.linalg.norm(velocity, axis=1) < (0.02, 0.3)  # m/s, rad/s
         return bool(slow.all()) and self.pad_under(colour) == number
 
@@ -878,8 +854,8 @@ class SO100Env:
         """The strict test: at rest and level on the pad, touching no jaw, no other cube over the pad."""
         if not self.resting(colour, number) or any(self.touching(colour)):
             return False
-        i = self.cube_colours.index(colour)
-        height = self.cube_xyz(colour)[2] - self.model.geom_size[CUBES][i, 2]
+        half = self.model.geom_size[self._row(colour), 2]
+        height = self.cube_xyz(colour)[2] - half
         upright = np.abs(self.cube_axes(colour)[2]).max()  # 1: some face is exactly level
         if abs(height) >= 0.002 or upright <= 0.995:
             return False
@@ -892,10 +868,15 @@ class SO100Env:
         for colour in self.cube_colours:
             xyz = self.cube_xyz(colour)
             phi, r = xy_to_polar(xyz)
-            cube = {"colour": colour, "t": direction_bin(phi), "r": distance_bin(r)}
-            # x orders cubes from left to right in the front picture, distance is from the pan axis
-            cube |= {"x": float(xyz[0]), "distance": r}
-            cube |= {"held": self.held(colour), "pad": self.pad_under(colour)}
+            cube = {
+                "colour": colour,
+                "t": direction_bin(phi),
+                "r": distance_bin(r),
+                "x": float(xyz[0]),  # orders cubes from left to right in the front picture
+                "distance": r,  # from the pan axis
+                "held": self.held(colour),
+                "pad": self.pad_under(colour),
+            }
             cubes.append(cube)
         for number, colour in enumerate(self.pad_colours, 1):
             if colour:
@@ -915,7 +896,7 @@ class SO100Env:
         done = all(self.placed(leg.cube, leg.number) for leg in legs)
         return done and not self.failure
 
-    def _info(self, executed: int = 1) -> dict:
+    def _info(self, executed: int = 0) -> dict:
         return {
             "success": self._judge(),
             "reason": reasoning(self.goal, self.scene()),
@@ -935,7 +916,7 @@ class SO100Env:
 
         -> observation, reward, terminated, truncated, info.
         """
-        return self.step_chunk(np.asarray(action)[None])
+        return self.step_chunk([action])
 
     def step_chunk(self, actions: Array) -> tuple:
         """Up to n control steps, actions (n, 6), ending early with the episode; one picture, at the end.
@@ -945,17 +926,13 @@ class SO100Env:
         """
         if self.goal is None:
             raise UserError("the episode has not begun: call reset() first")
-        self.watch.last = time.perf_counter()
-        executed = 0
+        before = self.steps
         for action in check_actions(actions):
             terminated, truncated = self.advance(action)
-            executed += 1
             if terminated or truncated:
                 break
-        self.watch.book("physics")
-        obs = self._obs()
-        self.watch.book("rendering")
-        return obs, float(terminated), terminated, truncated, self._info(executed)
+        info = self._info(self.steps - before)
+        return self._obs(), float(terminated), terminated, truncated, info
 
     def advance(self, action: Array) -> tuple[bool, bool]:
         """One control step without drawing, action (6,) in LeRobot units -> terminated, truncated."""
@@ -973,14 +950,15 @@ class SO100Env:
         state = self.position().astype(np.float32)  # (6,)
         return {"images": images, "state": state, "task": self.task}
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds of physics and rendering that step_chunk() has taken so far."""
-        return dict(self.watch.seconds)
-
     def render(self, px: int = 256, camera: str = "front") -> Array:
         """A picture (px, px, 3) uint8; UserError if px is not in 8..1024 or MuJoCo cannot draw."""
+        if not 8 <= px <= 1024:
+            raise UserError(f"images of {px} pixels: type a px between 8 and 1024")
         if px not in self.renderers:
-            self.renderers[px] = make_renderer(self.model, px)
+            try:
+                self.renderers[px] = mujoco.Renderer(self.model, px, px, max_geom=100)
+            except (RuntimeError, ImportError, AttributeError, mujoco.FatalError) as error:
+                raise UserError(GL_HELP.format(error)) from error
         renderer = self.renderers[px]
         renderer.update_scene(self.data, camera)
         return renderer.render()
@@ -994,15 +972,14 @@ class SO100Env:
 
 def main() -> None:
     """Draw every family (rows) in every split (columns), then open the viewer if there is a display."""
-    env = SO100Env()
+    env = SO100Env(px=224)
     rows = []
     for family in FAMILIES:
         row = []
         for split in SPLITS:
             options = {"family": family, "split": split}
-            env.reset(seed=SEEDS["val"].start, options=options)
-            for camera in CAMERAS:
-                row.append(env.render(224, camera))
+            obs, _ = env.reset(seed=SEEDS["val"].start, options=options)
+            row += obs["images"].values()
             print(f"{family:10} {split:16} {env.task}")
         rows.append(np.hstack(row))
     with atomic_path("out/sim/contact_sheet.png") as temporary:

@@ -18,6 +18,7 @@ in one call), GradScaler (bf16 needs none), schedulers as objects (`learning_rat
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -25,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +69,7 @@ TRAINING = ("not plan", "not bench")  # what options that need a training need, 
 class TrainConfig(Config):
     """The model's fields, and how it is trained."""
 
+    # Where the run begins
     config: str = opt("small", "preset this run starts from")
     data: str = opt("", "data set folder (default data/<config>)")
     out: str = opt("", "run folder (default out/<config>)")
@@ -78,6 +81,7 @@ class TrainConfig(Config):
         "finetune: keep the VLM frozen; a new adapter and expert learn from random weights",
         needs="stage=finetune",
     )
+    # What it learns from, and for how long
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
     families: str = opt("place,calculate,sequence", "task families to train on and to evaluate", many=True)
     ground_steps: int = opt(
@@ -92,6 +96,7 @@ class TrainConfig(Config):
         needs="not new_expert",
     )
     accumulate: int = opt(1, "micro-batches per step and process", "[1, 65536]")
+    # How weights move
     adam_lr: float = opt(
         2e-3, "AdamW learning rate: embeddings, norms, biases, all but matrices of blocks", "(0, 1]"
     )
@@ -114,6 +119,7 @@ class TrainConfig(Config):
         False, "keep only every block's input: less memory, a third more work", needs="not new_expert"
     )
     seed: int = opt(0, "seed of weights, batches and noise", "[0, 4294967295]")
+    # The machine, and what is told on the way
     eval: int = opt(
         100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL, TRAINING
     )
@@ -163,10 +169,14 @@ class TrainConfig(Config):
 # pads keeps the pads from being found by colour at all. Each lesson starts at a share of grounding; None:
 # every kind of question.
 CURRICULUM = (
+    # naming what lies at a place
     (0.0, ("describe pads",)),
+    # finding a large thing by its colour
     (0.06, ("describe pads", "pad", "pad colour")),
+    # naming and finding small things
     (0.2, ("describe pads", "pad", "pad colour", "describe cubes")),
     (0.4, ("pad", "describe cubes", "where")),
+    # instructions, counting, comparing
     (0.75, None),
 )
 
@@ -187,13 +197,13 @@ class Run:
     cfg: TrainConfig
     policy: SyVLA
     forward: Callable  # the policy, perhaps compiled
-    episodes: Episodes
-    questions: Questions | None
+    episodes: Episodes  # demonstrations
+    questions: Questions | None  # None where nothing is asked
     held_out: Questions | None  # questions never trained on
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[torch.optim.Optimizer]  # Muon, if there is one, and AdamW
     ema: dict[str, Tensor]  # averages of the trained parameters
     device: torch.device
-    autocast: Callable
+    autocast: Callable  # makes a context: bf16 where the device has it
     step: int = 0  # steps done
 
 
@@ -205,11 +215,13 @@ def samples_of_step(step: int, cfg: TrainConfig) -> tuple[int, int]:
 
 def check_split(cfg: TrainConfig, world: int) -> None:
     """UserError, before any work, where a phase has fewer samples than processes times micro-batches."""
+    # a small share of a small batch rounds to nothing
     if cfg.mix > 0 and not samples_of_step(cfg.ground_steps, cfg)[0]:
         raise UserError(
             f"--mix={cfg.mix} of --batch_size={cfg.batch_size} is not one question: raise one or add --mix=0"
         )
     parts = world * cfg.accumulate
+    # the first step of each phase
     for step in {0, cfg.ground_steps}:
         for name, n in zip(("question", "action"), samples_of_step(step, cfg)):
             if 0 < n < parts:
@@ -219,7 +231,8 @@ def check_split(cfg: TrainConfig, world: int) -> None:
                 )
 
 
-Micro = list[tuple[float, dict[str, Tensor]]]  # a micro-batch: weight of the loss and batch, one or two
+# A micro-batch: the weight of the loss and the batch, of questions, actions or both.
+Micro = list[tuple[float, dict[str, Tensor]]]
 
 
 def batches(run: Run, step: int) -> list[Micro]:
@@ -236,20 +249,22 @@ def batches(run: Run, step: int) -> list[Micro]:
     n_questions, n_actions = samples_of_step(step, cfg)
     micro = []
     for i in range(cfg.accumulate):
+        # every parts-th row of the global batch is ours
         rows = slice(rank * cfg.accumulate + i, None, parts)
-        drawn = []  # (size of the global batch, our rows of it)
+        weighted = []
         if n_questions:
+            # not from the state of a generator: a resumed run draws the same
             rng = np.random.default_rng([cfg.seed, step, 0])
             kinds = curriculum(step, cfg)
-            questions = run.questions.batch(tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
-            drawn.append((n_questions, questions))
+            batch = run.questions.batch(tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
+            weighted.append((n_questions, batch))
         if n_actions:
             rng = np.random.default_rng([cfg.seed, step, 1])
-            drawn.append((n_actions, run.episodes.batch(tokenizer, rng, n_actions, rows)))
-        weighted = []
-        for n, batch in drawn:
+            weighted.append((n_actions, run.episodes.batch(tokenizer, rng, n_actions, rows)))
+        # 1 where the rows divide by the parts
+        for k, (n, batch) in enumerate(weighted):
             weight = len(range(n)[rows]) * parts / n
-            weighted.append((weight, to_device(batch, run.device)))
+            weighted[k] = weight, to_device(batch, run.device)
         micro.append(weighted)
     return micro
 
@@ -265,23 +280,27 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
     Text of questions, text of reasoning and the action loss weigh the same. Raises UserError on non-finite
     numbers.
     """
-    logs = defaultdict(float)
+    logs = defaultdict(float)  # name -> mean over the micro-batches
     for weighted in micro:
         loss = 0.0
         for weight, batch in weighted:
             with run.autocast():
                 losses = run.forward(batch)
-            for name in ("text", "action"):
-                if name in losses:
-                    loss = loss + weight * losses[name]
             for name, value in losses.items():
-                asked = name == "text" and "action" not in losses
-                logs["question" if asked else name] += weight * value.item() / len(micro)
+                if name != "kept":  # a share, not a loss
+                    loss = loss + weight * value
+                # text without actions is that of questions
+                if name == "text" and "action" not in losses:
+                    name = "question"
+                logs[name] += weight * value.item() / len(micro)
+        # gradients of the micro-batches add up
         (loss / len(micro)).backward()
         mark("backward")
     average_gradients(run.policy)
-    with_gradient = [p for p in run.policy.parameters() if p.grad is not None]
-    logs["gnorm"] = nn.utils.clip_grad_norm_(with_gradient, run.cfg.max_grad_norm).item()
+    # parameters without a gradient, as the expert's in grounding, are passed over
+    norm = nn.utils.clip_grad_norm_(run.policy.parameters(), run.cfg.max_grad_norm)
+    logs["gnorm"] = norm.item()
+    # before the update, so that no weight has taken harm
     if not all(math.isfinite(value) for value in logs.values()):
         raise UserError(
             f"non-finite number at step {step}: {dict(logs)}; the last checkpoint is untouched: "
@@ -298,19 +317,18 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """One all-reduce over all gradients. Parameters without one, as the expert in grounding, count 0."""
+    """One all-reduce over all gradients; parameters without one, as the expert in grounding, are left out."""
     _, world = rank_and_world()
     if world == 1:
         return
-    trained = [p for p in module.parameters() if p.requires_grad]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    # the same parameters in all processes: in a phase either all have a gradient or none has
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
     # one vector, so that one call does it
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    flat /= world
-    for p, grad in zip(trained, flat.split([grad.numel() for grad in grads])):
-        if p.grad is not None:
-            p.grad.copy_(grad.view_as(p))
+    flat /= world  # the sum of all processes becomes the mean
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
 
 
 def update_average(run: Run, step: int) -> None:
@@ -318,9 +336,9 @@ def update_average(run: Run, step: int) -> None:
     # from 0.1 at the first step to cfg.ema
     decay = min(run.cfg.ema, (1 + step) / (10 + step))
     weights = dict(run.policy.named_parameters())
-    averages = list(run.ema.values())
-    current = [weights[name].detach().to(average.device) for name, average in run.ema.items()]
-    torch._foreach_lerp_(averages, current, 1 - decay)
+    # the average may stand on another device, see build()
+    for name, average in run.ema.items():
+        average.lerp_(weights[name].detach().to(average), 1 - decay)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -328,13 +346,10 @@ def update_average(run: Run, step: int) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by a Newton-Schulz iteration (Jordan et al.
+    """Momentum whose update is orthogonalised by a Newton-Schulz iteration, for weight matrices.
 
-    2024), for weight matrices.
-
-    torch.optim.Muon goes matrix by matrix in bf16. Here equal shapes share one batched fp32 iteration, which
-    takes a third of the time on a CPU (77 against 255 ms a step for `small`). Updates are scaled to AdamW's
-    RMS.
+    Jordan et al. 2024. torch.optim.Muon goes matrix by matrix in bf16. Here equal shapes share one batched
+    fp32 iteration, which takes a third of the time on a CPU (77 against 255 ms a step for `small`).
     """
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -343,6 +358,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            # matrices of one shape are stacked
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
@@ -352,14 +368,16 @@ class Muon(torch.optim.Optimizer):
 
     def _step_one_shape(self, group: dict, params: list[Tensor]) -> None:
         for p in params:
-            if "momentum" not in self.state[p]:
+            if not self.state[p]:  # the first step
                 self.state[p]["momentum"] = torch.zeros_like(p)
         grads = [p.grad for p in params]
         buffers = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        # Nesterov: the gradient, mixed into the average once more
         nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
         update = orthogonalise(torch.stack(nesterov))  # (n, rows, columns)
         update = update * (0.2 * max(params[0].shape) ** 0.5)  # as large as AdamW's steps
+        # decay apart from the gradient, as in AdamW
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
 
@@ -369,11 +387,8 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
     A quintic Newton-Schulz iteration: x <- a x + b (x x^T) x + c (x x^T)^2 x.
     """
-    a, b, c = (
-        3.4445,
-        -4.7750,
-        2.0315,
-    )  # chosen by Jordan et al. for the steepest rise at small singular values
+    # chosen by Jordan et al. for the steepest rise at small singular values
+    a, b, c = 3.4445, -4.7750, 2.0315
     # the smaller of the two Gram matrices
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
@@ -385,28 +400,30 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 def make_optimizers(policy: SyVLA, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside blocks, the connector and the adapter; AdamW on the rest, without decay on
-    vectors.
+    """Muon on the matrices of blocks, connector and adapter; AdamW on the rest, without decay on vectors.
 
     With --backbone_lr AdamW alone, as pretrained weights are used to. Every group keeps its peak rate as
     "peak".
     """
     muon = []
-    groups = {}  # (rate, weight decay) -> parameters of AdamW
+    groups = {}  # (rate, weight decay) -> group of AdamW
     for name, p in policy.named_parameters():
         if not p.requires_grad:
             continue
-        in_block = any(part in name for part in ("blocks", "connector", "adapter")) and "modulate" not in name
-        is_vector = p.ndim < 2 or "gain" in name
+        # modulate: the adaLN numbers start at zero and are no map between features
+        in_block = re.search("blocks|connector|adapter", name) and "modulate" not in name
         if p.ndim == 2 and in_block and not cfg.backbone_lr:
             muon.append(p)
             continue
-        of_backbone = cfg.backbone_lr and name.startswith("vlm.") and name != "vlm.queries"
-        rate = cfg.backbone_lr if of_backbone else cfg.adam_lr
-        decay = 0.0 if is_vector else cfg.weight_decay
-        groups.setdefault((rate, decay), []).append(p)
-    listed = [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
-    optimizers = [torch.optim.AdamW(listed, betas=(0.9, 0.95), fused=True)]
+        rate = cfg.adam_lr
+        if cfg.backbone_lr and name.startswith("vlm.") and name != "vlm.queries":
+            rate = cfg.backbone_lr
+        decay = cfg.weight_decay
+        if p.ndim < 2 or "gain" in name:  # a vector, or one a head
+            decay = 0.0
+        group = {"params": [], "lr": rate, "weight_decay": decay}
+        groups.setdefault((rate, decay), group)["params"].append(p)
+    optimizers = [torch.optim.AdamW([*groups.values()], betas=(0.9, 0.95), fused=True)]
     if muon:
         optimizers.insert(0, Muon(muon, cfg.muon_lr, cfg.weight_decay))
     for optimizer in optimizers:
@@ -420,12 +437,14 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 
     Grounding ends at a half of the peak, actions at 0.
     """
-    if step < cfg.ground_steps:
-        start, length, floor = 0, cfg.ground_steps, 0.5
-    else:
-        start, length, floor = cfg.ground_steps, cfg.steps, 0.0
-    warm = min(1.0, (step - start + 1) / cfg.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - start) / length))
+    length = cfg.ground_steps
+    floor = 0.5
+    if step >= length:  # steps of the action phase, counted from its beginning
+        step -= length
+        length = cfg.steps
+        floor = 0.0
+    warm = min(1.0, (step + 1) / cfg.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / length))
     return warm * (floor + (1 - floor) * cosine)
 
 
@@ -437,41 +456,40 @@ def make_data(cfg: TrainConfig) -> None:
     """Run prepare.py if the data set of a preset is missing; it resumes what a kill left unfinished."""
     if Path(cfg.data, "meta.json").is_file():
         return
+    # presets of pretrained backbones have no data set of their own
     preset = "small" if cfg.backbone else cfg.config
     command = f"python prepare.py --config {preset}"
     if cfg.data != f"data/{preset}":
         raise UserError(f"no data set in {cfg.data}; run: {command} --out={cfg.data}")
     print(f"no data set in {cfg.data} yet: running {command}", flush=True)
     program = Path(__file__).with_name("prepare.py")
+    # a process of its own: the simulation's memory goes with it
     if run_child([sys.executable, program, "--config", preset]):
         raise UserError(f"prepare.py failed; run: {command}")
 
 
-# What may differ from the checkpoint that a run starts from: behaviour, not weights.
-BEHAVIOUR = {
-    "n_action_steps",
-    "denoise_steps",
-    "temperature",
-    "max_reasoning_tokens",
-    "reasoning",
-    "decouple",
-    "decouple_percentile",
-    "decouple_scope",
-    "noise_samples",
-}
-# What may differ besides with --new_expert.
-EXPERT = {"motors", "state", "fps", "expert_width", "expert_depth", "expert_heads", "chunk_size", "stale"}
+# Names of fields. What may differ from the checkpoint that a run starts from: behaviour, not weights.
+BEHAVIOUR = (
+    "n_action_steps denoise_steps temperature max_reasoning_tokens reasoning decouple decouple_percentile "
+    "decouple_scope noise_samples"
+)
+# What a run with --new_expert does not take from there.
+EXPERT = "motors state fps expert_width expert_depth expert_heads chunk_size stale"
 
 
 def inherit_shapes(cfg: TrainConfig) -> None:
     """Take the model's fields of --init_from; typed ones may differ where they shape no weights."""
     saved = Config.read(cfg.init_from)
-    may_differ = BEHAVIOUR | (EXPERT if cfg.new_expert else set())
+    # what a new expert chooses for itself
+    own = EXPERT.split() if cfg.new_expert else ()
     for field in fields(Config):
-        name, value = field.name, getattr(saved, field.name)
-        if name not in cfg.typed and not (name in EXPERT and cfg.new_expert):
+        name = field.name
+        value = getattr(saved, name)
+        if name in own:
+            continue
+        if name not in cfg.typed:
             setattr(cfg, name, value)
-        elif name in cfg.typed and name not in may_differ and cfg.typed[name] != value:
+        elif name not in BEHAVIOUR.split() and cfg.typed[name] != value:
             raise UserError(
                 f"{cfg.init_from} has --{name}={value}, this run {cfg.typed[name]}; leave --{name} out"
             )
@@ -482,14 +500,15 @@ def describe_robot(cfg: TrainConfig) -> None:
     meta = read_meta(cfg.data)
     cfg.cameras = cfg.cameras or ",".join(meta["cameras"])
     cfg.fit = meta.get("fit", "")
+    # a fine-tuned expert keeps the joints that it has learnt to move
     if not cfg.init_from or cfg.new_expert:
         cfg.motors = ",".join(meta["motors"])
         cfg.state = ",".join(meta.get("state", ()))
         cfg.fps = meta["fps"]
-    if not cfg.init_from:
-        missing = [camera for camera in cfg.camera_names if camera not in meta["cameras"]]
-        if not missing:  # else open_images() will tell
-            cfg.image_size = open_images_of(cfg.data, cfg.camera_names[0]).shape[1]
+    # a camera that the set lacks is named where the pictures are opened
+    if not cfg.init_from and cfg.camera_names[0] in meta["cameras"]:
+        cfg.image_size = open_images_of(cfg.data, cfg.camera_names[0]).shape[1]
+    # the picture may not fit the patches
     cfg.__post_init__()
 
 
@@ -499,14 +518,17 @@ def open_data(cfg: TrainConfig) -> tuple[Episodes, Questions | None, Questions |
     identity = data_id(episodes.meta)
     if cfg.resume and cfg.data_id != identity:
         raise UserError(f"{cfg.data} is another data set than {cfg.out} was begun with; choose a new --out")
+    # both go into config.json: a resume compares the one, the real arm begins at the other
     cfg.data_id = identity
     cfg.home = episodes.home()
-    asks = cfg.mix > 0 or cfg.ground_steps > 0
-    if asks and not Path(cfg.data, "questions").is_dir():
-        raise UserError(
-            f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
-        )
-    questions = Questions(Path(cfg.data, "questions"), cfg) if asks else None
+    questions = None
+    if cfg.mix > 0 or cfg.ground_steps > 0:
+        folder = Path(cfg.data, "questions")
+        if not folder.is_dir():
+            raise UserError(
+                f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
+            )
+        questions = Questions(folder, cfg)
     held_out = Path(cfg.data, "questions_val")
     return episodes, questions, Questions(held_out, cfg) if held_out.is_dir() else None
 
@@ -515,9 +537,9 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     """Data, policy and optimizers of a config whose fields are settled, before the first step."""
     episodes, questions, held_out = open_data(cfg)
     start = cfg.out if cfg.resume else cfg.init_from  # a checkpoint folder, or ""
+    # weights and feature queries are drawn from here on
     torch.manual_seed(cfg.seed)
-    # The tokenizer, and a pretrained VLM where there is one: of the run or checkpoint that this one goes on
-    # from.
+    # the tokenizer, and a pretrained VLM where there is one, of the checkpoint that this run goes on from
     vlm = None
     if cfg.backbone:
         from extras.backbones import backbone_of_run
@@ -526,14 +548,17 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     elif start:
         tokenizer = Tokenizer.load(start)
     else:
-        texts = episodes.texts() + (questions.texts() if questions else [])
+        texts = episodes.texts()
+        if questions:
+            texts = texts + questions.texts()
         tokenizer = Tokenizer.train(texts, cfg.vocab_size)
+    # texts that are too long: a task is the user's to shorten, a question can be spared
     episodes.check_tasks(tokenizer)
-    for asked in (questions, held_out):
-        if asked:
-            asked.drop_long(tokenizer)
+    for asked in filter(None, (questions, held_out)):
+        asked.drop_long(tokenizer)
     policy = SyVLA(cfg, tokenizer, vlm)
     freeze(policy, cfg)
+    # autocast would round frozen matrices at every step
     if cfg.backbone and has_bf16(device):
         from extras.backbones import cast_frozen_to_bf16
 
@@ -542,9 +567,12 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     policy.set_statistics(episodes.meta["statistics"])
     if cfg.init_from and not cfg.resume:
         start_from_checkpoint(policy, cfg, episodes)
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    host = torch.device("cpu") if cfg.backbone else device  # a large model's average needs no room on the GPU
-    ema = {name: p.detach().to(host, copy=True) for name, p in trained.items()}
+    # a large model's average needs no room on the GPU
+    host = "cpu" if cfg.backbone else device
+    ema = {}
+    for name, p in policy.named_parameters():
+        if p.requires_grad:
+            ema[name] = p.detach().to(host, copy=True)
     forward = torch.compile(policy) if cfg.compile else policy
     optimizers = make_optimizers(policy, cfg)
     return Run(cfg, policy, forward, episodes, questions, held_out, optimizers, ema, device, autocast)
@@ -555,13 +583,16 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -
 
     Its expert has learnt a scale: fine-tuning keeps it, with wider limits where needed.
     """
-    policy.load_weights(Path(cfg.init_from, "model.safetensors"), "vlm." if cfg.new_expert else "")
+    part = "vlm." if cfg.new_expert else ""  # the rest has other shapes
+    policy.load_weights(Path(cfg.init_from, "model.safetensors"), part)
     policy.check_statistics()
+    # a new expert, and one that begins anew on all of the data, take the data's scale
     statistics = episodes.meta["statistics"]
     if cfg.stage == "pretrain" or cfg.new_expert:
         policy.set_statistics(statistics)
         return
     replaced = policy.widen_limits(statistics)
+    # such joints move differently from what the expert has learnt: told, not refused
     if replaced:
         print0(f"the scale of {cfg.init_from} does not reach {', '.join(replaced)}: taken from {cfg.data}")
     limits = ", ".join(f"{limit:.1f}" for limit in policy.action_limit.tolist())
@@ -583,11 +614,13 @@ def freeze(policy: SyVLA, cfg: TrainConfig) -> None:
 
 def cache_query_states(run: Run) -> None:
     """--new_expert: a frozen VLM's query states of a frame are computed once and kept beside the data."""
-    cfg, policy = run.cfg, run.policy
+    cfg = run.cfg
+    policy = run.policy
+    # another VLM, other cameras or no reasoning: another file
     path = Path(cfg.data, f"states_{policy.fingerprint(cfg.cameras, cfg.reasoning)}.npy")
     size = 2 * cfg.queries * cfg.width * len(run.episodes.state)  # bytes, fp16
-    writable = os.access(path if path.is_file() else cfg.data, os.W_OK)
-    if not writable or (not path.is_file() and shutil.disk_usage(cfg.data).free < size):
+    fits = path.is_file() or shutil.disk_usage(cfg.data).free > size
+    if not fits or not os.access(path if path.is_file() else cfg.data, os.W_OK):
         return print0(f"{cfg.data} has no room for {size / 2**20:.0f} MiB of query states; steps take longer")
 
     @torch.no_grad()
@@ -608,18 +641,25 @@ def cache_query_states(run: Run) -> None:
 
 def save_checkpoint(run: Run) -> None:
     """The policy (averaged weights) and train_state.pt: raw trained weights, averages, optimizers, step."""
-    policy = run.policy
-    save_policy(run.cfg.out, policy, asdict(run.cfg), policy.state_dict() | run.ema)
-    # frozen weights stand in model.safetensors, they do not change
-    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
+    weights = run.policy.state_dict()
+    save_policy(run.cfg.out, run.policy, asdict(run.cfg), weights | run.ema)
     state = {
         "step": run.step,
-        "model": {name: tensor for name, tensor in policy.state_dict().items() if name not in frozen},
+        # frozen weights stand in model.safetensors, they do not change
+        "model": {name: weights[name] for name in run.ema},
         "ema": run.ema,
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
     }
-    with atomic_path(Path(run.cfg.out, "train_state.pt")) as path:
-        torch.save(state, path)
+    save_state(Path(run.cfg.out, "train_state.pt"), state)
+
+
+def save_state(path: Path, state: dict) -> None:
+    """torch.save(), atomically. torch makes a RuntimeError of a full disk; here it is an OSError again."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise (error.__context__ or error) from None
 
 
 def load_checkpoint(run: Run) -> None:
@@ -628,12 +668,14 @@ def load_checkpoint(run: Run) -> None:
     with reading_state(out / "train_state.pt"):
         saved = torch.load(out / "train_state.pt", map_location=run.device, weights_only=True)
         run.policy.load_weights(out / "model.safetensors")  # frozen weights stand there alone
-        run.policy.load_state_dict({name: saved["model"][name] for name in run.ema}, strict=False)
+        for name, average in run.ema.items():
+            run.policy.get_parameter(name).data.copy_(saved["model"][name])
+            average.copy_(saved["ema"][name])
+        # strict: as many optimizers as were saved
         for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        for name, average in run.ema.items():
-            average.copy_(saved["ema"][name])
         run.step = int(saved["step"])
+    # --resume may have been typed with other numbers of steps
     total = run.cfg.ground_steps + run.cfg.steps
     if not 0 <= run.step <= total:
         raise UserError(
@@ -659,16 +701,15 @@ def reading_state(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the policy carries its averaged weights and is in evaluation mode."""
+    # by copies and not by exchanging tensors: optimizers and a compiled model hold on to them
     raw = {name: tensor.clone() for name, tensor in policy.state_dict().items() if name in ema}
     policy.load_state_dict(ema, strict=False)
     training = policy.training
     policy.eval()  # transformers refuses to cache in training mode with checkpointing
     # where frozen weights were rounded to bf16, the arithmetic must be, too
     rounded = any(p.dtype == torch.bfloat16 for p in policy.parameters())
-    device_type = policy.vlm.queries.device.type
-    autocast = torch.autocast(device_type, torch.bfloat16) if rounded else contextlib.nullcontext()
     try:
-        with autocast:
+        with torch.autocast(policy.vlm.queries.device.type, torch.bfloat16, enabled=rounded):
             yield
     finally:
         policy.train(training)
@@ -679,19 +720,8 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
 # The program
 
 
-MAY_CHANGE = {
-    "config",
-    "data",
-    "out",
-    "env",
-    "resume",
-    "device",
-    "threads",
-    "compile",
-    "eval",
-    "steps",
-    "ground_steps",
-}
+# What --resume may change: where a run works and for how long.
+MAY_CHANGE = "config data out env resume device threads compile eval steps ground_steps"
 
 
 def settle(cfg: TrainConfig) -> TrainConfig:
@@ -701,15 +731,15 @@ def settle(cfg: TrainConfig) -> TrainConfig:
     if cfg.resume and not begun:
         raise UserError(f"nothing to resume in {out}; leave --resume out")
     if not (cfg.bench or cfg.plan):
-        if rank_and_world()[0] == 0:
+        if rank_and_world()[0] == 0:  # the only one that writes
             claim_folder(out, "train.py")
         if begun and not cfg.resume:
             raise UserError(
                 f"{out} already holds a run; add --resume to go on with it, or choose another --out"
             )
     if cfg.resume:
-        Config.read(out)
-        return resumed_config(cfg, read_checkpoint_config(out), MAY_CHANGE)
+        Config.read(out)  # complains of a folder that is no whole checkpoint
+        return resumed_config(cfg, read_checkpoint_config(out), set(MAY_CHANGE.split()))
     if cfg.init_from:
         inherit_shapes(cfg)
     if cfg.backbone:
@@ -719,30 +749,55 @@ def settle(cfg: TrainConfig) -> TrainConfig:
     return cfg
 
 
+def in_every_process(work: Callable, cfg: Any) -> Any:
+    """work(cfg) -> a config; an error in one process of torchrun, or another config, ends all of them."""
+    _, world = rank_and_world()
+    if world == 1:
+        return work(cfg)
+    try:
+        cfg = work(cfg)
+        answer = asdict(cfg)
+    except UserError as error:
+        answer = str(error)
+    # every process learns how the others fared, so that none waits for one that has given up
+    answers = [None] * world
+    dist.all_gather_object(answers, answer)
+    for answer in answers:
+        if isinstance(answer, str):
+            raise UserError(answer)
+        if answer != answers[0]:
+            differ = [f"--{name}" for name in answer if answer[name] != answers[0][name]]
+            raise UserError(f"the processes have different {', '.join(differ)}: start all with one command")
+    return cfg
+
+
 def train(cfg: TrainConfig) -> None:
     """The whole program: data, training, evaluation."""
     rank, world = rank_and_world()
     fast_cpu(cfg.threads)
     device, autocast, arithmetic = choose_device(cfg.device)
-    cfg = settle(cfg)
+    join_processes(device)
+    cfg = in_every_process(settle, cfg)
     check_split(cfg, world)
+    # will it fit? Before any weights are downloaded
     if cfg.backbone or cfg.plan:
         from extras.backbones import plan_memory
 
         plan_memory(cfg, device, world, freeze, make_optimizers)
         if cfg.plan:
             return
-    if cfg.eval or "env" in cfg.typed:  # complain of a wrong name now, not after the training
+    # complain of a wrong name now, not after the training
+    if cfg.eval or "env" in cfg.typed:
         evaluate.environment_class(cfg.env)
-    join_processes(device)
     if rank == 0:
         make_data(cfg)
-    wait_for_all()
+    wait_for_all()  # the others read what it has written
     if not cfg.resume:
         describe_robot(cfg)
     run = build(cfg, device, autocast)
     if cfg.resume:
         load_checkpoint(run)
+    # the head of the log: settings, machine, data
     print0(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
     machine = f"torch {torch.__version__}, {device}, {arithmetic}, {torch.get_num_threads()} threads"
     print0(f"{machine}, {world} process(es)")
@@ -756,6 +811,7 @@ def train(cfg: TrainConfig) -> None:
     train_loop(run)
     wait_for_all()
     leave_processes()  # the others need not wait for the evaluation
+    # closed loop, with the weights that were saved
     if families and rank == 0:
         with averaged_weights(run.policy, run.ema):
             results = evaluate.evaluate(run.policy, families, cfg.eval, env=cfg.env)
@@ -764,54 +820,54 @@ def train(cfg: TrainConfig) -> None:
 
 def train_loop(run: Run) -> None:
     """Train until all steps are done; log, report and save on the way."""
-    cfg, out = run.cfg, Path(run.cfg.out)
+    cfg = run.cfg
+    out = Path(cfg.out)
     is_first = rank_and_world()[0] == 0
     if is_first:
-        question_history(out)  # complain of a damaged file now, not at the end
         claim_folder(out, "train.py", create=True)
-        trim_log(
-            out / "log.jsonl", "step", run.step
-        )  # also in a new run: a kill before the first checkpoint leaves lines
+        # also in a new run: a kill before the first checkpoint leaves lines
+        trim_log(out / "log.jsonl", "step", run.step)
         if not cfg.resume:
             (out / "questions.json").unlink(missing_ok=True)
-    began = time.time()
     first = run.step
     total = cfg.ground_steps + cfg.steps
-    log = TrainLog(cfg, began)
+    log = TrainLog(cfg)
     while run.step < total:
+        # the first question of the paper's forgetting test, before actions can make the VLM forget
         if run.step == cfg.ground_steps and is_first:
             report_questions(run, "before action training")
             log.restart()
-        data_began = time.time()
+        began = time.time()
         micro = batches(run, run.step)
-        log.data_seconds += time.time() - data_began
-        log.add(train_step(run, run.step, micro))
+        data_ms = 1e3 * (time.time() - began)
+        log.add(train_step(run, run.step, micro) | {"data_ms": data_ms})
         update_average(run, run.step)
         run.step += 1
-        # once in a while: a log line, a checkpoint
-        if is_first and (run.step % cfg.log_every == 0 or run.step == total):
+        if not is_first:
+            continue
+        # Once in a while: a log line, a checkpoint. The first process alone writes.
+        if run.step % cfg.log_every == 0 or run.step == total:
             log.write(run.step)
-        if is_first and (run.step % cfg.save_every == 0 or run.step in (cfg.ground_steps, total)):
+        if run.step % cfg.save_every == 0 or run.step in (cfg.ground_steps, total):
             if run.step == cfg.ground_steps:  # before the checkpoint: a resume does not come by here again
                 save_policy(out / "grounded", run.policy, asdict(cfg), run.policy.state_dict() | run.ema)
             save_checkpoint(run)
     if is_first:
         report_questions(run, "after action training" if cfg.steps else "before action training")
-    print0(f"trained {total - first} steps in {(time.time() - began) / 60:.1f} min")
+    print0(f"trained {total - first} steps in {(time.time() - log.began) / 60:.1f} min")
 
 
 class TrainLog:
     """Means over the steps since the last log line, for the screen and for log.jsonl."""
 
-    def __init__(self, cfg: TrainConfig, began: float):
+    def __init__(self, cfg: TrainConfig):
         self.cfg = cfg
-        self.began = began
+        self.began = time.time()
         self.restart()
 
     def restart(self) -> None:
         """Begin a new window."""
         self.window_began = time.time()
-        self.data_seconds = 0.0
         self.values = defaultdict(list)
 
     def add(self, numbers: dict[str, float]) -> None:
@@ -822,16 +878,18 @@ class TrainLog:
     def write(self, step: int) -> None:
         """Print and append the window's means, then begin a new one."""
         cfg = self.cfg
-        n = len(self.values["gnorm"])
         now = time.time()
-        seconds = (now - self.window_began) / n  # a step
+        seconds = (now - self.window_began) / len(self.values["gnorm"])  # a step
         total = cfg.ground_steps + cfg.steps
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
-        line = {"step": step, "phase": "grounding" if step <= cfg.ground_steps else "actions", **means}
-        line["lr"] = learning_rate(step - 1, cfg)
-        line["samples_per_s"] = cfg.batch_size / seconds
-        line["data_ms"] = 1e3 * self.data_seconds / n
-        line["seconds"] = now - self.began
+        line = {
+            "step": step,
+            "phase": "grounding" if step <= cfg.ground_steps else "actions",
+            **means,
+            "lr": learning_rate(step - 1, cfg),
+            "samples_per_s": cfg.batch_size / seconds,
+            "seconds": now - self.began,
+        }
         order = ("question", "text", "action", "kept", "gnorm")
         shown = " | ".join(f"{name} {means[name]:.4f}" for name in order if name in means)
         print0(
@@ -843,19 +901,10 @@ class TrainLog:
         self.restart()
 
 
-def question_history(out: str | Path) -> dict:
-    """What questions.json of a run says so far."""
-    path = Path(out, "questions.json")
-    history = read_json(path) if path.is_file() else {}
-    if not isinstance(history, dict):
-        raise UserError(f"{path} is not what train.py writes; delete it to measure anew")
-    return history
-
-
 def report_questions(run: Run, when: str) -> None:
     """The paper's forgetting test: accuracy on held-out questions, printed, and kept in questions.json."""
     path = Path(run.cfg.out, "questions.json")
-    history = question_history(run.cfg.out)
+    history = read_json(path) if path.is_file() else {}
     if not run.held_out or when in history:  # a resumed run measured it already
         return
     with averaged_weights(run.policy, run.ema):
@@ -866,11 +915,10 @@ def report_questions(run: Run, when: str) -> None:
 
 
 def families_to_evaluate(run: Run) -> list[str]:
-    """The task families that the closed-loop evaluation will play, told before the training, as is a policy
-    that does not fit the environment.
-    """
+    """The task families that the evaluation will play; what is wrong is told before the training."""
     cfg = run.cfg
     known = evaluate.environment_class(cfg.env).families
+    # an environment of one's own may have other families than the simulation
     families = [family for family in cfg.family_names if family in known]
     if not families:
         print0(f"no evaluation: {cfg.families} is no task family of --env={cfg.env} ({', '.join(known)})")
@@ -885,10 +933,13 @@ def families_to_evaluate(run: Run) -> list[str]:
 def bench(run: Run) -> None:
     """--bench: milliseconds a step by part, for both phases; nothing is written."""
     cfg = run.cfg
-    phases = {"grounding": cfg.ground_steps - 1, "actions": cfg.ground_steps if cfg.steps else -1}
+    # a step of each phase; grounding's last one asks questions of every kind
+    phases = {}
+    if cfg.ground_steps:
+        phases["grounding"] = cfg.ground_steps - 1
+    if cfg.steps:
+        phases["actions"] = cfg.ground_steps
     for phase, step in phases.items():
-        if step < 0:
-            continue
         with Stopwatch(run.device) as watch:
             for i in range(25):
                 if i == 5:  # the first steps warm up
@@ -896,6 +947,7 @@ def bench(run: Run) -> None:
                 micro = batches(run, step + i if phase == "actions" else step)
                 mark("data")
                 train_step(run, step, micro)
+        # seconds of 20 steps
         total = sum(watch.seconds.values())
         parts = [f"{part} {s / 20 * 1e3:.0f} ms ({s / total:.1%})" for part, s in watch.seconds.items()]
         speed = f"{total / 20 * 1e3:.0f} ms a step, {20 * cfg.batch_size / total:.0f} samples/s"

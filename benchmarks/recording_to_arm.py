@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,14 +52,15 @@ from prepare import Pose, ScriptedExpert
 from sim_env import CAMERAS, HIGH, LOW, MOTORS, SEEDS, SO100Env, mujoco, to_qpos
 
 RATE = 30  # frames a second of the recording
-SIZE = (640, 480)  # width and height of the cameras' pictures
+WIDTH, HEIGHT = 640, 480  # of the cameras' pictures
+TURN = np.array([0, 0, 0, 0, 90.0, 0])  # level jaws, where the simulation's stand upright
 PACE = 0.45  # share of the simulated expert's stride: it decides three times as often
-TURN = 90.0  # degrees by which the wrist is turned: level jaws, where the simulation's stand upright
-FOLDED = REST + [0, 0, 0, 0, TURN, 0]  # the pose in which episodes begin
+FOLDED = REST + TURN  # the pose in which episodes begin
 SPREAD = np.array([10, 3, 3, 5, 8, 2])  # of this pose in recordings, in LeRobot units
 TREMOR = 0.6  # LeRobot units a frame: the arm does not quite what it is told, and the recording shows why
 HOLD = 15  # recorded frames after success
 LONGEST = 10  # seconds of an episode
+JOINTS = [f"{motor}.pos" for motor in MOTORS]  # LeRobot's names
 
 
 @dataclass
@@ -85,8 +87,8 @@ class WideEmulator(Emulator):
     """An emulator whose cameras show 640x480: the height of the simulation's pictures, and more beside it."""
 
     def __init__(self, sim: SO100Env):
-        width, height = SIZE
-        self.renderer = mujoco.Renderer(sim.model, height, width, max_geom=100)
+        # Before the emulator's own start, which draws the first pictures.
+        self.renderer = mujoco.Renderer(sim.model, HEIGHT, WIDTH, max_geom=100)
         super().__init__(sim)
 
     def pictures(self) -> dict[str, np.ndarray]:
@@ -105,13 +107,13 @@ class LevelExpert(ScriptedExpert):
     """The scripted expert with its wrist turned by TURN, at PACE. Four sides of a cube are alike."""
 
     def fetch(self, tool: np.ndarray, position: np.ndarray, cube: np.ndarray, yaw: float) -> Pose:
-        turned = position - [0, 0, 0, 0, TURN, 0]
-        return super().fetch(tool, turned, cube, yaw)
+        # The simulation's expert reasons about an upright jaw.
+        return super().fetch(tool, position - TURN, cube, yaw)
 
     def towards(
         self, position: np.ndarray, xy: np.ndarray, z: float, roll: float, gripper: float
     ) -> np.ndarray:
-        target = super().towards(position, xy, z, roll + TURN, gripper)
+        target = super().towards(position, xy, z, roll + TURN[4], gripper)
         return position + PACE * (target - position)
 
 
@@ -119,6 +121,7 @@ def lay_out(emulator: Emulator, seed: int, spread: np.ndarray) -> None:
     """Another scene of `place`, with the arm folded up about as a person leaves it."""
     sim = emulator.sim
     sim.reset(seed=seed, options={"family": "place"})
+    # Another stream of random numbers than the scene's.
     pose = FOLDED + np.random.default_rng([seed, 8]).uniform(-spread, spread)
     sim.data.qpos[:6] = to_qpos(pose.clip(LOW, HIGH))
     sim.data.qvel[:6] = 0
@@ -149,6 +152,7 @@ def record(cfg: Options) -> None:
         raise UserError(f"{out} already exists; delete it or choose another --out")
     require("av").logging.set_libav_level(16)  # errors; the encoder has a page to say about every film
     shutil.rmtree(f"{out}.tmp", ignore_errors=True)  # of a run that was killed
+    # Films, as lerobot-record makes them by default.
     dataset = create_dataset("h264", Path(f"{out}.tmp"), RATE, features())
     with emulated() as (emulator, calibration):
         robot = follower(emulator.port, calibration)
@@ -165,41 +169,34 @@ def follower(port: str, calibration: Path) -> Any:
     from lerobot.cameras.opencv import OpenCVCameraConfig
     from lerobot.robots.so_follower import SO100Follower, SO100FollowerConfig
 
-    width, height = SIZE
     cameras = {}
+    # These are the numbers at which the emulator answers, as /dev/video0 and 2 do for two USB cameras.
     for camera, number in zip(CAMERAS, (0, 2)):
-        cameras[camera] = OpenCVCameraConfig(number, fps=RATE, width=width, height=height)
-    folder = calibration.parent
-    return SO100Follower(
-        SO100FollowerConfig(
-            id=calibration.stem, calibration_dir=folder, port=port, cameras=cameras, use_degrees=True
-        )
-    )
+        cameras[camera] = OpenCVCameraConfig(number, fps=RATE, width=WIDTH, height=HEIGHT)
+    config = SO100FollowerConfig(port, cameras=cameras, use_degrees=True)
+    # LeRobot looks for the calibration in this folder, under the arm's name.
+    config.id = calibration.stem
+    config.calibration_dir = calibration.parent
+    return SO100Follower(config)
 
 
 def features() -> dict[str, dict]:
     """The features of a LeRobot data set, as lerobot-record names them."""
-    width, height = SIZE
-    joints = [f"{motor}.pos" for motor in MOTORS]
-    numbers = {"dtype": "float32", "shape": (len(joints),), "names": joints}
+    numbers = {"dtype": "float32", "shape": (len(JOINTS),), "names": JOINTS}
+    pictures = {"dtype": "video", "shape": (HEIGHT, WIDTH, 3), "names": ["height", "width", "channels"]}
     found = {"observation.state": numbers, "action": numbers}
-    for camera in CAMERAS:
-        names = ["height", "width", "channels"]
-        pictures = {"dtype": "video", "shape": (height, width, 3), "names": names}
-        found[f"observation.images.{camera}"] = pictures
-    return found
+    return found | {f"observation.images.{camera}": pictures for camera in CAMERAS}
 
 
 def record_episodes(robot: Any, emulator: Emulator, dataset: Any, cfg: Options) -> None:
     """Play scenes until so many have succeeded; the others are thrown away, as a person would."""
+    # Far behind the scenes that `small` has been trained on.
     seed = cfg.seed or SEEDS["train"][900_000]
-    began = time.time()
+    began = time.time()  # for the estimate of what is left
     while dataset.num_episodes < cfg.episodes:
         frames = play(robot, emulator, dataset, seed)
-        if frames:
-            dataset.save_episode()
-        else:
-            dataset.clear_episode_buffer()
+        keep = dataset.save_episode if frames else dataset.clear_episode_buffer
+        keep()
         minutes = (time.time() - began) / 60
         left = minutes * (cfg.episodes / max(dataset.num_episodes, 1) - 1)
         print(
@@ -222,10 +219,11 @@ def play(robot: Any, emulator: Emulator, dataset: Any, seed: int) -> int:
     drift = np.zeros(6)
     succeeded = 0  # frames ago
     for frame in range(LONGEST * RATE):
+        # The order of lerobot-record: first the pictures and positions, then the leader's target for them.
         seen = robot.get_observation()
         action = expert.action().astype(np.float32)  # (6,)
         values = {
-            "observation.state": np.array([seen[f"{motor}.pos"] for motor in MOTORS], np.float32),
+            "observation.state": np.array([seen[joint] for joint in JOINTS], np.float32),
             "action": action,
             "task": emulator.sim.task,
         }
@@ -234,9 +232,11 @@ def play(robot: Any, emulator: Emulator, dataset: Any, seed: int) -> int:
         dataset.add_frame(values)
         drift = 0.9 * drift + rng.normal(0, TREMOR, 6)  # (6,), stays near 1.4 units
         sent = np.clip(action + drift, LOW, HIGH)
-        robot.send_action({f"{motor}.pos": value for motor, value in zip(MOTORS, sent.tolist())})
+        robot.send_action(dict(zip(JOINTS, sent.tolist())))
+        # The emulator's clock stands still meanwhile: a slow encoder does not slow the arm.
         emulator.advance(1 / RATE)
         emulator.draw()
+        # After the first success the episode goes on for HOLD frames: they teach the policy to stay there.
         if succeeded or emulator.sim._judge():
             succeeded += 1
         if succeeded > HOLD:
@@ -254,6 +254,7 @@ class LevelEnv(EmulatedEnv):
     home = FOLDED
 
     def reset(self, *, seed: int, options: dict | None = None) -> tuple:
+        # A scene is the same for every policy, and so is the pose. RealEnv then takes over the arm.
         lay_out(self.emulator, seed, 0 * SPREAD)
         return RealEnv.reset(self, options={"task": self.world.task})
 
@@ -264,6 +265,7 @@ def evaluate(cfg: Options) -> None:
 
     fast_cpu(1)
     policy = load_policy(cfg.run)
+    # Scenes that other weights have played in this folder do not count.
     weights = hashlib.sha1(Path(cfg.run, "model.safetensors").read_bytes()).hexdigest()[:12]
     log = Path(cfg.run, "emulated.jsonl")
     done = {line["seed"]: line for line in read_log(log) if line["weights"] == weights}
@@ -274,14 +276,21 @@ def evaluate(cfg: Options) -> None:
         decide = policy_fn(policy)
         with SingleEnv(arm, arm.px, CAMERAS, policy.cfg.state_dim) as vec:
             for seed in sorted(set(seeds) - set(done)):
+                # Both gather until they are cleared; a line is about one scene.
                 arm.reasons.clear()
                 emulator.trace.clear()
                 episode = Episode(seed, {"family": "place"})
                 run_episodes(vec, [episode], decide, "")
-                line = {"seed": seed, "success": episode.success, "steps": episode.steps}
-                line["wrist_roll"] = float(np.median(emulator.trace, axis=0)[4])
-                done[seed] = line | {"limited": dict(arm.reasons), "weights": weights}
+                done[seed] = {
+                    "seed": seed,
+                    "success": episode.success,
+                    "steps": episode.steps,
+                    "wrist_roll": float(np.median(emulator.trace, axis=0)[4]),
+                    "limited": dict(arm.reasons),
+                    "weights": weights,
+                }
                 append_log(log, done[seed])
+                # Scenes of an earlier run of this command count, too.
                 won = [done[s]["success"] for s in seeds if s in done]
                 outcome = "success" if episode.success else "no success"
                 share = f"{sum(won)} of {len(won)}"
@@ -295,20 +304,28 @@ def report(cfg: Options, lines: list[dict], faults: int) -> None:
     n = len(lines)
     won = [line["steps"] for line in lines if line["success"]]
     low, high = wilson(len(won), n)
-    limited = {}
+    limited = Counter()
+    sent = 0
     for line in lines:
-        for reason, count in line["limited"].items():
-            limited[reason] = limited.get(reason, 0) + count
-    print(f"{cfg.run}: {percent(len(won) / n)} % of {n} ({percent(low)} - {percent(high)})")
-    sent = sum(line["steps"] for line in lines)
-    print(f"limited targets: {limited or 'none'} of {sent}; bus faults: {faults}")
+        limited.update(line["limited"])
+        sent += line["steps"]
     roll = float(np.median([line["wrist_roll"] for line in lines]))
+    result = {
+        "success": len(won) / n,
+        "n": n,
+        "low": low,
+        "high": high,
+        "limited": limited,
+        "wrist_roll": roll,
+        # How fast it is, by what it finishes: failures all last as long as they may.
+        "steps": float(np.mean(won)) if won else None,
+    }
+    print(f"{cfg.run}: {percent(len(won) / n)} % of {n} ({percent(low)} - {percent(high)})")
+    print(f"limited targets: {dict(limited) or 'none'} of {sent}; bus faults: {faults}")
+    # A policy that did not learn the new arm falls back to the simulation's angle.
     print(
         f"wrist_roll was {roll:.0f} degrees; {FOLDED[4]:.0f} where recorded, {REST[4]:.0f} in the simulation"
     )
-    result = {"success": len(won) / n, "n": n, "low": low, "high": high, "limited": limited}
-    result["wrist_roll"] = roll
-    result["steps"] = float(np.mean(won)) if won else None
     path = Path(cfg.run, "eval_emulated.json")
     write_json(path, result)
     print(f"wrote {path}")

@@ -32,12 +32,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from common import UserError, atomic_path, has_bf16, print0, read_json, require
 from data import Tokenizer, pack, to_tensors
-from model import VLM, Config, LanguageModel, SyVLA, pixel_shuffle
+from model import VLM, Config, LanguageModel, SyVLA, checkpoint_blocks, pixel_shuffle
 
 # What the presets share. Pretrained backbones already know words and pictures: there is no grounding phase.
 # These numbers are first guesses, not yet tried.
@@ -298,7 +297,6 @@ class SigLIP(nn.Module):
         W = vision["hidden_size"]
         self.size = vision["image_size"]
         self.shuffle = config["scale_factor"]
-        self.checkpointing = False  # see enable_checkpointing() of SmolVLM
         self.patch = nn.Conv2d(3, W, vision["patch_size"], stride=vision["patch_size"])
         self.position = nn.Parameter(torch.zeros((self.size // vision["patch_size"]) ** 2, W))
         self.blocks = nn.ModuleList()
@@ -338,10 +336,7 @@ class SigLIP(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (n, side*side, W)
         x = x + self.position
         for block in self.blocks:
-            if self.checkpointing and x.requires_grad:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = block(x)
         x = pixel_shuffle(self.norm(x), self.shuffle)  # (n, side*side / shuffle^2, shuffle^2 * W)
         return self.connector(x)  # (n, tokens, D)
 
@@ -399,7 +394,7 @@ class SmolVLM(PretrainedVLM):
     def enable_checkpointing(self) -> None:
         """In training keep only every block's input, and compute the rest again in the backward pass."""
         super().enable_checkpointing()
-        self.vision.checkpointing = True
+        checkpoint_blocks(self.vision.blocks)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -431,10 +426,7 @@ class WrappedLanguageModel:
         )
         return out.last_hidden_state  # (B, n, D)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) -> (..., vocab), at least in fp32."""
-        logits = F.linear(hidden, (self.head or self.embed).weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = LanguageModel.logits
 
 
 class WrappedVLM(PretrainedVLM):
@@ -492,7 +484,7 @@ class WrappedVLM(PretrainedVLM):
         return visual.view(*images.shape[:2], -1, self.queries.shape[-1])  # (B, V, n, D)
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
-        """As VLM.prefix(), but Qwen's positions are (3, P): time, row, column, all equal in text."""
+        """As VLM.prefix(), but Qwen's positions are (3, B, P): time, row, column, all equal in text."""
         x, positions, first = super().prefix(visual)
         if not hasattr(self.model, "get_rope_index"):
             return x, positions, first
@@ -506,8 +498,8 @@ class WrappedVLM(PretrainedVLM):
         tokens = len(self.start) * [text] + V * view
         move, row, column = torch.tensor(tokens, device=x.device).T  # each (P,)
         time = move.cumsum(0) - move  # (P,): a picture's tokens share one
-        positions = torch.stack((time, time + row, time + column))  # (3, P)
-        return x, positions, sum(moved for moved, _, _ in tokens)
+        positions = torch.stack((time, time + row, time + column))[:, None]  # (3, 1, P)
+        return x, positions.expand(-1, len(x), -1), sum(moved for moved, _, _ in tokens)
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,30 @@ from common import UserError, claim_folder, read_json, require, write_json
 from data import check_set, open_array, read_meta
 from sim_env import HIGH, LOW, MOTORS, resize_image
 
-Config = Any  # prepare.PrepareConfig: prepare imports this file, so this one cannot import prepare
+# prepare.py imports this file, so this one cannot import its PrepareConfig and its Shard.
+Config = Shard = Any
+Scene = tuple[dict[str, ndarray], list, list[str]]  # see prepare.make_shard()
 FEATURES = {"state": "observation.state", "action": "action"}  # our array -> LeRobot's feature
-# What else is read where it is there. Other names for success: LeRobot's tools and people use them, too.
+# What else is read where it is there.
 BESIDE = {"time": "timestamp", "task": "task_index", "success": "next.success", "reason": "reason"}
-SUCCESS = ("next.success", "success", "is_success", "is_episode_successful")  # of frames or of episodes
+# LeRobot's tools and people use other names for success, too, of frames or of episodes.
+SUCCESS = ("next.success", "success", "is_success", "is_episode_successful")
 OURS = "meta/nanosyvla.json"  # export() keeps there what LeRobot has no words for
 SHARD_BYTES = 1 << 26  # pictures in a shard, about
 # What pyarrow, PyAV and Pillow raise about damaged files is derived from these.
 DAMAGE = (OSError, ValueError, LookupError, TypeError, NotImplementedError, SyntaxError, EOFError)
 DAMAGE += (struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
+# Where the files of an episode lie, if info.json does not say it. v2: v2.0 and v2.1.
+PATHS = {
+    "v2": {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    },
+    "v3": {
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    },
+}
 
 
 @contextlib.contextmanager
@@ -62,14 +77,13 @@ def naming(place: Any, *more: type) -> Iterator[None]:
         raise UserError(f"{place} is missing or damaged ({reason:.200}); {hint}") from None
 
 
-def read_parquet(path: Path, **choice: Any) -> Any:
-    """A parquet file, or a folder of such, as a pyarrow.Table. choice: columns, filters."""
+def read_parquet(path: Path, columns: list | None = None, filters: list | None = None) -> Any:
+    """A parquet file, or a folder of such, as a pyarrow.Table of those columns that it has."""
     parquet = require("pyarrow.parquet", "pyarrow")
     with naming(path):
-        if "columns" in choice:
-            there = parquet.ParquetDataset(path).schema.names
-            choice["columns"] = [name for name in choice["columns"] if name in there]
-        return parquet.read_table(path, **choice)
+        if columns:
+            columns = list(set(columns).intersection(parquet.ParquetDataset(path).schema.names))
+        return parquet.read_table(path, columns=columns, filters=filters)
 
 
 def fetch(name: str, patterns: list) -> Path:
@@ -83,23 +97,24 @@ def fetch(name: str, patterns: list) -> Path:
     on_hub = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/?(.*)", name)
     if not on_hub:
         raise UserError(f"there is no folder {name}; a data set on the hub is written USER/SET")
-    cache = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "lerobot")
-    cache = Path(os.environ.get("HF_LEROBOT_HOME") or cache).expanduser()
-    # LeRobot 0.4 keeps sets under their names (of some, the folder meta alone), 0.6 like the hub's cache.
-    if (cache / name / "data").is_dir():
-        return cache / name
     repository, part = on_hub.groups()
-    if not (cache / "hub" / f"datasets--{repository.replace('/', '--')}").is_dir():
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "lerobot")
+    home = Path(os.environ.get("HF_LEROBOT_HOME") or home).expanduser()
+    # LeRobot 0.4 keeps sets under their names. Of some it has the folder meta alone.
+    if (home / name / "data").is_dir():
+        return home / name
+    # LeRobot 0.6 keeps them as the hub's own cache does.
+    cache = home / "hub"
+    if not (cache / f"datasets--{repository.replace('/', '--')}").is_dir():
         cache = None
-    else:
-        cache = cache / "hub"
-    patterns = [str(Path(part, pattern)) for pattern in patterns]
     hub = require("huggingface_hub")
+    patterns = [str(Path(part, pattern)) for pattern in patterns]
     try:
         found = hub.snapshot_download(
             repository, repo_type="dataset", allow_patterns=patterns, cache_dir=cache
         )
     except (OSError, hub.errors.HFValidationError) as error:
+        # A full disk is told as such.
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise UserError(
@@ -120,24 +135,22 @@ class LeRobotSet:
     root: Path
     info: dict  # meta/info.json
     fps: float  # as recorded, perhaps 29.97
+    stride: int  # one of so many frames is kept
     features: dict  # "state", "action", "time", "task", "success", "reason", if there -> feature
     cameras: dict  # role -> feature
     films: list  # those features among the cameras that are stored as films
     columns: dict  # of "state" and "action": where the recording has our numbers
     convention: str  # of joint angles: new, old, percent, or "as recorded": not to be converted
-    stride: int  # one of so many frames is kept
     numbers: list[int]  # of all episodes that are read
     episodes: list[dict]  # rows of meta/episodes; "entry" is that of meta.json if export() wrote the set
     tasks: dict  # number -> text
 
     def path(self, episode: dict, film: str = "") -> Path:
         """The file with the rows of an episode, or with its film of a feature."""
-        prefix = f"videos/{film}" if film else "data"
-        kind = "video_path" if film else "data_path"
-        pattern = self.info.get(kind) or PATHS[kind, version_of(self.info)]
+        kind, prefix = ("video_path", f"videos/{film}") if film else ("data_path", "data")
         number = episode["episode_index"]
         with naming(f"{self.root}/meta, the list of episodes: {prefix} of episode {number}"):
-            return self.root / pattern.format(
+            return self.root / self.info[kind].format(
                 video_key=film,
                 # In v3.0, a file holds several episodes.
                 chunk_index=episode.get(f"{prefix}/chunk_index"),
@@ -147,47 +160,14 @@ class LeRobotSet:
                 episode_index=number,
             )
 
-    def without(self, episode: dict) -> str:
+    def start_in_film(self, episode: dict, film: str) -> float:
+        """Seconds at which the film of an episode begins in its file."""
+        return episode.get(f"videos/{film}/from_timestamp") or 0
+
+    def without(self, number: int) -> str:
         """What to type to read the set without an episode."""
-        left = [number for number in self.numbers if number != episode["episode_index"]]
+        left = [other for other in self.numbers if other != number]
         return f"; to leave the episode out, add --episodes={write_spans(left)}" if left else ""
-
-
-PATHS = {
-    ("data_path", "v2"): "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-    ("video_path", "v2"): "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-    ("data_path", "v3"): "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-    ("video_path", "v3"): "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-}
-
-
-def version_of(info: dict) -> str:
-    """v2 or v3 of LeRobot's format, or what else meta/info.json says."""
-    version = str(info.get("codebase_version"))
-    return version[:2] if version[:3] in ("v2.", "v3.") else version
-
-
-def read_spans(text: str) -> list[range]:
-    """--episodes, as in "0-9,12" -> ranges of numbers."""
-    spans = []
-    for word in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
-        first, last = (int(number) for number in (found[1], found[2] or found[1])) if found else (1, 0)
-        if first > last:
-            raise UserError(f"--episodes={text}: {word!r} is no span; write it as in --episodes=0-9,12")
-        spans.append(range(first, last + 1))
-    return spans
-
-
-def write_spans(numbers: list[int]) -> str:
-    """Rising numbers as --episodes has them: [0, 1, 2, 5] -> "0-2,5"."""
-    spans = []  # [first, last]
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
 
 
 def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
@@ -196,26 +176,51 @@ def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
     -> shards ("lerobot", name of its episodes, first, number, source of read_episodes); cameras, motors,
     state, fps, fit and convention of the finished meta.json; number of pictures.
     """
+    found, common = open_set(cfg)
+    check_lists(found)
+    check_units(cfg, found)
+    episodes = found.episodes
+    # --fps keeps the first frame of every episode, so a short one counts for one at least.
+    frames = sum(math.ceil(episode["length"] / found.stride) for episode in episodes)
+    pictures = frames * len(found.cameras)
+    # Episodes of mean length that fill a shard.
+    n = max(1, SHARD_BYTES * len(episodes) // (pictures * cfg.image_size**2 * 3))
+    shards = []
+    for first in range(0, len(episodes), n):
+        some = episodes[first : first + n]  # a worker gets the rows of these only
+        # A shard is named after its episodes: after a run with other --episodes, what still fits is kept.
+        name = f"{zlib.crc32(json.dumps(found.numbers[first : first + n]).encode()):08x}"
+        shards.append(("lerobot", name, first, len(some), replace(found, episodes=some)))
+    return shards, common, pictures
+
+
+def open_set(cfg: Config) -> tuple[LeRobotSet, dict]:
+    """Find --lerobot and choose what is read of it -> the set, and what meta.json will say of it."""
     root = fetch(cfg.lerobot, ["meta/*"])
     info = read_info(root)
+    described = info["features"]
     fps, stride = frame_rate(cfg, root, info)
     # The features are matched before anything large is downloaded.
-    features = find_features(cfg, info["features"])
-    cameras, depth = match_cameras(cfg, info["features"])
-    films = [name for name in cameras.values() if info["features"][name]["dtype"] == "video"]
-    if films:
-        require("av")
-    names, columns, convention = match_motors(cfg, info["features"], features)
+    features = find_features(cfg, described)
+    cameras, depth = match_cameras(cfg, described)
+    names, columns, convention = match_motors(cfg, described, features)
+    films = []
+    fit = ""  # square pictures are neither cropped nor stretched
+    for name in cameras.values():
+        if described[name]["dtype"] == "video":
+            require("av")
+            films.append(name)
+        if is_oblong(described[name]):
+            fit = cfg.fit
     # Films of cameras that nobody asked for are not downloaded.
     root = fetch(cfg.lerobot, ["meta/*", "data/*", *(f"videos/*{name}/*" for name in films)])
     episodes, tasks = read_lists(root, info, films)
-    common = {"cameras": list(cameras), "motors": names["action"], "fps": round(fps) // stride}
-    common |= {"fit": cfg.fit if any(oblong(info["features"][name]) for name in cameras.values()) else ""}
     if (root / OURS).is_file():
         # export() wrote the set: its angles are degrees, and its entries of meta.json come back unchanged.
         convention = "as recorded"
-        common |= add_entries(root / OURS, episodes, stride)
-    common |= {"convention": convention}
+        fit = add_entries(root / OURS, episodes, stride)
+    common = {"cameras": list(cameras), "motors": names["action"], "fps": round(fps) // stride}
+    common |= {"fit": fit, "convention": convention}
     # A set without "state" measures the positions of the motors.
     if names["state"] != names["action"]:
         common["state"] = names["state"]
@@ -224,29 +229,19 @@ def plan_episodes(cfg: Config) -> tuple[list, dict, int]:
         said += f"; {len(depth)} depth or grey cameras not taken: {', '.join(depth)}"
     if fps != round(fps):
         said += f"; {fps:g} frames per second count as {round(fps)}"
+    print(f"{cfg.lerobot}: {len(episodes)} episodes; {cameras}; {common}{said}")
     numbers = [episode["episode_index"] for episode in episodes]
     found = LeRobotSet(
-        root, info, fps, features, cameras, films, columns, convention, stride, numbers, episodes, tasks
+        root, info, fps, stride, features, cameras, films, columns, convention, numbers, episodes, tasks
     )
-    print(f"{cfg.lerobot}: {len(episodes)} episodes; {cameras}; {common}{said}")
-    check_lists(found)
-    check_units(cfg, found)
-    pictures = len(cameras) * sum(math.ceil(episode["length"] / stride) for episode in episodes)
-    # Episodes of mean length that fill a shard.
-    n = max(1, SHARD_BYTES * len(episodes) // (pictures * cfg.image_size**2 * 3))
-    shards = []
-    # A worker gets the rows of its own episodes only.
-    for first in range(0, len(episodes), n):
-        some = episodes[first : first + n]
-        name = f"{zlib.crc32(json.dumps(numbers[first : first + n]).encode()):08x}"
-        shards.append(("lerobot", name, first, len(some), replace(found, episodes=some)))
-    return shards, common, pictures
+    return found, common
 
 
 def read_info(root: Path) -> dict:
     """meta/info.json of a LeRobot data set; UserError names the sets below a folder that is none itself."""
     path = root / "meta" / "info.json"
     if not path.is_file():
+        # A folder of sets, or a repository with several of them.
         below = sorted([*root.glob("*/meta/info.json"), *root.glob("*/*/meta/info.json")])
         hint = "a set in a folder of a repository is written USER/SET/FOLDER"
         if below:
@@ -255,8 +250,12 @@ def read_info(root: Path) -> dict:
     info = read_json(path)
     if not isinstance(info, dict) or not isinstance(info.get("features"), dict):
         raise UserError(f"{path} describes no features; copy or record the set again")
-    if version_of(info) not in ("v2", "v3"):
-        raise UserError(f"{root} has LeRobot's format {version_of(info)}: convert it with LeRobot to v3.0")
+    version = str(info.get("codebase_version"))
+    if version[:3] not in ("v2.", "v3."):
+        raise UserError(f"{root} has LeRobot's format {version}: convert it with LeRobot to v3.0")
+    info["version"] = version[:2]
+    for kind, pattern in PATHS[info["version"]].items():
+        info[kind] = info.get(kind) or pattern
     return info
 
 
@@ -265,29 +264,32 @@ def frame_rate(cfg: Config, root: Path, info: dict) -> tuple[float, int]:
 
     A rate such as 29.97 counts as the whole number beside it: meta.json and control loops have whole ones.
     """
+    said = info.get("fps")  # some write 30.0 or "30"
     try:
-        fps = float(info.get("fps"))
+        fps = float(said)
     except (TypeError, ValueError):
         fps = math.nan
     if not 0.99 < fps < 10_000 or abs(fps - round(fps)) > 0.01 * fps:
         raise UserError(
-            f"{root}/meta/info.json says fps {info.get('fps')!r}; a whole number of frames per second is "
-            "needed: write the recording's rate there, or convert the set to one"
+            f"{root}/meta/info.json says fps {said!r}; write the recording's rate there, a whole number of "
+            "frames per second, or convert the set to one"
         )
     whole = round(fps)
     if cfg.fps and whole % cfg.fps:
-        fitting = [str(n) for n in range(1, whole + 1) if whole % n == 0]
+        fitting = [n for n in range(1, whole + 1) if whole % n == 0]
         raise UserError(
             f"{cfg.lerobot} has {fps:g} frames per second; choose an --fps that divides them: "
-            f"{', '.join(fitting)}"
+            f"{str(fitting)[1:-1]}"
         )
     return fps, whole // (cfg.fps or whole)
 
 
 def find_features(cfg: Config, features: dict) -> dict:
     """--rename and meta/info.json -> {"state", "action" and what else is there: their feature}."""
-    renamed = {}
     known = FEATURES | BESIDE
+    # The first of these names that is there counts, unless --rename says otherwise.
+    there = [name for name in SUCCESS if name in features]
+    renamed = {"next.success": there[0]} if there else {}
     for word in filter(None, cfg.rename.split(",")):
         ours, _, theirs = word.partition("=")
         # "next.success=" reads no such feature.
@@ -297,9 +299,6 @@ def find_features(cfg: Config, features: dict) -> dict:
                 f"THEIRS from {', '.join(features)}"
             )
         renamed[ours] = theirs
-    for name in SUCCESS:
-        if name in features:
-            renamed.setdefault("next.success", name)
     found = {}
     for kind, name in known.items():
         theirs = renamed.get(name, name)
@@ -313,31 +312,8 @@ def find_features(cfg: Config, features: dict) -> dict:
     return found
 
 
-def add_entries(path: Path, episodes: list, stride: int) -> dict:
-    """Give episodes that export() wrote their "entry" of meta.json -> the set's own "fit"."""
-    ours = read_json(path)
-    lengths = [episode["length"] for episode in episodes]
-    if stride > 1 or [entry["length"] for entry in ours["episodes"]] != lengths:
-        raise UserError(
-            f"{path} describes other frames, as --fps or LeRobot changed them; delete that file "
-            "to read the set like any other"
-        )
-    for episode, entry in zip(episodes, ours["episodes"]):
-        episode["entry"] = entry
-    return {"fit": ours.get("fit", "")}
-
-
-def choose_episodes(cfg: Config, episodes: list) -> tuple[list, str]:
-    """-> those of --episodes, and words about the others."""
-    numbers = [episode["episode_index"] for episode in episodes]
-    if not cfg.episodes:
-        return episodes, ""
-    spans = read_spans(cfg.episodes)
-    chosen = [episode for episode, i in zip(episodes, numbers) if any(i in span for span in spans)]
-    if not chosen or max(span[-1] for span in spans) > numbers[-1]:
-        raise UserError(f"--episodes={cfg.episodes}: {cfg.lerobot} has episodes {write_spans(numbers)}")
-    rest = [i for i in numbers if not any(i in span for span in spans)]
-    return chosen, f"; left out by --episodes: {len(rest)} episodes ({write_spans(rest) or 'none'})"
+# -----------------------------------------------------------------------------------------------------------
+# The list of episodes
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -355,12 +331,12 @@ def read_lines(path: Path) -> list[dict]:
 def read_lists(root: Path, info: dict, films: list) -> tuple[list, dict]:
     """The rows of the episodes in their order, and the texts of the tasks by number."""
     meta = root / "meta"
-    if version_of(info) == "v3":
+    if info["version"] == "v3":
         # Without the many columns of statistics.
         columns = ["episode_index", "length", "data/chunk_index", "data/file_index", *SUCCESS]
         for name in films:
             columns += [f"videos/{name}/{key}" for key in ("chunk_index", "file_index", "from_timestamp")]
-        rows = read_parquet(meta / "episodes", columns=columns).to_pylist()
+        rows = read_parquet(meta / "episodes", columns).to_pylist()
         tasks = read_parquet(meta / "tasks.parquet").to_pylist()
     else:
         rows = read_lines(meta / "episodes.jsonl")
@@ -371,81 +347,142 @@ def read_lists(root: Path, info: dict, films: list) -> tuple[list, dict]:
         for row in rows:
             for key, value in row.items():
                 # Tables that had an empty cell give whole numbers as floats.
-                if isinstance(value, float) and not key.endswith("timestamp") and value.is_integer():
+                if isinstance(value, float) and value.is_integer():
                     row[key] = int(value)
-        rows.sort(key=lambda row: row["episode_index"])
-        numbers = [int(row["episode_index"]) for row in rows]
-    twice = [one for one, other in zip(numbers, numbers[1:]) if one == other]
-    if twice:
-        raise UserError(f"{meta}: the list of episodes has episode {twice[0]} twice; delete one of them")
-    # In v3.0, the text is the index of a pandas frame, which may have another name or none.
+        rows.sort(key=lambda row: int(row["episode_index"]))
+    for row, after in pairwise(rows):
+        number = row["episode_index"]
+        if number == after["episode_index"]:
+            raise UserError(f"{meta}: the list of episodes has episode {number} twice; delete one of them")
     texts = {}
     for row in tasks:
-        words = [value for value in (row.get("task"), *row.values()) if isinstance(value, str)]
-        texts[row.get("task_index")] = words[0] if words else ""
+        # In v3.0, the text is the index of a pandas frame, which may have another name or none.
+        cells = (row.get("task"), *row.values())
+        texts[row.get("task_index")] = next((cell for cell in cells if isinstance(cell, str)), "")
     return rows, texts
 
 
 def check_lists(found: LeRobotSet) -> None:
     """UserError where an episode has no frames, or two have the same ones of a film by a wrong file index."""
-    for episode in found.episodes:
-        if not isinstance(episode["length"], int) or episode["length"] < 1:
-            raise UserError(
-                f"{found.root}/meta gives episode {episode['episode_index']} {episode['length']} frames"
-                f"{found.without(episode)}"
-            )
     spans = []  # (film, begin, end, episode)
-    for feature in found.films:
-        for episode in found.episodes:
-            begin = episode.get(f"videos/{feature}/from_timestamp") or 0
-            end = begin + (episode["length"] - 0.5) / found.fps
-            spans.append((str(found.path(episode, feature)), begin, end, episode["episode_index"]))
+    for episode in found.episodes:
+        number = episode["episode_index"]
+        length = episode["length"]
+        if not isinstance(length, int) or length < 1:
+            raise UserError(
+                f"{found.root}/meta gives episode {number} {length} frames{found.without(number)}"
+            )
+        for feature in found.films:
+            begin = found.start_in_film(episode, feature)
+            end = begin + (length - 0.5) / found.fps  # half a frame is left for rounding
+            spans.append((str(found.path(episode, feature)), begin, end, number))
     spans.sort()
-    for (film, _, end, one), (other_film, begin, _, other) in zip(spans, spans[1:]):
+    for (film, _, end, one), (other_film, begin, _, other) in pairwise(spans):
         if film == other_film and begin < end:
             raise UserError(
                 f"{found.root}/meta gives episodes {one} and {other} the same frames of {film}"
-                f"{found.without({'episode_index': other})}"
+                f"{found.without(other)}"
             )
 
 
-def told_of(feature: dict) -> dict:
-    """What a feature says about its pictures, in whichever place: {"is_depth_map": ..., "pix_fmt": ...}."""
-    told = {}
-    for place in (feature, feature.get("info"), feature.get("video_info")):
-        for key, value in (place or {}).items():
-            told[key.removeprefix("video.")] = value
-    return told
+def add_entries(path: Path, episodes: list, stride: int) -> str:
+    """Give episodes that export() wrote their "entry" of meta.json -> the set's own "fit"."""
+    ours = read_json(path)
+    # LeRobot's own tools may have cut, split or merged the set since.
+    lengths = [episode["length"] for episode in episodes]
+    if stride > 1 or [entry["length"] for entry in ours["episodes"]] != lengths:
+        raise UserError(
+            f"{path} describes other frames, as --fps or LeRobot changed them; delete that file "
+            "to read the set like any other"
+        )
+    for episode, entry in zip(episodes, ours["episodes"]):
+        episode["entry"] = entry
+    return ours.get("fit", "")
+
+
+def choose_episodes(cfg: Config, episodes: list) -> tuple[list, str]:
+    """-> those of --episodes, as in "0-9,12", and words about the others."""
+    if not cfg.episodes:
+        return episodes, ""
+    spans = []
+    for word in cfg.episodes.split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        # Ranges, not lists: a typed 0-99999999999 must not fill the memory.
+        span = range(int(found[1]), int(found[2] or found[1]) + 1) if found else ()
+        if not span:
+            raise UserError(
+                f"--episodes={cfg.episodes}: {word!r} is no span; write it as in --episodes=0-9,12"
+            )
+        spans.append(span)
+    chosen = []
+    numbers = []
+    rest = []
+    for episode in episodes:
+        number = episode["episode_index"]
+        numbers.append(number)
+        if any(number in span for span in spans):
+            chosen.append(episode)
+        else:
+            rest.append(number)
+    if not chosen or max(span[-1] for span in spans) > numbers[-1]:
+        raise UserError(f"--episodes={cfg.episodes}: {cfg.lerobot} has episodes {write_spans(numbers)}")
+    return chosen, f"; left out by --episodes: {len(rest)} episodes ({write_spans(rest) or 'none'})"
+
+
+def write_spans(numbers: list[int]) -> str:
+    """Rising numbers as --episodes has them: [0, 1, 2, 5] -> "0-2,5"."""
+    spans = []
+    # Numbers without a gap differ from their positions by the same amount.
+    for _, span in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in span]
+        spans.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return ",".join(spans)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Cameras
+
+# A word that begins or ends so: depth.front, front_depth, frontDepth, depthmap.
+DEPTH = re.compile(r"(?<![A-Za-z])(?i:depth|disparity)|Depth|Disparity|(?i:depth)(?![A-Za-z])")
 
 
 def is_depth(name: str, feature: dict) -> bool:
     """Does a feature hold something else than colour pictures: depth, or a single channel?"""
-    told = told_of(feature)
+    # Versions and tools describe pictures in different places, some with a prefix.
+    told = {}
+    for place in (feature, feature.get("info"), feature.get("video_info")):
+        for key, value in (place or {}).items():
+            told[key.removeprefix("video.")] = value
     for key in ("is_depth_map", "is_depth", "depth_map", "depth"):
         if str(told.get(key)).lower() in ("true", "1"):
             return True
+    # Height and width alone, or one channel, which stands first or last.
     shape = feature.get("shape") or [0, 0, 3]
-    if len(shape) == 2 or 1 in (shape[0], shape[-1]) or told.get("channels") == 1:
+    if len(shape) == 2 or 1 in (shape[0], shape[-1], told.get("channels")):
         return True
     if str(told.get("pix_fmt")).startswith("gray"):
         return True
-    words = re.split(r"[^a-z]+", re.sub("([a-z])([A-Z])", r"\1_\2", name).lower())
-    return any(word.startswith(("depth", "disparity")) or word.endswith("depth") for word in words)
+    return bool(DEPTH.search(name))
 
 
-def oblong(feature: dict) -> bool:
+def is_oblong(feature: dict) -> bool:
     """Are the pictures of a feature other than square, or of unknown size?"""
     sides = sorted(feature.get("shape") or [0, 1])[-2:]  # without the channels
     return len(set(sides)) > 1
 
 
+def last_word(name: str) -> str:
+    """What a camera is called for short: observation.images.top -> top."""
+    return re.split("[./]", name)[-1]
+
+
 def name_cameras(features: list) -> dict:
     """{role: feature}: the last word of its name, or more of it where two have the same last word."""
-    last = Counter(re.split("[./]", name)[-1] for name in features)
+    count = Counter(map(last_word, features))
     roles = {}
     for name in features:
-        word = re.split("[./]", name)[-1]
-        if last[word] > 1 or word in FEATURES:
+        word = last_word(name)
+        if count[word] > 1 or word in FEATURES:
             word = name.removeprefix("observation.").removeprefix("images.")
         role = re.sub(r"\W+", "_", word)
         # A role becomes the name of a file, beside state.npy and action.npy.
@@ -455,43 +492,48 @@ def name_cameras(features: list) -> dict:
     return roles
 
 
+def find_camera(word: str, features: list) -> list:
+    """Features that a word names: its full name, the role that it has by default, or the end of its name."""
+    roles = name_cameras(features)
+    if word in features or word in roles:
+        return [roles.get(word, word)]
+    return [name for name in features if f".{name}".replace("/", ".").endswith(f".{word}".replace("/", "."))]
+
+
 def match_cameras(cfg: Config, features: dict) -> tuple[dict, list]:
     """--cameras, by default all that show colours -> {role: feature}, and depth that is not taken."""
-    there = [name for name, feature in features.items() if feature.get("dtype") in ("image", "video")]
-    depth = [name for name in there if is_depth(name, features[name])]
-    colour = [name for name in there if name not in depth]
-    roles = {}
-    if not cfg.cameras:
-        roles = name_cameras(colour)
+    colour = []
+    depth = []
+    for name, feature in features.items():
+        if feature.get("dtype") in ("image", "video"):
+            kind = depth if is_depth(name, feature) else colour
+            kind.append(name)
+    there = ", ".join(colour + depth)
+    roles = {} if cfg.cameras else name_cameras(colour)
     for word in filter(None, cfg.cameras.split(",")):
         # "front=top" and "top" are words of --cameras.
-        role, equals, name = word.partition("=")
-        name = name if equals else role
-        role = role if equals else re.sub(r"\W+", "_", re.split("[./]", role)[-1])
+        role, _, name = word.rpartition("=")
+        role = role or re.sub(r"\W+", "_", last_word(name))
+        # A name that fits a colour camera and its depth means the colours.
         found = find_camera(name, colour) or find_camera(name, depth)
         if len(found) != 1 or not re.fullmatch(r"\w+", role) or role in FEATURES or role in roles:
             what = "does not give a camera of its own a simple name"
             if len(found) > 1:
                 what = f"may be any of {', '.join(found)}"
             raise UserError(
-                f"--cameras: {word!r} {what}; write --cameras=front=NAME,wrist=NAME with names from "
-                f"{', '.join(there)}"
+                f"--cameras: {word!r} {what}; write --cameras=front=NAME,wrist=NAME with names from {there}"
             )
         roles[role] = found[0]
     if not roles:
         raise UserError(
             f"{cfg.lerobot} has no camera with colours; name one with --cameras=front=NAME, of "
-            f"{', '.join(there) or 'which it has none'}"
+            f"{there or 'which it has none'}"
         )
-    return roles, [name for name in depth if name not in roles.values()]
+    return roles, sorted(set(depth).difference(roles.values()))
 
 
-def find_camera(word: str, features: list) -> list:
-    """Features that a word names: its full name, the role that it has by default, or the end of its name."""
-    for exact in (dict(zip(features, features)), name_cameras(features)):
-        if word in exact:
-            return [exact[word]]
-    return [name for name in features if f".{name}".replace("/", ".").endswith(f".{word}".replace("/", "."))]
+# -----------------------------------------------------------------------------------------------------------
+# Joints
 
 
 def match_motors(cfg: Config, features: dict, found: dict) -> tuple[dict, dict, str]:
@@ -499,15 +541,16 @@ def match_motors(cfg: Config, features: dict, found: dict) -> tuple[dict, dict, 
 
     The joints of an SO arm come in the order of MOTORS and are converted to degrees; all else stays as it is.
     """
-    names = {kind: number_names(features[found[kind]], kind) for kind in FEATURES}  # as recorded
+    names = {}  # as recorded
     joints = {}  # the same without the decoration of LeRobot's versions
     for kind in FEATURES:
+        names[kind] = number_names(features[found[kind]], kind)
         joints[kind] = [name.removeprefix("main_").removesuffix(".pos") for name in names[kind]]
-    convention = cfg.convention
     if any(sorted(words) != sorted(MOTORS) for words in joints.values()):
-        if convention != "auto":
+        if cfg.convention != "auto":
             raise UserError(f"--convention is for SO-100 and SO-101 arms, not for {names}; leave it out")
         return names, {kind: list(range(len(words))) for kind, words in names.items()}, "as recorded"
+    convention = cfg.convention
     if convention == "auto":
         # The names changed together with the zero, in LeRobot's pull request 777.
         name = names["state"][0]
@@ -526,8 +569,7 @@ def match_motors(cfg: Config, features: dict, found: dict) -> tuple[dict, dict, 
 
 def number_names(feature: dict, kind: str) -> list:
     """A name for each number of a feature; state_0, state_1, ... where the set has none, or one for all."""
-    shape = feature.get("shape") or [1]
-    n = math.prod(shape) if isinstance(shape, list) else int(shape)
+    n = int(np.prod(feature.get("shape") or 1))
     # Our lists of names are joined with commas.
     names = [re.sub(r"[,/\\\0]", "_", name).strip() for name in flat_names(feature.get("names"))]
     if len(names) != n or not all(names):
@@ -542,12 +584,11 @@ def flat_names(names: Any) -> list[str]:
         values = list(names.values())
         if all(isinstance(value, int) for value in values):
             return sorted(names, key=names.get)
-        if not any(isinstance(value, (list, dict)) for value in values):
-            # {"0": name}, or {name: unit}
-            return values if all(str(key).isdigit() for key in names) else list(names)
-        names = values
+        nested = any(isinstance(value, (list, dict)) for value in values)
+        numbered = all(key.isdigit() for key in names)  # {"0": name}
+        names = values if nested or numbered else list(names)  # or {name: unit}
     if isinstance(names, list):
-        return sum((flat_names(name) for name in names), [])
+        return sum(map(flat_names, names), [])
     return [] if names is None else [str(names)]
 
 
@@ -599,24 +640,19 @@ def check_units(cfg: Config, found: LeRobotSet) -> None:
     """
     if found.convention == "percent":
         half = np.round(servo_steps(cfg.calibration) / 2 * 360 / TURN, 1)  # degrees, (5,)
-        print(
-            f"100 % count as {dict(zip(MOTORS, half.tolist()))} degrees, "
-            + (
-                f"by {cfg.calibration}"
-                if cfg.calibration
-                else "the nominal range of an SO-100; --calibration=FILE of the recording arm is more exact"
-            )
-        )
+        nominal = "the nominal range of an SO-100; --calibration=FILE of the recording arm is more exact"
+        known = dict(zip(MOTORS, half.tolist()))
+        print(f"100 % count as {known} degrees, by {cfg.calibration or nominal}")
     if cfg.convention != "auto" or found.convention != "new":
         return
-    parts = []
+    # Old sets and raw servo positions show in their angles, see check_reach(). Per cent do not.
+    parts = []  # (frames, 5)
+    feature = found.features["state"]
     for episode in found.episodes[:5]:
         # What is wrong with an episode is said when it is read.
         with contextlib.suppress(UserError):
-            table = read_rows(found, episode, [found.features["state"]])
-            parts.append(
-                numbers_of(table, found.features["state"], 6, "")[:500, found.columns["state"]][:, :5]
-            )
+            values = numbers_of(read_rows(found, episode, [feature]), feature, len(MOTORS), "")
+            parts.append(values[:500, found.columns["state"][:5]])
     if parts and looks_like_percent(parts):
         raise UserError(
             f"{cfg.lerobot} holds joint positions that look like per cent, not degrees (LeRobot's "
@@ -631,67 +667,115 @@ def looks_like_percent(parts: list[ndarray]) -> bool:
     Servos report whole steps. In degrees, a step is the same for all joints; in per cent, it depends on the
     range of the joint. And LeRobot clips per cent at 100.
     """
-    values = np.concatenate(parts)  # (frames, 5)
-    steps = np.concatenate([np.diff(part, axis=0) for part in parts])  # (frames, 5)
-    clipped = (np.abs(values) == 100).any(0).sum()  # joints that were at their end
-    if np.abs(values).max() > 100 or clipped >= 2:
-        return bool(np.abs(values).max() <= 100)
+
+    def whole(steps: ndarray) -> ndarray:
+        return np.abs(steps - np.round(steps)) < 0.03
+
+    values = np.abs(np.concatenate(parts))  # (frames, 5)
+    if values.max() > 100:
+        return False
+    if (values == 100).any(0).sum() >= 2:  # two joints were clipped at their end
+        return True
+    motion = np.concatenate([np.diff(part, axis=0) for part in parts])  # (frames, 5)
+    if whole(motion * TURN / 360).all():  # whole steps of degrees
+        return False
+    # Here the steps differ by joint, or the numbers were made without a servo.
     ranges = np.arange(1000, TURN + 1)  # possible ranges of a joint in servo steps, (R,)
     fits = []  # of each joint that moves: is its motion in whole steps of that range?
-    for step in steps.T:
-        step = step[step != 0][:300]
-        if len(step) >= 20:
-            count = step[:, None] * ranges / 200  # (frames, R) servo steps
-            fits.append((np.abs(count - np.round(count)) < 0.03).mean(0) > 0.95)
+    for joint in motion.T:
+        joint = joint[joint != 0][:300]
+        if len(joint) >= 20:
+            fits.append(whole(joint[:, None] * ranges / 200).mean(0) > 0.95)  # (R,)
     # Rounded numbers fit one range for all joints, degrees that of 200 degrees.
-    degrees = [
-        np.abs(step * TURN / 360 - np.round(step * TURN / 360)).max(initial=0) < 0.03 for step in steps.T
-    ]
-    return len(fits) > 1 and all(map(np.any, fits)) and not np.all(fits, 0).any() and not all(degrees)
+    return len(fits) > 1 and all(map(np.any, fits)) and not np.all(fits, axis=0).any()
 
 
-def read_episodes(cfg: Config, source: LeRobotSet) -> tuple[dict, list, Counter]:
-    """One shard -> {camera: (n, px, px, 3) uint8, "state" (n, S), "action" (n, A)}, entries of meta.json,
-    episodes that were left out or have a late frame.
+# -----------------------------------------------------------------------------------------------------------
+# The frames of an episode
+
+
+def read_episodes(cfg: Config, shard: Shard) -> Iterator[Scene]:
+    """Of every episode {camera: (n, px, px, 3) uint8, "state" (n, S), "action" (n, A)}, entries of meta.json,
+    and a line if it was left out or has a late frame.
 
     px: cfg.image_size. UserError names the file and the episode that cannot be used.
     """
-    parts = []
-    entries = []
-    notes = Counter()
-    for episode in source.episodes:
+    for episode in shard.source.episodes:
         try:
-            arrays, found, note = read_episode(cfg, source, episode)
+            yield read_episode(cfg, shard.source, episode)
         except UserError as error:
-            raise UserError(f"{error}{source.without(episode)}") from None
-        if found:
-            parts.append(arrays)
-        entries += found
-        if note:
-            notes[f"episode {episode['episode_index']}: {note}"] += 1
-    if not parts:
+            raise UserError(f"{error}{shard.source.without(episode['episode_index'])}") from None
+
+
+def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> Scene:
+    """The kept frames of an episode, see read_episodes().
+
+    An episode that changes its task has several entries, one that lacks frames has none.
+    """
+    index = episode["episode_index"]
+    length = episode["length"]
+    place = f"{source.path(episode)}, episode {index}"
+    # Only these columns are read from disk: pictures are most of a file.
+    columns = {*source.features.values(), *source.cameras.values()} - {*source.films}
+    table = read_rows(source, episode, list(columns))
+    begin, late, lost = check_clock(source, table, place)
+    notes = []
+    if late:
+        notes.append(f"episode {index}: {'left out, ' * lost}{late}")
+    if lost:
         return {}, [], notes
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, entries, notes
+    kept = range(0, length, source.stride)
+    # A command holds until the next picture. The last one given meanwhile says where the arm was sent.
+    last = np.minimum(np.array(kept) + source.stride, length) - 1  # (kept,)
+    arrays = {}
+    for kind, rows in (("state", kept), ("action", last)):
+        columns = source.columns[kind]
+        recorded = numbers_of(table, source.features[kind], len(columns), place)[rows][:, columns]
+        arrays[kind] = recorded  # (kept, S or A)
+        if source.convention != "as recorded":
+            arrays[kind] = to_degrees(recorded, source.convention, cfg.calibration)
+            if cfg.convention == "auto":
+                check_reach(recorded, source.convention, place)
+    good = succeeded(source, episode, table)  # any frame may tell, also one that is not kept
+    table = table.take(list(kept))
+    common = {"success": good, "seed": index, "family": Path(cfg.out).name, "kind": "demo", "disturbed": []}
+    entries = [episode["entry"]] if "entry" in episode else make_entries(source, table, common, place)
+    for role, feature in source.cameras.items():
+        if feature in source.films:
+            at = begin + source.start_in_film(episode, feature)
+            film = source.path(episode, feature)
+            with naming(f"{film}, episode {index},", require("av").FFmpegError):
+                pictures = read_film(cfg, film, at, source.fps, kept)
+        else:
+            pictures = []
+            with naming(f"{place}, a picture of {role}"):
+                for cell in table[feature].to_pylist():
+                    picture = open_picture(cell, source.root)
+                    pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
+        arrays[role] = np.stack(pictures)  # (kept, px, px, 3)
+    return arrays, entries, notes
 
 
 def read_rows(source: LeRobotSet, episode: dict, columns: list) -> Any:
     """The rows of an episode as a pyarrow.Table."""
     index = episode["episode_index"]
+    length = episode["length"]
     path = source.path(episode)
-    choice = {"columns": columns, "filters": [("episode_index", "=", index)]}
-    table = None
-    if path.is_file() or version_of(source.info) == "v2":
-        table = read_parquet(path, **choice)
-    if version_of(source.info) == "v3" and (table is None or len(table) < episode["length"]):
+    mine = [("episode_index", "=", index)]
+    table = []
+    one_each = source.info["version"] == "v2"  # a file holds one episode
+    if one_each or path.is_file():
+        table = read_parquet(path, columns, mine)
+    if not one_each and len(table) < length:
         # The list of episodes names the wrong file: the rows themselves know their episode.
-        table = read_parquet(source.root / "data", **choice)
-    missing = [name for name in columns if name not in table.column_names]
+        table = read_parquet(source.root / "data", columns, mine)
+    missing = sorted(set(columns).difference(table.column_names))
     if missing:
         raise UserError(f"{path} has no column {', '.join(missing)}, which meta/info.json describes")
-    if len(table) != episode["length"]:
+    if len(table) != length:
         raise UserError(
-            f"{path}, episode {index}: the file holds {len(table)} of the {episode['length']} frames that "
-            "the list of episodes gives it"
+            f"{path}, episode {index}: the file holds {len(table)} of the {length} frames that the list of "
+            "episodes gives it"
         )
     return table
 
@@ -708,111 +792,61 @@ def numbers_of(table: Any, feature: str, n: int, place: str) -> ndarray:
     return np.stack(rows)
 
 
-def check_clock(source: LeRobotSet, table: Any, place: str) -> tuple[float, str]:
-    """-> seconds at which the episode begins in its film, and words about a frame that comes late.
+def check_clock(source: LeRobotSet, table: Any, place: str) -> tuple[float, str, bool]:
+    """-> seconds at which the episode begins in its film, words about a frame that comes late, and whether
+    frames are lost there.
 
     Rows and films go frame by frame, so a clock that stumbles is no harm; another rate is.
     """
     feature = source.features.get("time")
     if feature is None or len(table) < 2:
-        return 0, ""
+        return 0, "", False
     times = numbers_of(table, feature, 1, place)[:, 0].astype(np.float64)  # (frames,) seconds
     steps = np.diff(times) * source.fps  # (frames - 1,) in frames
-    median = np.median(steps)
+    median = np.median(steps)  # the mean would move with one late frame
     if abs(median - 1) > 0.05:
-        rate = f"at {source.fps / median:.4g} frames per second"
+        rate = "with a clock that does not run"
+        if median > 0:
+            rate = f"at {source.fps / median:.4g} frames per second"
         raise UserError(
-            f"{place} was recorded {rate if median > 0 else 'with a clock that does not run'}, "
-            f'meta/info.json says {source.fps:g}; write the right "fps" there'
+            f'{place} was recorded {rate}, meta/info.json says {source.fps:g}; write the right "fps" there'
         )
+    # Time stamps count from the first frame of the film. Rounding takes the jitter of the clock away.
     begin = round(times[0] * source.fps) / source.fps
     off = np.abs(steps - 1)  # (frames - 1,)
     if off.max() < 0.25:
-        return begin, ""
+        return begin, "", False
     first = (off > 0.25).argmax()
-    words = f"frame {first + 1} comes {1000 * steps[first] / source.fps:.0f} ms after the one before"
-    return begin, words if off.max() < 1 else f"left out, {words}"
+    late = f"frame {first + 1} comes {1000 * steps[first] / source.fps:.0f} ms after the one before"
+    return begin, late, off.max() >= 1
 
 
-def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> tuple[dict, list, str]:
-    """The kept frames of an episode, entries of meta.json, and words about a late frame.
-
-    An episode that changes its task has several entries, one that lacks frames has none.
-    """
-    index = episode["episode_index"]
-    length = episode["length"]
-    place = f"{source.path(episode)}, episode {index}"
-    columns = {*source.features.values(), *source.cameras.values()} - {*source.films}
-    table = read_rows(source, episode, list(columns))
-    begin, note = check_clock(source, table, place)
-    if note.startswith("left out"):
-        return {}, [], note
-    kept = range(0, length, source.stride)
-    # A command holds until the next picture. The last one given meanwhile says where the arm was sent.
-    last = [min(row + source.stride, length) - 1 for row in kept]
-    arrays = {}
-    for kind, rows in (("state", kept), ("action", last)):
-        feature = source.features[kind]
-        n = len(number_names(source.info["features"][feature], kind))
-        recorded = numbers_of(table, feature, n, place)[rows][:, source.columns[kind]]  # (kept, S or A)
-        arrays[kind] = recorded
-        if source.convention != "as recorded":
-            arrays[kind] = to_degrees(recorded, source.convention, cfg.calibration)
-            if cfg.convention == "auto":
-                check_reach(recorded, source.convention, place)
-    entries = [episode["entry"]] if "entry" in episode else make_entries(cfg, source, episode, table, place)
-
-    table = table.take(list(kept))  # of what is left, only the kept rows are needed
-    for role, feature in source.cameras.items():
-        if feature in source.films:
-            at = begin + (episode.get(f"videos/{feature}/from_timestamp") or 0)
-            film = source.path(episode, feature)
-            with naming(f"{film}, episode {index},", require("av").FFmpegError):
-                arrays[role] = read_film(cfg, film, at, source.fps, kept)
-        else:
-            with naming(f"{place}, a picture of {role}"):
-                pictures = []
-                for cell in table[feature].to_pylist():
-                    picture = open_picture(cell, source.root)
-                    pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
-                arrays[role] = np.stack(pictures)  # (kept, px, px, 3)
-    return arrays, entries, note
-
-
-def make_entries(cfg: Config, source: LeRobotSet, episode: dict, table: Any, place: str) -> list[dict]:
-    """The entries of meta.json for an episode: one for each stretch of kept frames with the same task."""
+def make_entries(source: LeRobotSet, table: Any, common: dict, place: str) -> list[dict]:
+    """What meta.json says of kept frames: an entry for each stretch with the same task."""
     features = source.features
-    good = succeeded(source, episode, table)
-    kept = table.take(list(range(0, len(table), source.stride)))
+    tasks = np.zeros(len(table), int)
     if "task" in features:
-        tasks = numbers_of(kept, features["task"], 1, place)[:, 0].astype(int).tolist()
-    else:
-        tasks = [0] * len(kept)
-    texts = [""] * len(kept)
-    if (
-        source.info["features"].get(features.get("reason"), {}).get("dtype") == "string"
-    ):  # as export() writes it: the reasoning that holds at each frame
-        texts = kept[features["reason"]].to_pylist()
-    common = {"seed": episode["episode_index"], "family": Path(cfg.out).name, "kind": "demo"}
+        tasks = numbers_of(table, features["task"], 1, place)[:, 0].astype(int)
+    texts = [""] * len(table)
+    # As export() writes it: the reasoning that holds at each frame.
+    if source.info["features"].get(features.get("reason"), {}).get("dtype") == "string":
+        texts = table[features["reason"]].to_pylist()
     entries = []
-    before = None
-    for task, text in zip(tasks, texts):
-        if task != before:
-            if not str(source.tasks.get(task) or "").strip():
-                raise UserError(
-                    f"{place}: its task is number {task}, which has no text in {source.root}/meta/tasks.*; "
-                    "write the instruction there"
-                )
-            entry = {"length": 0, "task": source.tasks[task], "reason": [], "success": good, "disturbed": []}
-            entries.append(entry | common)
-            before = task
-            said = ""
-        entry = entries[-1]
-        text = text or ""
-        if text != said:
-            entry["reason"].append([entry["length"], text])
-            said = text
-        entry["length"] += 1
+    changes = np.flatnonzero(np.diff(tasks)) + 1  # frames at which another task begins
+    for start, end in pairwise([0, *changes.tolist(), len(tasks)]):
+        words = source.tasks.get(tasks[start]) or ""
+        if not words.strip():
+            raise UserError(
+                f"{place}: its task is number {tasks[start]}, which has no text in "
+                f"{source.root}/meta/tasks.*; write the instruction there"
+            )
+        reason = []
+        said = ""
+        for step, text in enumerate(texts[start:end]):
+            if (text or "") != said:
+                said = text or ""
+                reason.append([step, said])
+        entries.append({"length": end - start, "task": words, "reason": reason} | common)
     return entries
 
 
@@ -820,7 +854,7 @@ def succeeded(source: LeRobotSet, episode: dict, table: Any) -> bool:
     """Did an episode succeed, by its frames and by the list of episodes? Where nothing is said, it did."""
     told = [is_true(episode[name]) for name in SUCCESS if episode.get(name) is not None]
     if "success" in source.features:
-        cells = [cell for cell in table[source.features["success"]].to_pylist() if cell is not None]
+        cells = table[source.features["success"]].drop_null().to_pylist()
         told += [any(map(is_true, cells))] if cells else []
     return all(told)
 
@@ -840,6 +874,7 @@ def open_picture(cell: Any, root: Path) -> Image.Image:
         cell = {"path": cell} if isinstance(cell, str) else {"bytes": cell}
     file = io.BytesIO(cell["bytes"]) if cell.get("bytes") else root / cell["path"]
     with warnings.catch_warnings():
+        # Pillow refuses the hugest pictures and only warns of huge ones.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file) as picture:
             return to_rgb(picture)
@@ -848,20 +883,21 @@ def open_picture(cell: Any, root: Path) -> Image.Image:
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture as a person sees it: upright, on white where it is transparent, 16 bits as 8."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        return Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
+    if picture.mode[0] in "IF":  # I: whole numbers, F: floats up to 1 or up to 255
         grey = np.nan_to_num(np.asarray(picture))
-        grey = grey * 255 if grey.max() <= 1 else grey
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        if picture.mode != "F":
+            grey = grey / 257
+        elif grey.max() <= 1:
+            grey = grey * 255
+        picture = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return picture.convert("RGB")
 
 
-def read_film(cfg: Config, path: Path, begin: float, fps: float, kept: range) -> ndarray:
-    """Frames of the episode that begins so many seconds into a film -> (kept, px, px, 3) uint8."""
+def read_film(cfg: Config, path: Path, begin: float, fps: float, kept: range) -> list[ndarray]:
+    """The kept frames of the episode that begins so many seconds into a film, (px, px, 3) uint8 each."""
     pictures = {}  # frame of the episode -> (px, px, 3)
     with require("av").open(str(path)) as film:
         stream = film.streams.video[0]
@@ -874,6 +910,7 @@ def read_film(cfg: Config, path: Path, begin: float, fps: float, kept: range) ->
             # Neighbouring frames lie at -1 and 1; a quarter allows for the rounding of time stamps.
             if round(at) in kept and abs(at - round(at)) < 0.25:
                 pictures[round(at)] = resize_image(frame.to_image(), cfg.image_size, cfg.fit)
+            # What follows belongs to the next episodes.
             if at > kept[-1] - 0.5:
                 break
     if len(pictures) < len(kept):
@@ -881,7 +918,7 @@ def read_film(cfg: Config, path: Path, begin: float, fps: float, kept: range) ->
             f"it ends early or has another frame rate than {fps:g}: {len(pictures)} of {len(kept)} frames "
             f"are found from {begin:.2f} s on"
         )
-    return np.stack([pictures[frame] for frame in kept])
+    return [pictures[frame] for frame in kept]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -937,22 +974,17 @@ def find_parquet_files(cfg: Config) -> list[Path]:
     return files
 
 
-def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict, list, Counter]:
-    """Rows first .. first + n of a row group.
-
-    -> {camera: (pictures, px, px, 3) uint8, "size" (pictures, 2) as they came}; [kind, question, answer] of
-    each picture; what was left out.
+def read_questions(cfg: Config, shard: Shard) -> Iterator[Scene]:
+    """Of every row with one readable picture {camera: (1, px, px, 3) uint8, "size" (1, 2) as it came}, its
+    list of [kind, question, answer], and what was left out.
     """
-    path, group, camera = source  # one row group is the least that parquet reads
+    path, group, camera = shard.source  # one row group is the least that parquet reads
     parquet = require("pyarrow.parquet", "pyarrow")
     with naming(path):
         table = parquet.ParquetFile(path).read_row_group(group, columns=["images", "texts"])
-    pictures = []
-    sizes = []
-    texts = []
-    left_out = Counter()
-    for row in table.slice(first, n).to_pylist():
+    for row in table.slice(shard.first, shard.n).to_pylist():
         questions = []
+        left_out = []
         for turn in row["texts"] or ():
             turn = turn if isinstance(turn, dict) else {}
             words = [str(turn.get(key) or "").strip() for key in ("user", "assistant")]
@@ -960,19 +992,17 @@ def read_questions(cfg: Config, source: tuple, first: int, n: int) -> tuple[dict
             if all(0 < len(text) <= cfg.longest for text in words):
                 questions.append([turn.get("source") or path.parent.name, *words])
             else:
-                left_out["empty or long questions"] += 1
-        try:
-            with naming(path):
-                (cell,) = row["images"] if questions else ()  # ValueError unless there is exactly one
-                picture = open_picture(cell, path.parent)
-                pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
-            sizes.append(picture.size)
-            texts.append(questions)
-        except UserError:
-            left_out["rows without a question or without exactly one readable picture"] += 1
-    images = np.array(pictures, np.uint8)  # (pictures, px, px, 3); (0,) if there are none
-    images = images.reshape(-1, cfg.image_size, cfg.image_size, 3)
-    return {camera: images, "size": np.array(sizes, int).reshape(-1, 2)}, texts, left_out
+                left_out.append("empty or long questions")
+        # One damaged picture of thousands is counted and costs nothing else.
+        arrays = {}
+        with contextlib.suppress(UserError), naming(path):
+            (cell,) = row["images"] if questions else ()  # ValueError unless there is exactly one
+            picture = open_picture(cell, path.parent)
+            image = resize_image(picture, cfg.image_size, cfg.fit)
+            arrays = {camera: image[None], "size": np.array([picture.size])}
+        if not arrays:
+            left_out.append("rows without a question or without exactly one readable picture")
+        yield arrays, [questions] if arrays else [], left_out
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -988,25 +1018,9 @@ def export(cfg: Config) -> str:
     if Path(cfg.out).exists():
         raise UserError(f"{cfg.out} already exists; delete it or choose another --out")
     meta = read_meta(cfg.export)
-    named = {}  # array -> feature; mapped: a set need not fit in memory
-    for name in ("state", "action", *meta["cameras"]):
-        named[name] = FEATURES.get(name, f"observation.images.{name}")
-    arrays = {name: open_array(cfg.export, name) for name in named}
+    named = FEATURES | {camera: f"observation.images.{camera}" for camera in meta["cameras"]}
+    arrays = {name: open_array(cfg.export, name) for name in named}  # mapped: they need not fit in memory
     check_set(cfg.export, meta, arrays)
-    features = {
-        "reason": {"dtype": "string", "shape": (1,), "names": None},
-        "next.success": {"dtype": "bool", "shape": (1,), "names": None},
-    }
-    for name, feature in named.items():
-        kind = "video" if cfg.video else "image"
-        names = ["height", "width", "channels"]
-        if name in FEATURES:
-            kind = "float32"
-            # "state": names of its numbers if they are not the motors
-            names = meta.get(name) or meta["motors"]
-            if names == list(MOTORS):
-                names = [f"{motor}.pos" for motor in MOTORS]  # by this, LeRobot and we know the zero
-        features[feature] = {"dtype": kind, "shape": arrays[name].shape[1:], "names": names}
     episodes = chosen_kinds(cfg, meta["episodes"])
     folder = Path(f"{cfg.out}.tmp")
     ours = folder.with_name(f".{folder.name}")  # there while an export is under way, and after a kill
@@ -1014,7 +1028,7 @@ def export(cfg: Config) -> str:
         raise UserError(f"{folder} is in the way and is left as it is; choose another --out")
     claim_folder(ours, "prepare.py", create=True)
     shutil.rmtree(folder, ignore_errors=True)  # what a killed export left
-    dataset = create_dataset(cfg.video, folder, round(meta["fps"]), features)
+    dataset = create_dataset(cfg.video, folder, round(meta["fps"]), describe(cfg, meta, named, arrays))
     for episode in tqdm(episodes, disable=None):
         begin = episode.pop("start")  # its first row in the arrays
         reasoning = dict(episode["reason"])  # step from which a text holds -> text
@@ -1032,6 +1046,25 @@ def export(cfg: Config) -> str:
     os.replace(folder, cfg.out)
     shutil.rmtree(ours)
     return f"{cfg.out}: {dataset.num_episodes} episodes, {dataset.num_frames} frames as a LeRobot data set"
+
+
+def describe(cfg: Config, meta: dict, named: dict, arrays: dict) -> dict:
+    """The features of the LeRobot data set, as its info.json has them. named: array -> feature."""
+    features = {
+        "reason": {"dtype": "string", "shape": (1,), "names": None},
+        "next.success": {"dtype": "bool", "shape": (1,), "names": None},
+    }
+    for name, feature in named.items():
+        kind = "video" if cfg.video else "image"
+        names = ["height", "width", "channels"]
+        if name in FEATURES:
+            kind = "float32"
+            # "state": names of its numbers if they are not the motors
+            names = meta.get(name) or meta["motors"]
+            if names == list(MOTORS):
+                names = [f"{motor}.pos" for motor in MOTORS]  # by this, LeRobot and we know the zero
+        features[feature] = {"dtype": kind, "shape": arrays[name].shape[1:], "names": names}
+    return features
 
 
 def chosen_kinds(cfg: Config, episodes: list) -> list:

@@ -51,9 +51,8 @@ HOME = inverse(0, 0.15, 0.11, -90, OPEN)  # episodes begin here, in simulation t
 REST = np.array([0, -100, 88, 67, -90, 5.0])  # folded: the arm keeps this pose without torque
 
 # Limits of a target
-MAX_STEP = np.array(
-    [20, 20, 20, 20, 30, 15.0]
-)  # from the measured position; scripted experts need 18, 24, 10
+# MAX_STEP is counted from the measured position; scripted experts need 18, 24, 10.
+MAX_STEP = np.array([20, 20, 20, 20, 30, 15.0])
 MAX_SPEED = 3000  # encoder ticks/s (264 degrees/s), kept by the servo itself
 FLOOR = -0.012  # metres, lowest height of the fingertips; scripted experts aim up to 8 mm below the table
 REACH = 0.40  # metres, largest distance from the pan axis
@@ -191,9 +190,7 @@ class RealEnv:
         nominal = HIGH - LOW  # (6,)
         nominal[5] = 110.2  # the gripper's 0 to 100, in degrees of its servo
         # A joint that was not moved to both ends has its zero elsewhere: table and reach would be wrong.
-        bad = (width < 0.9 * nominal) | (width > nominal + 60)  # (6,)
-        if bad.any():
-            j = bad.argmax()
+        for j in np.flatnonzero((width < 0.9 * nominal) | (width > nominal + 60)):
             raise UserError(
                 f"{path} says that {MOTORS[j]} turns by {width[j]:.0f} degrees, an SO-100's turns by "
                 f"{nominal[j]:.0f}: move it from end to end when you {self.again} and then c"
@@ -215,9 +212,7 @@ class RealEnv:
                 f"when asked, else c: {self.again}"
             )
         position = self._read()
-        bad = (position < LOW - 25) | (position > HIGH + 25)  # (6,)
-        if bad.any():
-            j = bad.argmax()
+        for j in np.flatnonzero((position < LOW - 25) | (position > HIGH + 25)):
             raise UserError(
                 f"{MOTORS[j]} reads {position[j]:.0f}, it can be {LOW[j]:.0f} to {HIGH[j]:.0f}: {self.again}"
             )
@@ -311,9 +306,7 @@ class RealEnv:
         """A position that the arm cannot have moved to is a fault of the bus. The first one is read twice."""
         before = self._position() if self.measured is None else self.measured
         position = self._position()
-        far = np.abs(position - before) > MAX_JUMP  # (6,)
-        if far.any():
-            j = far.argmax()
+        for j in np.flatnonzero(np.abs(position - before) > MAX_JUMP):
             raise ConnectionError(f"{MOTORS[j]} reads {position[j]:.0f} right after {before[j]:.0f}")
         return position
 
@@ -329,9 +322,8 @@ class RealEnv:
         """One group write. Servos do not acknowledge it, so the targets are read back."""
         self.bus.sync_write("Goal_Position", target)
         held = self.bus.sync_read("Goal_Position")
-        wrong = [
-            motor for motor in MOTORS if abs(held[motor] - target[motor]) > 0.15
-        ]  # an encoder tick or two
+        # Degrees: an encoder tick or two. The servo rounds what it was told.
+        wrong = [motor for motor in MOTORS if abs(held[motor] - target[motor]) > 0.15]
         if wrong:
             raise ConnectionError(f"{', '.join(wrong)} did not take the target")
 
@@ -419,10 +411,9 @@ class RealEnv:
         for target in path:
             self._send(np.clip(target, self.low, self.high))
             time.sleep(1 / MOVE_RATE)
-            late = np.abs(self._read() - target) > MAX_LAG  # (6,)
-            if late.any():
+            for j in np.flatnonzero(np.abs(self._read() - target) > MAX_LAG):
                 self._give_up(
-                    f"{MOTORS[late.argmax()]} does not follow its target",
+                    f"{MOTORS[j]} does not follow its target",
                     "something is in the way, or the servo is overloaded: free the arm",
                 )
 
@@ -468,7 +459,7 @@ class RealEnv:
 
     def step(self, action: np.ndarray) -> tuple:
         """One control step: action (6,) target positions -> obs, reward, terminated, truncated, info."""
-        return self.step_chunk(np.asarray(action)[None])
+        return self.step_chunk([action])
 
     def step_chunk(self, actions: np.ndarray) -> tuple:
         """Up to n control steps, actions (n, 6). Pictures are taken once, at the end."""
@@ -538,10 +529,6 @@ class RealEnv:
         """The last picture of a camera in another size: (px, px, 3) uint8, the middle of the frame."""
         frame, _, _ = self.shown[camera]
         return resize_image(Image.fromarray(frame), px, "crop")
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds of simulation: none."""
-        return {}
 
     def close(self) -> None:
         """Fold up slowly, switch torque off, close cameras and port. Every exit but kill -9 calls it."""

@@ -117,10 +117,10 @@ class Runner:
     def __init__(self, policy: Any, mode: str, delay: int | None = 0, views: Any = slice(None)):
         names = policy.cfg.state_names
         motors = policy.cfg.motor_names
-        if not set(motors) <= set(names):
+        if not set(motors) <= set(names):  # an arm that waits holds its motors where they are
             raise UserError(
-                f"an arm that waits holds its motors {motors} where they are, but its state {names} does not "
-                "tell that: leave out --mode, --delay and --interactive"
+                f"the state {names} does not tell where the motors {motors} are: "
+                "leave out --mode, --delay and --interactive"
             )
         self.positions = [names.index(motor) for motor in motors]  # of the motors in the state
         self.policy = policy
@@ -161,8 +161,9 @@ class Runner:
             look = arm.pending
             if look is None:
                 continue
-            usable = self.delay is None or arm.now >= look.picture + self.delay
-            if usable and (self.delay is not None or look.batch.done()):
+            # by wall clock the loop does not wait for the VLM
+            usable = look.batch.done() if self.delay is None else arm.now >= look.picture + self.delay
+            if usable:
                 texts, query_states = look.batch.result()
                 arm.text = texts[look.row]
                 arm.query_states = query_states[look.row]
@@ -223,11 +224,9 @@ class Runner:
                 arm.queue = actions[len(past) :]
         else:
             arm.next_plan = arm.now + self.every
-        # real-time chunking: this control step passes before the expert is done
-        if self.mode == "async+rtc" and ahead:
-            arm.queue = ahead + actions[1:]
-        elif self.mode == "async+rtc":
-            arm.queue = [(arm.command, None), *actions]  # at rest: it waits for that long
+        # Real-time chunking: this control step passes before the expert is done. An arm at rest waits.
+        if self.mode == "async+rtc":
+            arm.queue = ahead + actions[1:] if ahead else [(arm.command, None), *actions]
 
 
 def pulled_step(policy: Any, queues: list[list]) -> DenoisingStep:
@@ -275,15 +274,17 @@ def measures(runner: Runner) -> dict[str, float]:
     for arm in runner.arms.values():
         last = None  # origin of the last action
         for now, origin in enumerate(arm.origins):
-            found["waiting"].append(origin is None)
+            waits = origin is None
+            found["waiting"].append(waits)
             if last or origin:
-                found["waiting_later"].append(origin is None)
-            if origin and last:
+                found["waiting_later"].append(waits)
+            if waits:
+                continue
+            found["age"].append(now - origin[0])
+            if last:
                 jerk = np.abs(arm.commands[now] - arm.commands[now - 1]).mean()
                 found["jerk_inside" if origin == last else "jerk_border"].append(jerk)
-            if origin:
-                found["age"].append(now - origin[0])
-                last = origin
+            last = origin
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
@@ -297,9 +298,10 @@ def reaction(moved: Runner, unmoved: Runner, episodes: list[Episode]) -> dict[st
     moves = [episode for episode in episodes if episode.moved_at is not None]
     for episode in moves:
         pairs = zip(moved.arms[episode.number].commands, unmoved.arms[episode.number].commands)
-        differs = [np.abs(one - other).max() > 2 for one, other in pairs][episode.moved_at :]
-        if any(differs):
-            times.append(differs.index(True))
+        for now, (one, other) in enumerate(pairs):
+            if now >= episode.moved_at and np.abs(one - other).max() > 2:
+                times.append(now - episode.moved_at)
+                break
     found = {"reacted": len(times) / max(1, len(moves))}
     if times:
         found["reaction"] = float(np.median(times))  # control steps
@@ -321,8 +323,8 @@ def compare(policy: Any, cfg: Any, vec: SingleEnv) -> None:
         for moved in sorted({0, cfg.moved}):  # with a move the same episodes without it come first
             runner = Runner(policy, mode, int(delay), camera_indices(policy, cfg.env))
             runners.append(runner)
-            seeds = SEEDS[cfg.seeds][: cfg.eval]
-            episodes = [Episode(seed, {"family": family, "split": split}) for seed in seeds]
+            scene = {"family": family, "split": split}
+            episodes = [Episode(seed, scene) for seed in SEEDS[cfg.seeds][: cfg.eval]]
             options = {"moved": moved} if moved else {}  # environments of one's own do not know it
             with VecEnv(min(24, cfg.eval), 2, cfg.env, policy.cfg.image_size, **options) as arms:
                 run_episodes(arms, episodes, runner, f"{mode} {delay} {family}")
@@ -396,7 +398,7 @@ class TalkingEnv(PacedEnv):
         self.seeds = count(seed)
         self.is_real = hasattr(env, "rest")
         self.can_instruct = hasattr(getattr(env, "env", env), "instruct")
-        self.has_scene = False
+        self.obs = None  # of the scene that an instruction goes on in; None where it needs another
         self.task = ""
         self.viewer = None if self.is_real else open_viewer(env)
         self.lines = queue.SimpleQueue()
@@ -405,32 +407,31 @@ class TalkingEnv(PacedEnv):
 
     def reset(self, *, seed: int, options: dict) -> tuple[dict, dict]:
         """Wait for an instruction -> obs, info. options: family and split of the scenes."""
-        self.has_scene = self.has_scene and self.can_instruct  # what cannot be told anew begins anew
-        obs = None
-        while obs is None:
-            if not (self.has_scene or self.is_real):
+        if not self.can_instruct:  # what cannot be told anew begins anew
+            self.obs = None
+        heard = None
+        while heard is None:
+            if self.obs is None and not self.is_real:
                 self.obs, _ = self.env.reset(seed=next(self.seeds), options=options)
-                self.has_scene = True
             line = self.lines.get()
             if line is None:
                 raise EOFError
-            obs = self.hear(line)
-        return obs, {"steps": 0}
+            heard = self.hear(line)
+        return heard, {"steps": 0}
 
     def hear(self, line: str) -> dict | None:
         """What a person typed -> the observation of a new instruction, None where there is none."""
         if line == "quit":
             raise EOFError
         if line == "new":
-            self.has_scene = False
+            self.obs = None
             if self.is_real:  # out of the way of the person who lays out the scene
                 self.env.rest()
             return None
         try:
             self.tokenizer.prompt(line)  # complain about the words before anything moves
-            if not self.has_scene:
+            if self.obs is None:  # a person has laid out the scene
                 self.obs, _ = self.env.reset(options={"task": line})
-                self.has_scene = True
             elif self.can_instruct:
                 self.obs = self.env.instruct(line)
         except UserError as error:
@@ -454,7 +455,7 @@ class TalkingEnv(PacedEnv):
                 self.lines.put(None)
             else:
                 obs = self.hear(line) or obs
-                truncated = not self.has_scene
+                truncated = self.obs is None
         return obs | {"task": self.task}, reward, terminated, truncated, info
 
 

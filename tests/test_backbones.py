@@ -673,7 +673,7 @@ def test_checkpointing_in_training_and_caches_in_evaluation(family, checkpoints,
     run = train.build(cfg, CPU)
     policy = run.policy
     if family == "smol":
-        tower, block = policy.vlm.vision.blocks[0], policy.vlm.lm.blocks[1]
+        tower, block = policy.vlm.vision.blocks[0].linear1, policy.vlm.lm.blocks[1].qkv
     else:
         tower, block = policy.vlm.model.visual.blocks[0].mlp, policy.vlm.lm.text.layers[1].mlp
     runs = Counter()

@@ -446,8 +446,8 @@ def one_action_less(meta, arrays):
     [
         (turned_around, "set/meta.json: the statistics of action are not those of action.npy"),
         (of_another_set, "set/meta.json: the statistics of state are not those of state.npy"),
-        (not_a_number, "set/state.npy: frame 5 is not finite"),
-        (one_action_less, "set: arrays of different numbers of frames"),
+        (not_a_number, "set/state.npy is not finite: its entry 5"),
+        (one_action_less, "set has different numbers of frames"),
     ],
 )
 def test_arrays_that_cannot_be_are_named(spoil, said):
@@ -572,11 +572,11 @@ def test_questions_that_cannot_be_are_named(data, tmp_path, content, said):
     "changes, said",
     [
         ({"state": np.zeros((13, 2))}, "episode 1 has different numbers of frames"),
-        ({"action": np.full((6, 2), np.nan)}, "episode 1: action: frame 0 is not finite"),
+        ({"action": np.full((6, 2), np.nan)}, "episode 1: action is not finite: its entry 0"),
         ({"state": [["a", "b"]] * 6}, "episode 1: state must be an array of numbers"),
         ({"state": [[1], [2, 3]] * 3}, "episode 1: state must be an array of numbers"),
         ({"images": {"top": np.zeros((6, 8, 8, 3))}}, "episode 1: top must be (frames, px, px, 3) uint8"),
-        ({"images": {"front": np.zeros((6, 8, 8, 3), np.uint8)}}, "top is missing"),
+        ({"images": {"front": np.zeros((6, 8, 8, 3), np.uint8)}}, "images lacks top"),
         ({"images": {"top": np.zeros((6, 9, 9, 3), np.uint8)}}, "must have one size"),
         ({"task": ""}, "episode 1 has no instruction"),
         ({"reason": [[9, "a"]]}, "episode 1: reason must be"),

@@ -56,7 +56,6 @@ def test_vec_env_matches_one_env():
         vec.reset([0], [VAL + 5], [{}])
         vec.step_chunk({0: actions[0]})
         assert vec.infos[0]["steps"] == 4
-        assert set(vec.seconds()) == {"physics", "rendering"}
     env.close()
 
 
@@ -191,6 +190,21 @@ def test_an_environment_that_does_not_fit_is_told_before_the_training(reach, fai
     assert not Path("late").exists()
 
 
+def test_an_environment_that_cannot_step_is_told_before_the_training(reach, fails, monkeypatch):
+    learn = [*DEBUG, *NO_WORDS, "--data=data/reach", "--eval=1", "--out=late"]
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        train.main([*learn, "--env=glide:Broken"])
+    reset = VecEnv.reset
+
+    def reset_then_hurry(vec, *arguments):
+        reset(vec, *arguments)  # the worker's start takes longer
+        monkeypatch.setattr(evaluate, "ANSWER_SECONDS", 0.5)
+
+    monkeypatch.setattr(VecEnv, "reset", reset_then_hurry)
+    said = fails(train.main, [*learn, "--env=glide:Blocked"])
+    assert "--env=glide:Blocked has not answered step_chunk" in said and not Path("late").exists()
+
+
 def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
     learn = [*DEBUG, *NO_WORDS, "--data=data/reach", "--eval=0"]
     train.main([*learn, "--env=reach:Reach", "--out=run"])
@@ -212,9 +226,17 @@ def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
     "key, value, said",
     [
         ("state", [math.nan, 0], "state is not finite"),
-        ("state", ["a", "b"], "state is (2,) <U1"),
-        ("images", {"top": np.zeros((32, 32, 3))}, "camera top gives (32, 32, 3) float64"),
-        ("images", {"top": np.zeros((33, 32, 3), np.uint8)}, "camera top gives (33, 32, 3) uint8"),
+        ("state", ["a", "b"], "state must be an array of numbers; it is (2,) <U1"),
+        (
+            "images",
+            {"top": np.zeros((32, 32, 3))},
+            "camera top must be (32, 32, 3) uint8 as its class says; it is (32, 32, 3) float64",
+        ),
+        (
+            "images",
+            {"top": np.zeros((33, 32, 3), np.uint8)},
+            "camera top must be (32, 32, 3) uint8 as its class says; it is (33, 32, 3) uint8",
+        ),
         ("images", {}, "gives an observation without ['top']"),
         ("task", "", "gives no instruction"),
     ],
@@ -292,7 +314,7 @@ def test_a_state_of_other_numbers_than_the_action(glide, fails):
     assert all(side in fails(train.main, [*DEBUG, *start, "--data=data/reach"]) for side in both)
     assert "class attribute state" in tell("--env=glide:Wrong")
     broken = VecEnv(1, 1, "glide:Short", 32)
-    with broken, pytest.raises(ValueError, match=r"is \(3,\) float32, its class names 4 numbers"):
+    with broken, pytest.raises(ValueError, match=r"must be \(4,\) float32 as its class says; it is \(3,\)"):
         broken.reset([0], [1], [{}])
     np.save("data/glide/state.npy", np.load("data/glide/state.npy")[:, :2])
     said = fails(train.main, [*learn, "--out=late"])

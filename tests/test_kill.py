@@ -55,8 +55,6 @@ def killed_and_resumed(strike, program, argv, folder, moments):
             status, said = strike(program, [*argv, *resume], run.parent, at, nth, delay)
             assert status == (0 if at is None else -9) or delay and status == 0, said
             whole(run)
-            if at is not None and not resume and not delay:  # before the first checkpoint: it will save again
-                (run / ".tmpAbC123").write_bytes(b"safetensors dies in the middle of its file")
             if at is not None and (run / "log.jsonl").is_file():
                 with open(run / "log.jsonl", "a") as f:
                     f.write('{"step": 7, "iteration": 7, "lo')  # a kill may come in the middle of a line, too

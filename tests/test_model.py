@@ -668,7 +668,7 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
         ((images[:, :1], state, ["x"]), ("2, 32, 32, 3", "1, 1, 32, 32, 3", "front,wrist")),
         ((images.float(), state, ["x"]), ("uint8", "float32")),
         ((images, state * float("nan"), ["x"]), ("finite", "nan")),
-        ((images, state[:, :5], ["x"]), ("(B, 6)", "(1, 5)", "gripper")),
+        ((images, state[:, :5], ["x"]), ("(1, 6)", "(1, 5)", "gripper")),
         ((images, state, "a string"), ("tasks", "one for each row")),
         ((images, state, ["x", "y"]), ("tasks", "one for each row")),
     ):
@@ -683,7 +683,8 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
         ("act", {"images": [[1], [2, 3]]}, "images must be an array of numbers"),
         ("act", {"state": None}, "state must be an array of numbers"),
         ("act", {"state": [["a"] * 6]}, "state must be an array of numbers"),
-        ("act", {"state": [0.0] * 6}, "state must be (B, 6)"),
+        ("act", {"state": [0.0] * 6}, "state must be (1, 6)"),
+        ("plan", {"state": [0.0] * 6}, "state must be (B, 6)"),
         ("act", {"state": [[math.inf] * 6]}, "state must be finite"),
         ("act", {"task": [3]}, "tasks must be a list of 1 strings"),
         ("act", {"reasoning": ["a", "b"]}, "reasoning must be a list of 1 strings"),
@@ -789,7 +790,7 @@ def test_checkpoint_round_trip_and_foreign_weights_are_named(make_policy, tmp_pa
     name = "expert.action_out.bias"
     for change, shown in (
         (lambda w: w.pop(name), "missing"),
-        (lambda w: w.update(extra=w[name].clone()), "unknown ['extra']"),
+        (lambda w: w.update(extra=w[name].clone()), "extra is (6,) there, unknown here"),
         (lambda w: w.update({name: w[name][:3].clone()}), f"{name} is (3,) there, (6,) here"),
     ):
         other = dict(weights)
@@ -800,26 +801,11 @@ def test_checkpoint_round_trip_and_foreign_weights_are_named(make_policy, tmp_pa
         assert shown in str(caught.value)
 
 
-def test_checkpoints_of_format_1_act_as_before(make_policy, tmp_path):
-    """Before fields were renamed: chunk, execute, max_thought, and an epsilon of 0 for the number format's
-    own.
-    """
+def test_checkpoints_of_format_1_are_refused_with_the_version_that_runs_them(make_policy, tmp_path):
     policy = make_policy()
     save_policy(tmp_path, policy, dataclasses.asdict(policy.cfg))
     old = read_checkpoint_config(tmp_path)
     del old["format"]
-    for name, former in (
-        ("chunk_size", "chunk"),
-        ("n_action_steps", "execute"),
-        ("max_reasoning_tokens", "max_thought"),
-    ):
-        old[former] = old.pop(name)
-    write_json(
-        tmp_path / "config.json",
-        old | {"norm_eps": 0.0, "conv_stem": True, "vision_depth": 0, "committed": 0},
-    )
-    inputs = pictures(policy, 1), torch.zeros(1, 6), ["put the cube"]
-    assert np.array_equal(load_policy(tmp_path).act(*inputs)[0], policy.act(*inputs)[0])
-    write_json(tmp_path / "config.json", old | {"vision_depth": 1})
-    with pytest.raises(ValueError, match="format 1 .* e6a1aa6"):
+    write_json(tmp_path / "config.json", old)
+    with pytest.raises(ValueError, match="e6a1aa6 runs checkpoints of format 1"):
         load_policy(tmp_path)

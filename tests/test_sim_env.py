@@ -230,15 +230,6 @@ def test_chunk_equals_single_steps(env):
     assert one[1:4] == chunk[1:4]
 
 
-def test_seconds_are_counted():
-    env = SO100Env(px=32)
-    begin(env, "place")
-    assert not env.seconds()
-    env.step(env.position())
-    assert min(env.seconds().values()) > 0 and set(env.seconds()) == {"physics", "rendering"}
-    env.close()
-
-
 def test_truncation(env):
     begin(env, "place")
     hold = np.tile(env.position(), (200, 1))

@@ -1,0 +1,600 @@
+"""Meta-World MT50: fifty tasks of one Sawyer arm, as an environment, as demonstrations, and as a test.
+
+    python -m benchmarks.metaworld --demos=50 --out=data/mt50                  # scripted demonstrations
+    python train.py --config tiny --data=data/mt50 --env=benchmarks.metaworld:MT50 --out=out/mt50 ...
+    python -m benchmarks.metaworld evaluate --run=out/mt50 --episodes=10       # out/mt50/eval_metaworld.json
+
+docs/benchmarks.md has the whole commands, what to install, and published results. Tasks, success tests, step
+limit and scripted policies are the benchmark's own (Yu et al. 2019, arXiv:1910.10897; pip: metaworld, MIT).
+
+Read it in this order: the tables, MT50, demonstrate, motion_phrases, then making a data set, then evaluation.
+"""
+
+import json
+import multiprocessing
+import pickle
+import shutil
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+from tqdm import tqdm
+
+from common import (
+    UserError,
+    atomic_path,
+    check_options,
+    claim_folder,
+    fast_cpu,
+    opt,
+    parse_config,
+    read_json,
+    require,
+    run_program,
+    terminable,
+    write_json,
+)
+from data import statistics
+from evaluate import Episode, VecEnv, percent, policy_fn, run_episodes, wilson
+from model import load_policy
+from prepare import leave_signals, read_parts, write_array
+from sim_env import GL_HELP, SEEDS, mujoco
+
+# -----------------------------------------------------------------------------------------------------------
+# The tasks. Groups are those of TinyVLA (Wen et al. 2024, arXiv:2409.12514), as LeRobot lists them in
+# src/lerobot/envs/metaworld.py. The instructions are our own: no two tasks share one, which published lists
+# do for push and push-back.
+
+GROUPS = {
+    "easy": {
+        "button-press-v3": "press the button from the front",
+        "button-press-topdown-v3": "press the button from above",
+        "button-press-topdown-wall-v3": "press the button behind the wall from above",
+        "button-press-wall-v3": "press the button behind the wall from the front",
+        "coffee-button-v3": "start the coffee machine",
+        "dial-turn-v3": "turn the dial",
+        "door-close-v3": "close the door",
+        "door-lock-v3": "lock the door",
+        "door-open-v3": "open the door",
+        "door-unlock-v3": "unlock the door",
+        "drawer-close-v3": "close the drawer",
+        "drawer-open-v3": "open the drawer",
+        "faucet-close-v3": "turn the faucet off",
+        "faucet-open-v3": "turn the faucet on",
+        "handle-press-v3": "press the handle down from the front",
+        "handle-press-side-v3": "press the handle down from the side",
+        "handle-pull-v3": "pull the handle up from the front",
+        "handle-pull-side-v3": "pull the handle up from the side",
+        "lever-pull-v3": "pull the lever up",
+        "plate-slide-v3": "slide the plate forward into the goal",
+        "plate-slide-back-v3": "slide the plate back out of the goal",
+        "plate-slide-back-side-v3": "slide the plate sideways out of the goal",
+        "plate-slide-side-v3": "slide the plate sideways into the goal",
+        "reach-v3": "reach the target",
+        "reach-wall-v3": "reach the target behind the wall",
+        "window-close-v3": "close the window",
+        "window-open-v3": "open the window",
+        "peg-unplug-side-v3": "pull the peg out of the socket",
+    },
+    "medium": {
+        "basketball-v3": "put the ball into the basket",
+        "bin-picking-v3": "move the cube into the other bin",
+        "box-close-v3": "put the lid on the box",
+        "coffee-pull-v3": "pull the mug away from the coffee machine",
+        "coffee-push-v3": "push the mug under the coffee machine",
+        "hammer-v3": "hit the nail with the hammer",
+        "peg-insert-side-v3": "put the peg into the hole at the side",
+        "push-wall-v3": "push the puck around the wall to the target",
+        "soccer-v3": "push the ball into the goal",
+        "sweep-v3": "sweep the cube off the table",
+        "sweep-into-v3": "sweep the cube into the hole",
+    },
+    "hard": {
+        "assembly-v3": "put the ring on the peg",
+        "hand-insert-v3": "put the hand into the hole",
+        "pick-out-of-hole-v3": "take the puck out of the hole",
+        "pick-place-v3": "lift the puck to the target",
+        "push-v3": "push the puck forward to the target",
+        "push-back-v3": "pull the puck back to the target",
+    },
+    "very_hard": {
+        "shelf-place-v3": "put the cube on the shelf",
+        "disassemble-v3": "take the ring off the peg",
+        "stick-pull-v3": "pull the box with the stick",
+        "stick-push-v3": "push the box with the stick",
+        "pick-place-wall-v3": "lift the puck over the wall to the target",
+    },
+}
+INSTRUCTIONS = {name: words for tasks in GROUPS.values() for name, words in tasks.items()}
+GROUP_OF = {name: group for group, tasks in GROUPS.items() for name in tasks}
+
+ENV = "benchmarks.metaworld:MT50"
+LIMIT = 500  # control steps: SawyerXYZEnv.max_path_length, which LeRobot uses, too
+SHORT_LIMIT = 160  # control steps: a second, harder count of the same episodes
+CAMERA = "corner2"
+CAMERA_XYZ = (0.75, 0.075, 0.7)  # metres; nearer than the benchmark's own, as in LeRobot and arXiv:2206.14244
+INSTALL = "gymnasium scipy imageio && pip install --no-deps metaworld"
+
+
+def import_metaworld() -> Any:
+    """The package, mended for MuJoCo 4; UserError says what to install.
+
+    metaworld 3.1 pins MuJoCo 3.3, because it writes 11 numbers into rows of eq_data that hold more. The
+    numbers below are its own.
+    """
+    metaworld = require("metaworld", INSTALL)
+    require("metaworld.policies")  # which the package does not import by itself
+    from metaworld.sawyer_xyz_env import SawyerMocapBase
+
+    def reset_mocap_welds(env: Any) -> None:
+        welds = np.flatnonzero(env.model.eq_type == mujoco.mjtEq.mjEQ_WELD)
+        for row in welds:
+            env.model.eq_data[row, :11] = [0, 0, 0, 0, 0, 0, -1, 0, 0, 0, 5]
+
+    SawyerMocapBase.reset_mocap_welds = reset_mocap_welds
+    return metaworld
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The environment
+
+
+class MT50:
+    """The fifty tasks as one environment of the project's contract (docs/environments.md).
+
+    The family of reset()'s options is a group, whose tasks the seeds take in turns, or a task's own name. The
+    seed also draws the scene. Actions are steps of the hand, 1 is a centimetre in x, y or z, and the effort
+    that closes the gripper; all lie in [-1, 1]. The state is the hand's position in metres and how far the
+    gripper is open, 0 to 1. An episode ends at success.
+    """
+
+    cameras = (CAMERA,)
+    motors = ("step_x", "step_y", "step_z", "close")
+    state = ("hand_x", "hand_y", "hand_z", "opening")
+    families = dict.fromkeys(GROUPS, LIMIT)
+    fps = 80  # control steps a second: 5 physics steps of 2.5 ms
+
+    def __init__(self, px: int = 96):
+        self.px = px
+        self.metaworld = import_metaworld()
+        self.name = ""  # of the task that is built
+        self.env: Any = None
+        self.renderer: Any = None
+
+    def _build(self, name: str) -> None:
+        """Make the benchmark's environment of a task, and what draws it."""
+        self.close()
+        cls = self.metaworld.env_dict.ALL_V3_ENVIRONMENTS[name]
+        env = cls()
+        # set_task() makes the target's position observable, which the scripted policies need.
+        task = {"env_cls": cls, "rand_vec": None, "partially_observable": False}
+        env.set_task(self.metaworld.Task(name, pickle.dumps(task)))
+        # reset(seed=...) of the benchmark ignores its seed. What chooses a scene is a vector that set_task()
+        # freezes. Thawed, it is drawn at every reset by the generator that env.seed() seeds.
+        env._freeze_rand_vec = False
+        env.seeded_rand_vec = True
+        env.model.camera(CAMERA).pos = CAMERA_XYZ
+        # Software drawing takes 65 ms a picture with shadows and reflections, and 6 ms without.
+        env.model.vis.quality.offsamples = 0
+        env.model.vis.quality.shadowsize = 0
+        try:
+            self.renderer = mujoco.Renderer(env.model, self.px, self.px)
+        except (RuntimeError, ImportError, AttributeError, mujoco.FatalError) as error:
+            raise UserError(GL_HELP.format(error)) from error
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.renderer.scene.flags[flag] = False
+        self.env = env
+        self.name = name
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        """Begin the episode that a seed names."""
+        options = options or {}
+        family = options.get("family", "easy")
+        if seed is None:
+            seed = int(np.random.default_rng().choice(SEEDS["train"]))
+        name = family
+        if family in GROUPS:
+            tasks = list(GROUPS[family])
+            name = tasks[seed % len(tasks)]
+        if name not in INSTRUCTIONS:
+            raise UserError(f"MT50 has no task {family!r}; it has {', '.join([*GROUPS, *INSTRUCTIONS])}")
+        if name != self.name:
+            self._build(name)
+        self.env.seed(seed)
+        self.raw, _ = self.env.reset()  # (39,): what the scripted policies see
+        # The benchmark moves targets and furniture in the model after it has computed where things are. Until
+        # the first step its pictures would show them where they were before.
+        mujoco.mj_kinematics(self.env.model, self.env.data)
+        self.task = options.get("task") or INSTRUCTIONS[name]
+        self.steps = 0
+        self.success = False
+        return self.observe(), self._info(0)
+
+    def _info(self, executed: int) -> dict[str, Any]:
+        return {"success": self.success, "steps": self.steps, "executed": executed, "name": self.name}
+
+    def hand(self) -> ndarray:
+        """The state (4,) float32: hand xyz in metres, opening of the gripper."""
+        return self.raw[:4].astype(np.float32)
+
+    def picture(self) -> ndarray:
+        """What the camera sees now, (px, px, 3) uint8."""
+        self.renderer.update_scene(self.env.data, camera=CAMERA)
+        # The camera hangs upside down: turn its picture by 180 degrees.
+        return self.renderer.render()[::-1, ::-1].copy()  # (px, px, 3)
+
+    def observe(self) -> dict[str, Any]:
+        """The observation of now."""
+        return {"images": {CAMERA: self.picture()}, "state": self.hand(), "task": self.task}
+
+    def advance(self, action: ndarray) -> None:
+        """One control step, not drawn."""
+        clipped = np.clip(action, -1, 1).astype(np.float32)  # (4,)
+        self.raw, _, _, _, info = self.env.step(clipped)
+        self.steps += 1
+        self.success = self.success or bool(info["success"])
+
+    def step(self, action: ndarray) -> tuple[dict, float, bool, bool, dict]:
+        return self.step_chunk(np.asarray(action)[None])
+
+    def step_chunk(self, actions: ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """Control steps (h, 4) until success, then one picture. The reward is 1 at success."""
+        before = self.steps
+        for action in actions:
+            self.advance(action)
+            if self.success or self.steps == LIMIT:
+                break
+        out_of_time = self.steps == LIMIT and not self.success
+        info = self._info(self.steps - before)
+        return self.observe(), float(self.success), self.success, out_of_time, info
+
+    def instruct(self, task: str) -> dict[str, Any]:
+        """The observation of now, under another instruction."""
+        self.task = task
+        return self.observe()
+
+    def close(self) -> None:
+        if self.env is not None:
+            self.renderer.close()
+            self.env.close()
+        self.env = None
+        self.name = ""
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Demonstrations
+
+DEMO_LIMIT = 250  # control steps; the scripted policies take 77 on average
+AFTER_SUCCESS = 2  # control steps that follow, so that chunks do not all end just before success
+NOISE = 0.05  # of each step's push, in units of the action; twice as much costs basketball 3 of 9 episodes
+NOISE_DECAY = 0.8
+
+
+def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple[dict[str, ndarray], dict]:
+    """One episode of the benchmark's scripted policy -> arrays, and its entry in meta.json.
+
+    The arm executes disturbed actions. The label is always the clean action that the scripted policy would
+    take there, so the data show how to come back (DART: Laskey et al. 2017, arXiv:1703.09327).
+    """
+    env.reset(seed=seed, options={"family": name})
+    expert = env.metaworld.policies.ENV_POLICY_MAP[name]()
+    rng = np.random.default_rng([seed, 7])
+    drift = np.zeros(3)
+    found = defaultdict(list)
+    left = AFTER_SUCCESS + 1  # the step that succeeds counts, too
+    while env.steps < DEMO_LIMIT and left:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the scripted policies ask for more than the arm can do
+            action = np.clip(expert.get_action(env.raw), -1, 1)  # (4,)
+        found[CAMERA].append(env.picture())  # (px, px, 3)
+        found["state"].append(env.hand())  # (4,)
+        found["action"].append(action.astype(np.float32))  # (4,)
+        drift = NOISE_DECAY * drift + rng.normal(0, NOISE, 3)  # (3,)
+        executed = action.copy()
+        executed[:3] += drift
+        env.advance(executed)
+        left -= env.success
+    arrays = {key: np.stack(values) for key, values in found.items()}
+    entry = {
+        "length": env.steps,
+        "task": env.task,
+        "reason": motion_phrases(arrays["state"], arrays["action"]) if phrases else [],
+        "success": env.success,
+        "seed": seed,
+        "family": GROUP_OF[name],
+        "kind": "demo",
+        "name": name,
+    }
+    return arrays, entry
+
+
+PHRASE_STEPS = 6  # control steps that a phrase looks ahead
+STILL = 0.006  # metres: a hand that moves less in so many steps stands still
+DIRECTIONS = (("left", "right"), ("back", "forward"), ("down", "up"))  # of x, y, z, as the arm sees it
+
+
+def motion_phrases(state: ndarray, action: ndarray) -> list[list]:
+    """Words for what the hand does next -> [[first step, phrase], ...], as meta.json keeps reasoning.
+
+    state (n, 4) and action (n, 4) of an episode. The phrases are like those of RT-H (Belkhale et al. 2024,
+    arXiv:2403.01823): grasp, let go, lift, move left and down, stay.
+    """
+    reasons = []
+    last = len(state) - 1
+    for step in range(len(state)):
+        change = state[min(step + PHRASE_STEPS, last)] - state[step]  # (4,)
+        holding = action[step, 3] > 0 and state[step, 3] < 0.9
+        phrase = name_motion(change, holding)
+        # At the end of an episode there is nothing to look at: the phrase before goes on.
+        if step > last - PHRASE_STEPS // 2 and reasons:
+            break
+        if not reasons or phrase != reasons[-1][1]:
+            reasons.append([step, phrase])
+    return reasons
+
+
+def name_motion(change: ndarray, holding: bool) -> str:
+    """The phrase for a change (4,) of hand xyz in metres and opening."""
+    if abs(change[3]) > 0.1:
+        return "let go" if change[3] > 0 else "grasp"
+    size = np.abs(change[:3])  # (3,)
+    if size.max() < STILL:
+        return "stay"
+    if holding and change[2] == size.max():
+        return "lift"
+    words = []
+    for axis in np.argsort(-size):  # the largest first
+        if size[axis] > size.max() / 2:
+            words.append(DIRECTIONS[axis][int(change[axis] > 0)])
+    return f"move {' and '.join(words[:2])}"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# A data set. Each task is a file under <out>/parts, which appears when it is whole; so a killed run goes on.
+
+
+@dataclass
+class MetaworldConfig:
+    """The options of both programs."""
+
+    config: str = opt("", "there are no presets here", ("",))
+    work: str = opt("demonstrate", "demonstrate or evaluate; a word without --", ("demonstrate", "evaluate"))
+    out: str = opt("data/mt50", "data set folder to make", needs="work=demonstrate")
+    demos: int = opt(50, "successful demonstrations per task", "[1, 10000]", "work=demonstrate")
+    tasks: str = opt(
+        "", "only these tasks, as in reach-v3,push-v3 (default: all)", ("", *INSTRUCTIONS), many=True
+    )
+    image_size: int = opt(96, "pixels per side", "[8, 1024]", "work=demonstrate")
+    reasoning_phrases: bool = opt(
+        False, "phrases such as `move left and down` as the reasoning to learn", needs="work=demonstrate"
+    )
+    run: str = opt("", "run folder to evaluate", needs="work=evaluate")
+    episodes: int = opt(10, "episodes per task", f"[1, {len(SEEDS['report'])}]", "work=evaluate")
+    arms: int = opt(4, "environments that play at once", "[1, 1000]", "work=evaluate")
+    threads: int = opt(0, "CPU threads of the policy; 0 lets torch choose", "[0, 1024]", "work=evaluate")
+    workers: int = opt(2, "processes that simulate", "[1, 1024]")
+
+    def __post_init__(self):
+        check_options(self)
+        if self.work == "evaluate" and not self.run:
+            raise UserError("say which run to evaluate: --run=out/mt50")
+
+    def names(self) -> list[str]:
+        """The tasks that are asked for."""
+        return self.tasks.split(",") if self.tasks else list(INSTRUCTIONS)
+
+
+def part_path(cfg: MetaworldConfig, name: str) -> Path:
+    return Path(cfg.out, "parts", f"{name}.npz")
+
+
+def make_part(cfg: MetaworldConfig, name: str) -> str:
+    """The demonstrations of one task -> its file, and its name. Runs in a process of its own."""
+    pieces = defaultdict(list)
+    entries = []
+    failed = Counter()
+    env = MT50(px=cfg.image_size)
+    seed = SEEDS["train"].start
+    while len(entries) < cfg.demos:
+        arrays, entry = demonstrate(env, name, seed, cfg.reasoning_phrases)
+        seed += 1
+        if not entry["success"]:
+            failed[name] += 1
+            if failed[name] > 10 + cfg.demos:
+                raise UserError(f"the scripted policy of {name} fails too often: {failed[name]} of {seed}")
+            continue
+        entries.append(entry)
+        for key, array in arrays.items():
+            pieces[key].append(array)
+    env.close()
+    joined = {key: np.concatenate(found) for key, found in pieces.items()}  # (frames, ...)
+    with atomic_path(part_path(cfg, name)) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **joined, info=json.dumps(entries), left_out=json.dumps(failed))
+    return name
+
+
+def make_parts(cfg: MetaworldConfig) -> None:
+    """Make the files that are not there yet, in parallel."""
+    missing = [name for name in cfg.names() if not part_path(cfg, name).is_file()]
+    if len(missing) < len(cfg.names()):
+        print(f"going on: {len(cfg.names()) - len(missing)} of {len(cfg.names())} tasks are there already")
+    if not missing:
+        return
+    workers = min(cfg.workers, len(missing))
+    if workers == 1:  # nothing to fork
+        for name in tqdm(missing, unit="task", disable=None):
+            make_part(cfg, name)
+            if not sys.stderr.isatty():
+                print(f"{name} is done", flush=True)
+        return
+    with (
+        terminable(),
+        multiprocessing.Pool(workers, leave_signals) as pool,
+        tqdm(total=len(missing), unit="task", disable=None) as bar,
+    ):
+        processes = multiprocessing.active_children()
+        finished = pool.imap_unordered(partial(make_part, cfg), missing)
+        done = 0
+        while done < len(missing):
+            try:
+                name = finished.next(timeout=1)  # raises what went wrong in the other process
+            except multiprocessing.TimeoutError:
+                # The pool would wait for ever for the task of a process that was killed.
+                if not all(process.is_alive() for process in processes):
+                    raise UserError(
+                        "a process was killed, perhaps for lack of memory; run the same command again with "
+                        "fewer --workers, it goes on where it stopped"
+                    ) from None
+                continue
+            bar.update()
+            done += 1
+            if not sys.stderr.isatty():
+                print(f"{done}/{len(missing)} {name}", flush=True)
+
+
+def merge_parts(cfg: MetaworldConfig) -> None:
+    """The files of all tasks -> arrays in <out>, and last meta.json: it means that the data set is whole."""
+    out = Path(cfg.out)
+    parts = [part_path(cfg, name) for name in cfg.names()]
+    infos, failed = read_parts(parts)
+    episodes = sum(infos, [])
+    frames = 0
+    for episode in episodes:
+        episode["start"] = frames
+        frames += episode["length"]
+    arrays = {}
+    for key in (CAMERA, "state", "action"):
+        arrays[key] = write_array(out / f"{key}.npy", parts, [...] * len(parts), frames)
+    meta = {
+        "cameras": list(MT50.cameras),
+        "motors": list(MT50.motors),
+        "state": list(MT50.state),
+        "fps": MT50.fps,
+        "image_size": cfg.image_size,
+        "made_by": {"program": "benchmarks/metaworld.py"} | settings_of(cfg),
+        "statistics": {key: statistics(arrays[key]) for key in ("state", "action")},
+        "failures": failed,
+        "episodes": episodes,
+    }
+    write_json(out / "meta.json", meta)
+    tried = len(episodes) + failed.total()
+    print(f"{out}: {frames} frames of {len(episodes)} episodes")
+    print(f"{len(episodes)} of {tried} scripted episodes succeeded; failed: {dict(failed) or 'none'}")
+
+
+def settings_of(cfg: MetaworldConfig) -> dict[str, Any]:
+    """What the parts of a data set have in common."""
+    kept = ("demos", "tasks", "image_size", "reasoning_phrases")
+    return {key: getattr(cfg, key) for key in kept}
+
+
+def make_data_set(cfg: MetaworldConfig) -> None:
+    """Demonstrations of all tasks -> a data set, or the rest of one that was begun."""
+    import_metaworld()  # complain before there is a folder
+    out = Path(cfg.out)
+    if (out / "meta.json").is_file():
+        raise UserError(f"{out} already holds a data set; delete it or choose another --out")
+    claim_folder(out, "benchmarks/metaworld.py", create=True)
+    saved = out / "parts" / "settings.json"
+    settings = settings_of(cfg)
+    if saved.is_file() and read_json(saved) != settings:
+        raise UserError(f"{out} holds parts made with other settings; delete it or choose another --out")
+    write_json(saved, settings)
+    make_parts(cfg)
+    merge_parts(cfg)
+    shutil.rmtree(out / "parts")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def count(episodes: Sequence[Episode], limit: int) -> dict[str, float]:
+    """Success of some episodes within so many control steps, with its 95 % Wilson interval."""
+    won = sum(episode.success and episode.steps <= limit for episode in episodes)
+    low, high = wilson(won, len(episodes))
+    return {"success": won / len(episodes), "n": len(episodes), "low": low, "high": high}
+
+
+def summarise(episodes: Sequence[Episode], limit: int) -> dict[str, Any]:
+    """Success by task and by group.
+
+    "episodes" is the share of all episodes. "groups_mean" is the mean of the four groups' rates, which is
+    what papers quote as the average: 68.2 of SmolVLA is the mean of 87.1, 51.8, 70.0 and 64.0.
+    """
+    by_task = defaultdict(list)
+    by_group = defaultdict(list)
+    for episode in episodes:
+        name = episode.options["family"]
+        by_task[name].append(episode)
+        by_group[GROUP_OF[name]].append(episode)
+    groups = {group: count(played, limit) for group, played in by_group.items()}
+    return {
+        "limit": limit,
+        "tasks": {name: count(played, limit) for name, played in by_task.items()},
+        "groups": groups,
+        "groups_mean": float(np.mean([cell["success"] for cell in groups.values()])),
+        "episodes": count(episodes, limit),
+    }
+
+
+def print_summary(full: dict[str, Any], short: dict[str, Any]) -> None:
+    """The table of success within both limits."""
+    row = "{:<30} {:>9} {:>5} {:>15} {:>12}"
+    print(row.format("task or group", "success %", "n", "95 % interval", f"{SHORT_LIMIT} steps %"))
+    for part in ("tasks", "groups"):
+        for name, cell in full[part].items():
+            interval = f"{percent(cell['low'])} - {percent(cell['high'])}"
+            within = percent(short[part][name]["success"])
+            print(row.format(name, percent(cell["success"]), cell["n"], interval, within))
+    cell = full["episodes"]
+    interval = f"{percent(cell['low'])} - {percent(cell['high'])}"
+    within = percent(short["episodes"]["success"])
+    print(row.format("all episodes", percent(cell["success"]), cell["n"], interval, within))
+    within = percent(short["groups_mean"])
+    print(row.format("mean of the groups", percent(full["groups_mean"]), "", "", within))
+
+
+def evaluate_run(cfg: MetaworldConfig) -> None:
+    """Play every task on scenes of the report range, print a table and write it to the run's folder."""
+    import_metaworld()
+    fast_cpu(cfg.threads)
+    policy = load_policy(cfg.run)
+    # One task after the other: an arm that changes its task loads another model, which takes a second.
+    jobs = []
+    for name in cfg.names():
+        for seed in SEEDS["report"][: cfg.episodes]:
+            jobs.append(Episode(seed, {"family": name, "split": "id"}))
+    ended = Counter()
+
+    def tell(episode: Episode) -> None:
+        ended[episode.success] += 1
+        if ended.total() % 50 == 0:
+            print(f"{ended.total()} of {len(jobs)} episodes, {ended[True]} succeeded", flush=True)
+
+    arms = min(cfg.arms, len(jobs))
+    with VecEnv(arms, cfg.workers, ENV, policy.cfg.image_size) as vec:
+        run_episodes(vec, jobs, policy_fn(policy, ENV), "MT50", on_end=tell)
+    full = summarise(jobs, LIMIT)
+    short = summarise(jobs, SHORT_LIMIT)
+    print_summary(full, short)
+    path = Path(cfg.run, "eval_metaworld.json")
+    write_json(path, {"full": full, "short": short})
+    print(f"wrote {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    cfg = parse_config(MetaworldConfig, {}, words, "work")
+    run_program(evaluate_run if cfg.work == "evaluate" else make_data_set, cfg)
+
+
+if __name__ == "__main__":
+    main()

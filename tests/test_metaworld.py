@@ -1,0 +1,177 @@
+"""Tests of benchmarks/metaworld.py. Those that simulate are skipped where metaworld is not installed."""
+
+import importlib
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from common import UserError
+from evaluate import Episode, environment_class, make_env, wilson
+from sim_env import SEEDS
+
+bench = importlib.import_module("benchmarks.metaworld")
+there = importlib.util.find_spec("metaworld") is not None
+simulates = pytest.mark.skipif(not there, reason="metaworld is not installed")
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = bench.MT50(px=32)
+    yield env
+    env.close()
+
+
+def scene(env, name, seed):
+    """What chooses a scene, and what the scripted policies see of it."""
+    env.reset(seed=seed, options={"family": name})
+    return np.concatenate([env.env._last_rand_vec, env.raw])
+
+
+def test_groups_are_the_published_ones():
+    sizes = {group: len(tasks) for group, tasks in bench.GROUPS.items()}
+    assert sizes == {"easy": 28, "medium": 11, "hard": 6, "very_hard": 5}
+    assert len(bench.INSTRUCTIONS) == 50
+    assert len(set(bench.INSTRUCTIONS.values())) == 50, "two tasks share an instruction"
+
+
+def test_motion_phrases_say_what_the_hand_does_next():
+    down = np.linspace(0.3, 0.1, 21)  # metres
+    state = np.zeros((60, 4), np.float32)
+    state[:, 2] = np.concatenate([down, np.full(19, 0.1), down[19::-1]])
+    state[:, 3] = np.clip(np.linspace(3, -1, 60), 0.4, 1)  # the gripper closes amid the episode
+    action = np.zeros((60, 4), np.float32)
+    action[25:, 3] = 1
+    phrases = bench.motion_phrases(state, action)
+    words = [phrase for _, phrase in phrases]
+    assert words[0] == "move down" and "grasp" in words and words[-1] == "lift", phrases
+    steps = [step for step, _ in phrases]
+    assert steps[0] == 0 and steps == sorted(set(steps)) and steps[-1] < 60
+
+
+def test_phrases_name_at_most_two_directions():
+    assert bench.name_motion(np.array([-0.05, 0.001, 0.0, 0.0]), False) == "move left"
+    assert bench.name_motion(np.array([0.03, 0.05, 0.04, 0.0]), False) == "move forward and up"
+    assert bench.name_motion(np.array([0.0, 0.0, 0.0, 0.5]), False) == "let go"
+    assert bench.name_motion(np.zeros(4), True) == "stay"
+
+
+def test_averages_of_episodes_and_of_groups():
+    """One of two easy episodes, the hard one after the short limit: 2 of 3, but 3/4 of the groups' mean."""
+    episodes = [
+        Episode(0, {"family": "reach-v3"}, success=True, steps=50),
+        Episode(1, {"family": "reach-v3"}, success=False, steps=500),
+        Episode(0, {"family": "push-v3"}, success=True, steps=200),
+    ]
+    full = bench.summarise(episodes, bench.LIMIT)
+    short = bench.summarise(episodes, bench.SHORT_LIMIT)
+    assert full["groups_mean"] == 0.75 and full["episodes"]["success"] == pytest.approx(2 / 3)
+    assert (full["episodes"]["low"], full["episodes"]["high"]) == wilson(2, 3)
+    assert short["groups"]["hard"]["success"] == 0 and full["tasks"]["push-v3"]["success"] == 1
+    bench.print_summary(full, short)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate"], "--run"),
+        (["--episodes=3"], "does nothing"),
+        (["--tasks=fly"], "one of"),
+        (["dance"], "one of"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and said in error and error.count("\n") == 1, error
+
+
+@pytest.mark.skipif(there, reason="metaworld is installed")
+def test_without_the_package_a_line_says_what_to_install():
+    with pytest.raises(UserError, match="pip install --no-deps metaworld"):
+        bench.MT50()
+
+
+@simulates
+def test_seeds_choose_scenes_and_repeat_them(env):
+    for name in ("reach-v3", "drawer-open-v3"):
+        first = scene(env, name, SEEDS["report"].start)
+        other = scene(env, name, SEEDS["train"].start)
+        env.step_chunk(np.ones((9, 4)))
+        again = scene(env, name, SEEDS["report"].start)
+        assert not np.allclose(first, other)
+        np.testing.assert_array_equal(first, again)
+
+
+@simulates
+def test_the_first_picture_shows_the_scene_of_now(env):
+    """The benchmark moves its marker in reset() without computing where things are; MT50 does."""
+    obs, _ = env.reset(seed=1, options={"family": "reach-v3"})
+    marker = env.env.data.site("goal").xpos
+    np.testing.assert_allclose(marker, env.env._target_pos)
+    later, _, _, _, _ = env.step_chunk(np.zeros((1, 4)))
+    change = np.abs(obs["images"]["corner2"].astype(int) - later["images"]["corner2"])
+    assert change.max(-1).mean() < 3, "the pictures before and after a step without motion differ"
+
+
+@simulates
+def test_seeds_of_a_group_take_its_tasks_in_turns(env):
+    tasks = []
+    for seed in range(6):
+        _, info = env.reset(seed=seed, options={"family": "hard"})
+        tasks.append(info["name"])
+    assert tasks == list(bench.GROUPS["hard"])
+    with pytest.raises(UserError, match="no task"):
+        env.reset(seed=0, options={"family": "fly"})
+
+
+@simulates
+def test_the_contract_and_an_episode_that_runs_out_of_time():
+    assert environment_class(bench.ENV).families["easy"] == bench.LIMIT
+    env = make_env(bench.ENV, px=32)
+    obs, _ = env.reset(seed=0, options={"family": "push-v3"})
+    assert obs["images"]["corner2"].shape == (32, 32, 3) and obs["images"]["corner2"].std() > 10
+    assert obs["state"].shape == (4,) and obs["task"] == bench.INSTRUCTIONS["push-v3"]
+    ends = []
+    while not ends or not any(ends[-1]):
+        _, reward, terminated, truncated, info = env.step_chunk(np.zeros((60, 4)))
+        ends.append((terminated, truncated))
+    assert ends[-1] == (False, True) and info["steps"] == bench.LIMIT and reward == 0
+    assert info["executed"] == bench.LIMIT % 60
+    env.close()
+
+
+@simulates
+def test_replayed_actions_of_the_scripted_policy_succeed(env, monkeypatch):
+    """Without noise the labels are what was executed, so a policy that repeats them ends at success."""
+    monkeypatch.setattr(bench, "NOISE", 0.0)
+    arrays, entry = bench.demonstrate(env, "drawer-open-v3", 3, phrases=True)
+    assert entry["success"] and entry["reason"][0][0] == 0 and entry["family"] == "easy"
+    assert np.abs(arrays["action"]).max() <= 1
+    env.reset(seed=3, options={"family": "drawer-open-v3"})
+    _, reward, terminated, truncated, info = env.step_chunk(arrays["action"])
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert info["success"] and info["executed"] == entry["length"] - bench.AFTER_SUCCESS
+
+
+@simulates
+def test_a_data_set_goes_on_after_a_kill(tmp_path, capsys):
+    out = tmp_path / "set"
+    words = ["--demos=1", "--image_size=16", f"--out={out}", "--tasks=reach-v3,door-close-v3"]
+    cfg = bench.parse_config(bench.MetaworldConfig, {}, words, "work")
+    parts = out / "parts"
+    parts.mkdir(parents=True)
+    (out / ".lock").write_text("benchmarks/metaworld.py\n")
+    (parts / "settings.json").write_text(json.dumps(bench.settings_of(cfg)))
+    bench.make_part(cfg, "reach-v3")  # what was done before the kill
+    bench.main([*words, "--workers=1"])
+    assert "going on: 1 of 2" in capsys.readouterr().out
+    meta = json.loads((out / "meta.json").read_text())
+    assert [episode["name"] for episode in meta["episodes"]] == ["reach-v3", "door-close-v3"]
+    assert len(np.load(out / "corner2.npy")) == sum(episode["length"] for episode in meta["episodes"])
+    assert not parts.exists()
+    with pytest.raises(SystemExit):
+        bench.main(words)
+    assert "already holds" in capsys.readouterr().err

@@ -177,8 +177,8 @@ def contents(scene: dict) -> tuple[list, dict]:
 def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> dict:
     """A random goal that the cubes and pads of SO100Env.scene() allow; UserError if there are too few.
 
-    Where positions are new the target cubes are the first in the list. Pads that hold a cube are not asked for. Where
-    there is such a pad, a share of the goals has its first leg done already.
+    Where positions are new the target cubes are the first in the list. Pads that hold a cube are not asked
+    for. Where there is such a pad, a share of the goals has its first leg done already.
     """
     n = LEGS[family]
     colours, pad_colour = contents(scene)

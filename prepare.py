@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -635,16 +635,23 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
     missing = [shard for shard in shards if not shard.path(cfg.out).is_file()]
     if len(missing) < len(shards):
         print(f"going on: {len(shards) - len(missing)} of {len(shards)} shards are there already")
-    workers = min(cfg.workers or multiprocessing.cpu_count(), len(missing))
-    make = functools.partial(make_shard, cfg)
-    bar = functools.partial(tqdm, total=len(missing), unit="shard", disable=None)
+    in_parallel(functools.partial(make_shard, cfg), missing, cfg.workers, "shard")
+
+
+def in_parallel(work: Callable[[Any], None], items: Sequence[Any], workers: int, unit: str) -> None:
+    """work(item) for every item, in so many processes (0: one a core), with a progress bar.
+
+    UserError if a process was killed; what goes wrong inside one is raised here.
+    """
+    workers = min(workers or multiprocessing.cpu_count(), len(items))
+    bar = functools.partial(tqdm, total=len(items), unit=unit, disable=None)
     if workers <= 1:  # nothing to fork
-        for _ in bar(map(make, missing)):
+        for _ in bar(map(work, items)):
             pass
         return
     with terminable(), ProcessPoolExecutor(workers, initializer=leave_signals) as pool:
         try:
-            for _ in bar(pool.map(make, missing)):  # raises what went wrong in the other process
+            for _ in bar(pool.map(work, items)):
                 pass
         except BrokenProcessPool:
             raise UserError(
@@ -652,7 +659,7 @@ def make_shards(cfg: PrepareConfig, shards: Sequence[Shard]) -> None:
                 "--workers, it goes on where it stopped"
             ) from None
         finally:
-            # After Ctrl-C or an error, leaving the pool would wait for all shards that were begun.
+            # After Ctrl-C or an error, leaving the pool would wait for all items that were begun.
             for process in multiprocessing.active_children():
                 process.terminate()
 
@@ -667,25 +674,21 @@ def leave_signals() -> None:
 # Merging
 
 
-def read_parts(
-    cfg: PrepareConfig, shards: Sequence[Shard], kinds: Sequence[str]
-) -> tuple[list[Path], list[list], Counter]:
-    """Of shards of these kinds: the files with something in them, what each says of its episodes or pictures,
-    and how much was left out of all.
+def read_parts(paths: Sequence[Path]) -> tuple[list[Path], list[list], Counter]:
+    """Of files of shards: those with something in them, what each says of its episodes or pictures, and how
+    much was left out of all.
     """
     parts = []
     infos = []
     left_out = Counter()
-    for shard in shards:
-        if shard.kind in kinds:
-            path = shard.path(cfg.out)
-            with np.load(path) as part:
-                info = json.loads(str(part["info"]))
-                left_out.update(json.loads(str(part["left_out"])))
-            # All demonstrations of a shard may have failed. Its file has no arrays then.
-            if info:
-                parts.append(path)
-                infos.append(info)
+    for path in paths:
+        with np.load(path) as part:
+            info = json.loads(str(part["info"]))
+            left_out.update(json.loads(str(part["left_out"])))
+        # All demonstrations of a shard may have failed. Its file has no arrays then.
+        if info:
+            parts.append(path)
+            infos.append(info)
     return parts, infos, left_out
 
 
@@ -714,7 +717,7 @@ def merge_questions(
 
     Pictures with a hash in held_out are left out: sets of others may hold a picture twice.
     """
-    parts, infos, left_out = read_parts(cfg, shards, [name])
+    parts, infos, left_out = read_parts([shard.path(cfg.out) for shard in shards if shard.kind == name])
     if not parts and not left_out:
         return set()
     folder = Path(cfg.out, f"{name}.tmp")
@@ -755,7 +758,7 @@ def merge_questions(
 def merge_episodes(cfg: PrepareConfig, shards: Sequence[Shard], common: dict) -> None:
     """The shards of episodes -> arrays in <out>, and last meta.json: it means that the data set is whole."""
     out = Path(cfg.out)
-    parts, infos, failures = read_parts(cfg, shards, EPISODES)
+    parts, infos, failures = read_parts([shard.path(cfg.out) for shard in shards if shard.kind in EPISODES])
     episodes = sum(infos, [])
     if not episodes:
         hint = "choose another set" if cfg.lerobot else "set --demos to more"

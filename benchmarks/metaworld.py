@@ -11,7 +11,6 @@ Read it in this order: the tables, MT50, demonstrate, motion_phrases, then makin
 """
 
 import json
-import multiprocessing
 import pickle
 import shutil
 import sys
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
-from tqdm import tqdm
 
 from common import (
     UserError,
@@ -38,13 +36,12 @@ from common import (
     read_json,
     require,
     run_program,
-    terminable,
     write_json,
 )
 from data import statistics
 from evaluate import Episode, VecEnv, percent, policy_fn, run_episodes, wilson
 from model import load_policy
-from prepare import leave_signals, read_parts, write_array
+from prepare import in_parallel, read_parts, write_array
 from sim_env import GL_HELP, SEEDS, mujoco
 
 # -----------------------------------------------------------------------------------------------------------
@@ -395,8 +392,8 @@ def part_path(cfg: MetaworldConfig, name: str) -> Path:
     return Path(cfg.out, "parts", f"{name}.npz")
 
 
-def make_part(cfg: MetaworldConfig, name: str) -> str:
-    """The demonstrations of one task -> its file, and its name. Runs in a process of its own."""
+def make_part(cfg: MetaworldConfig, name: str) -> None:
+    """The demonstrations of one task -> its file. Runs in a process of the pool."""
     pieces = defaultdict(list)
     entries = []
     failed = Counter()
@@ -417,7 +414,6 @@ def make_part(cfg: MetaworldConfig, name: str) -> str:
     joined = {key: np.concatenate(found) for key, found in pieces.items()}  # (frames, ...)
     with atomic_path(part_path(cfg, name)) as temporary, open(temporary, "wb") as file:
         np.savez(file, **joined, info=json.dumps(entries), left_out=json.dumps(failed))
-    return name
 
 
 def make_parts(cfg: MetaworldConfig) -> None:
@@ -425,45 +421,14 @@ def make_parts(cfg: MetaworldConfig) -> None:
     missing = [name for name in cfg.names() if not part_path(cfg, name).is_file()]
     if len(missing) < len(cfg.names()):
         print(f"going on: {len(cfg.names()) - len(missing)} of {len(cfg.names())} tasks are there already")
-    if not missing:
-        return
-    workers = min(cfg.workers, len(missing))
-    if workers == 1:  # nothing to fork
-        for name in tqdm(missing, unit="task", disable=None):
-            make_part(cfg, name)
-            if not sys.stderr.isatty():
-                print(f"{name} is done", flush=True)
-        return
-    with (
-        terminable(),
-        multiprocessing.Pool(workers, leave_signals) as pool,
-        tqdm(total=len(missing), unit="task", disable=None) as bar,
-    ):
-        processes = multiprocessing.active_children()
-        finished = pool.imap_unordered(partial(make_part, cfg), missing)
-        done = 0
-        while done < len(missing):
-            try:
-                name = finished.next(timeout=1)  # raises what went wrong in the other process
-            except multiprocessing.TimeoutError:
-                # The pool would wait for ever for the task of a process that was killed.
-                if not all(process.is_alive() for process in processes):
-                    raise UserError(
-                        "a process was killed, perhaps for lack of memory; run the same command again with "
-                        "fewer --workers, it goes on where it stopped"
-                    ) from None
-                continue
-            bar.update()
-            done += 1
-            if not sys.stderr.isatty():
-                print(f"{done}/{len(missing)} {name}", flush=True)
+    in_parallel(partial(make_part, cfg), missing, cfg.workers, "task")
 
 
 def merge_parts(cfg: MetaworldConfig) -> None:
     """The files of all tasks -> arrays in <out>, and last meta.json: it means that the data set is whole."""
     out = Path(cfg.out)
     parts = [part_path(cfg, name) for name in cfg.names()]
-    infos, failed = read_parts(parts)
+    parts, infos, failed = read_parts(parts)
     episodes = sum(infos, [])
     frames = 0
     for episode in episodes:

@@ -401,7 +401,7 @@ def test_connects_over_a_noisy_bus(arm, opened, request):
     env.close()
     assert arm.torque() == []
     assert len(env.faults) >= len(arm.injected) > 3, env.faults
-    # On a busy machine, an answer through the pseudo terminal may come too late: a fault that nobody injected.
+    # On a busy machine an answer through the pseudo terminal may come too late: a fault of nobody's making.
     if "direct" in request.node.name:
         assert len(env.faults) == len(arm.injected), env.faults
 

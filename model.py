@@ -1326,6 +1326,11 @@ class SyVLA(nn.Module):
                 raise UserError(f"{path}: {name} lies above {high}; choose another checkpoint")
         self.load_state_dict({name: weights[name] for name in there}, strict=False)
 
+    @staticmethod
+    def load(folder: str | Path, tokenizer: Any = None, device: torch.device | str = "cpu") -> "SyVLA":
+        """load_policy() under the name that programs of others know; the folder's own tokenizer is used."""
+        return load_policy(folder, device)
+
     def fingerprint(self, *words: Any) -> str:
         """Twelve hex digits that name the VLM's weights and `words`, for files made with a frozen VLM."""
         words = " ".join(map(str, words))

@@ -1321,9 +1321,10 @@ class SyVLA(nn.Module):
             if not torch.isfinite(tensor).all():
                 what = "weight" if "." in name else "normalisation statistics"
                 raise UserError(f"{path}: {what} {name} not finite; choose a checkpoint that train.py wrote")
-            high = name.replace("_low", "_high")  # another name for the two lower ends alone
-            if (tensor > weights[high]).any():
-                raise UserError(f"{path}: {name} lies above {high}; choose another checkpoint")
+            if name.endswith("_low"):
+                high = name.replace("_low", "_high")
+                if (tensor > weights[high]).any():
+                    raise UserError(f"{path}: {name} lies above {high}; choose another checkpoint")
         self.load_state_dict({name: weights[name] for name in there}, strict=False)
 
     @staticmethod

@@ -469,8 +469,8 @@ def solve_plane(point: complex, tool: complex, tilt: float) -> tuple | None:
     lift = upper + cmath.phase(UPPER_ARM)
     elbow = fore + cmath.phase(FOREARM) - lift
     angles = (lift, elbow, tilt - lift - elbow)
-    inside = all(low < angle < high for angle, (low, high) in zip(angles, PLANE_RANGES))
-    return angles if inside else None
+    possible = all(low < angle < high for angle, (low, high) in zip(angles, PLANE_RANGES))
+    return angles if possible else None
 
 
 def solve_steepest(point: complex, tool: complex) -> tuple | None:
@@ -831,8 +831,8 @@ class SO100Env:
         row = PAD_ROWS[number - 1]
         offset = self.cube_xyz(colour) - self.data.xpos[row]  # (3,)
         axes = self.data.xmat[row].reshape(3, 3)  # columns
-        inside = np.abs(offset @ axes) < PAD  # (3,) in the pad's frame
-        return bool(inside[:2].all())
+        within = np.abs(offset @ axes) < PAD  # (3,) in the pad's frame
+        return bool(within[:2].all())
 
     def pad_under(self, colour: str) -> int | None:
         """Number of the pad on which the cube lies, let go of, or None. It may still move: see resting()."""

@@ -1,7 +1,7 @@
 """Meta-World MT50: fifty tasks of one Sawyer arm, as an environment, as demonstrations, and as a test.
 
     python -m benchmarks.metaworld --demos=50 --out=data/mt50                  # scripted demonstrations
-    python train.py --config tiny --data=data/mt50 --env=benchmarks.metaworld:MT50 --out=out/mt50 ...
+    python train.py --config small --data=data/mt50 --env=benchmarks.metaworld:MT50 --out=out/mt50 ...
     python -m benchmarks.metaworld evaluate --run=out/mt50 --episodes=10       # out/mt50/eval_metaworld.json
 
 docs/benchmarks.md has the whole commands, what to install, and published results. Tasks, success tests, step

@@ -56,6 +56,7 @@ from sim_env import (
     CLOSED,
     COLOURS,
     CUBE,
+    FINGER,
     FPS,
     HELD_OUT_SUMS,
     HIGH,
@@ -65,8 +66,9 @@ from sim_env import (
     OPEN,
     SEEDS,
     VAGUE_NAMES,
-    VERBS,
+    WORDS,
     SO100Env,
+    count_out,
     inverse,
     number_of,
     pinch_x,
@@ -80,7 +82,6 @@ from sim_env import (
 # The scripted expert
 
 HOVER = 0.055  # metres: the tool travels this far above the height at which it grasps
-FINGER = 0.1014  # metres from the origin of the fixed jaw to the centre of its fingertip
 GAIN = 1.3  # aim a little past the target: the servos yield to gravity and to the noise of demonstrate()
 STRIDE = np.array([18, 16, 16, 16, 24, 10])  # LeRobot units from the measured position to a command
 
@@ -337,15 +338,24 @@ def scene_questions(
     # The rightmost of those to the left is the next one.
     neighbour = max(left, default=(0, "none"))[1]
     yield "left of", f"what colour is the cube left of the {one['colour']} cube", neighbour
+    # What has been done already.
+    on = {cube["pad"]: f"{cube['colour']} cube" for cube in cubes}
+    for number in rng.permutation([pad["number"] for pad in pads])[:2]:
+        yield "on pad", f"what is on pad {number}", on.get(number, "none")
+    in_hand = [cube["colour"] for cube in cubes if cube["held"]]
+    yield "in hand", "what is in the hand", f"{in_hand[0]} cube" if in_hand else "none"
     for _ in range(2):
         expression = random_sum(rng, split)
-        yield "sum", f"what is {expression}", str(number_of(expression))
-    colour = COLOURS[rng.integers(len(COLOURS))]
-    name = rng.choice(VAGUE_NAMES[colour])  # held-out ones too: instructions never name those in training
-    yield "looks like", f"what colour is {name}", f"{name} is {colour}"
-    for family in ("place", "place", "calculate", "sequence", "sequence", "sequence"):
+        yield "sum", f"what is {expression}", f"{count_out(expression)} is {number_of(expression)}"
+    for _ in range(2):
+        colour = COLOURS[rng.integers(len(COLOURS))]
+        name = rng.choice(VAGUE_NAMES[colour])  # held-out ones too: instructions never name those in training
+        thing = WORDS["vague_names"][colour][name]
+        question = phrase(f"what colour is {name}", f"what colour is the one that looks like {thing}")
+        yield "looks like", question, f"{name} is {colour}"
+    for family in ("place", "place", "calculate", "calculate", "sequence", "sequence", "sequence"):
         task, answer = random_task(scene, family, rng, split)
-        if rng.random() < 0.2:
+        if split == ASKED and rng.random() < 0.3:
             task = replace_function_words(task, rng)
         yield "instruction", f"<task> {task}", answer  # the answer is the reasoning
 
@@ -356,29 +366,37 @@ def by_distance(cube: dict) -> float:
 
 
 def random_sum(rng: np.random.Generator, split: str) -> str:
-    """Any sum or difference of digits with a result of 0 or more, except those new to the split."""
+    """Any sum or difference of digits with a result of 0 to 9, except those new to the split."""
     banned = HELD_OUT_SUMS if split == ASKED else HELD_OUT_SUMS + ASKED_SUMS
     while True:
         a, b = rng.integers(10, size=2)  # digits
         expression = f"{a} + {b}" if rng.random() < 0.5 else f"{max(a, b)} - {min(a, b)}"
-        if expression not in banned:
+        if expression not in banned and number_of(expression) < 10:
             return expression
 
 
-FUNCTION_WORDS = {*VERBS, "on", "onto", "top", "of", "to", "goes", "gets", "please", "now", "robot"}
+# Words that say what is to be done with what; "the", "one", "that", "looks", "like" belong to the things.
+CONTENT = {*COLOURS, *"the one that looks like a an cube block pad square number plus minus".split()}
+CONTENT |= {*"first then after and , + -".split(), *"0123456789"}
+CONTENT |= {word for things in WORDS["vague_names"].values() for thing in things.values() for word in thing.split()}
 
 
 def replace_function_words(task: str, rng: np.random.Generator) -> str:
-    """Replace half of the words that name neither cubes nor pads by invented ones.
+    """Replace some of the words that name neither things nor order by invented ones, or leave them out.
 
     A model that meets nothing but known words in training fails at the first unknown one.
     """
-    words = task.split()
-    for i, word in enumerate(words):
-        if word in FUNCTION_WORDS and rng.random() < 0.5:
-            words[i] = ""
-            for _ in range(rng.integers(2, 4)):  # syllables
-                words[i] += rng.choice(list("bcdfghklmnprstvw")) + rng.choice(list("aeiou"))
+    words = []
+    for word in task.split():
+        kind = rng.random()
+        if word in CONTENT or kind < 0.4:
+            words.append(word)
+        elif kind < 0.85:
+            syllables = [
+                rng.choice(list("bcdfghklmnprstvw")) + rng.choice(list("aeiou"))
+                for _ in range(rng.integers(1, 4))
+            ]
+            words.append("".join(syllables) + rng.choice(["", "n", "s", "t", "r"]))
     return " ".join(words)
 
 
@@ -624,7 +642,7 @@ def simulate(cfg: PrepareConfig, shard: Shard) -> Iterator[tuple[dict[str, ndarr
                     yield arrays, [entry], []
             else:
                 split = ASKED if cfg.ask_beyond and shard.kind == "questions" else "id"
-                obs, _ = env.reset(seed=seed, options={"family": shard.name, "split": split, "start": True})
+                obs, _ = env.reset(seed=seed, options={"family": shard.name, "split": split, "start": True, "reach": True})
                 arrays = {camera: image[None] for camera, image in obs["images"].items()}  # (1, px, px, 3)
                 questions = scene_questions(env.scene(), np.random.default_rng([7, seed]), split)
                 yield arrays, [list(questions)], []

@@ -145,6 +145,16 @@ ASKED_SUMS = SUMS[4::5]  # the same
 SUMS = [expression for expression in SUMS if expression not in HELD_OUT_SUMS + ASKED_SUMS]
 
 
+def count_out(expression: str) -> str:
+    """A sum in steps of one: "3 + 2" -> "3 + 2 : 4 5", "3 - 1" -> "3 - 1 : 2".
+
+    A table of sums could not be continued to one that was never shown. Steps can.
+    """
+    a, sign, b = expression.split()
+    steps = [str(int(a) + int(sign + str(i))) for i in range(1, int(b) + 1)]
+    return " ".join((expression, ":", *steps))
+
+
 class Wording(NamedTuple):
     """What the instructions of a split are made of."""
 
@@ -153,11 +163,23 @@ class Wording(NamedTuple):
     frames: list[str]  # sentences with gaps
 
 
+def grammar_frames() -> list[str]:
+    """Every sentence frame that the grammar of training questions makes: some nine hundred."""
+    frames = []
+    for order, pieces in WORDS["asked_grammar"].items():
+        for lead, link in itertools.product(pieces["leads"], pieces["links"]):
+            # The gaps of the frame itself stay open.
+            frames.append(order.replace("{lead}", lead).replace("{link}", link))
+    return frames
+
+
+# A question has a demonstration's frame, one of asked_frames or one of the grammar about equally often.
+ASKED_FRAMES = 180 * WORDS["frames"] + 56 * WORDS["asked_frames"] + grammar_frames()
 WORDING = {
     "id": Wording(SUMS, slice(0, 3), WORDS["frames"]),
     "asked_instruction": Wording(ASKED_SUMS, slice(3, 4), WORDS["asked_frames"]),
     "ood_instruction": Wording(HELD_OUT_SUMS, slice(4, 6), WORDS["held_out_frames"]),
-    ASKED: Wording(SUMS + ASKED_SUMS, slice(0, 4), WORDS["frames"] + WORDS["asked_frames"]),
+    ASKED: Wording(SUMS + ASKED_SUMS, slice(0, 4), ASKED_FRAMES),
 }
 NEW_WORDS = ("asked_instruction", "ood_instruction")  # splits whose words no demonstration has
 
@@ -197,6 +219,12 @@ def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> 
         done = cube_on[numbers[0]]
         colours.remove(done)
         colours.insert(0, done)
+        others = [number for number in cube_on if number != numbers[0]]
+        if split == ASKED and n == 2 and others and rng.random() < 0.5:  # the second leg, too
+            numbers[1] = int(rng.choice(others))
+            done = cube_on[numbers[1]]
+            colours.remove(done)
+            colours.insert(1, done)
     said = wording(split)
     new = split in NEW_WORDS
     named = 0.0 if new else 0.15  # probability that the instruction says a cube's vague name
@@ -265,7 +293,8 @@ def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> s
         if plain:
             clauses.append(f"{cube} on {pad}")
             continue
-        frame = rng.choice(wording(split if new or split == ASKED else "id").frames)
+        frames = wording(split if new or split == ASKED else "id").frames
+        frame = frames[rng.integers(len(frames))]
         if clauses and not new and rng.random() < 0.3:
             frame = "{cube} {preposition} {pad}"  # "... , then the green cube onto the yellow pad"
         verb = pick("verbs")
@@ -296,7 +325,8 @@ def reasoning(goal: dict, scene: dict) -> str:
             continue
         where = "in hand" if cube["held"] else f"at {cube['t']} {cube['r']}"
         name = f"{leg.vague} is {leg.cube} , " if leg.vague else ""
-        return f"{order}{name}{goal['sum'] or leg.pad} is pad {leg.number} , {leg.cube} cube {where}"
+        pad = count_out(goal["sum"]) if goal["sum"] else leg.pad
+        return f"{order}{name}{pad} is pad {leg.number} , {leg.cube} cube {where}"
     return "done"
 
 
@@ -426,6 +456,7 @@ UPPER_ARM = 0.11257 - 0.028j  # shoulder to elbow, at tilt 0
 FOREARM = 0.1349 + 0.0052j  # elbow to wrist, at tilt 0
 TIP = 0.0601 + 0.1014  # wrist axis to the centre of the fingertips
 OPEN = 33.0  # gripper: 53 mm between the fingers
+FINGER = 0.1014  # metres from the origin of the fixed jaw to the centre of its fingertip
 CLOSED = 11.0  # gripper: a little narrower than a cube, so that it squeezes
 # of shoulder_lift, elbow_flex, wrist_flex in radians; the last a little inside the joint's 1.66
 PLANE_RANGES = (*JOINT_RANGE[1:3], (-1.62, 1.62))
@@ -611,7 +642,7 @@ class SO100Env:
         """Start an episode -> observation, info. The same seed and options give the same bits.
 
         options: family, split, start (True: amid work, with any valid arm pose and some cubes on pads
-        already) and task (a person's own instruction: the first scene from `seed` on that has what it names,
+        already), reach (True: often the hand is about a cube or holds one) and task (a person's own instruction: the first scene from `seed` on that has what it names,
         a scene of sequence or of tiny). Without a seed a training one is drawn, or for the
         other splits a report one.
         """
@@ -619,12 +650,13 @@ class SO100Env:
             "family": self.family,
             "split": self.split,
             "start": False,
+            "reach": False,
             "task": "",
         }
         chosen = known | (options or {})
         if len(chosen) > len(known):
             raise UserError(f"unknown reset options {sorted(chosen.keys() - known)}: type {', '.join(known)}")
-        family, split, start, task = chosen.values()  # in the order of `known`
+        family, split, start, reach, task = chosen.values()  # in the order of `known`
         check_task(family, split)
         if seed is None:
             usual = "train" if split == "id" else "report"
@@ -637,12 +669,12 @@ class SO100Env:
         self.family = family
         self.split = split
         if not task:
-            self._make_scene(seed, start)
+            self._make_scene(seed, start, reach)
             return self._obs(), self._info()
         if family != "tiny":
             self.family = "sequence"
         for candidate in range(seed, seed + 200):
-            self._make_scene(candidate, start)
+            self._make_scene(candidate, start, reach)
             with contextlib.suppress(UserError):
                 understand(task, self.scene())
                 break
@@ -667,7 +699,7 @@ class SO100Env:
         self.failure = ""
         self.in_order = False
 
-    def _make_scene(self, seed: int, start: bool) -> None:
+    def _make_scene(self, seed: int, start: bool, reach: bool) -> None:
         """A scene and its instruction, without a picture."""
         self.seed = seed
         self.moved_at = None
@@ -678,6 +710,8 @@ class SO100Env:
         self._place_things(rng, start)
         self._vary(rng)
         self._pose_arm(rng, start)
+        if reach and rng.random() < 0.6:
+            self._reach(rng)
         self.goal = sample_goal(self.scene(), self.family, rng, self.split)
         self.task = instruction(self.family, self.goal, rng, self.split)
         self._begin()
@@ -763,6 +797,46 @@ class SO100Env:
             mujoco.mj_forward(self.model, d)
             touching = np.isin(self._contacts(), ARM).any()
             if not touching and d.site_xpos[:, 2].min() > 0.012:  # the lower fingertip
+                return
+
+    def _reach(self, rng: Generator) -> None:
+        """The open hand about a cube, or a cube in the hand: where it lay, above that, or about a pad."""
+        before = self.data.qpos.copy()
+        for _ in range(20):  # trials: often something is in the way
+            colour = rng.choice(self.cube_colours)
+            held = rng.random() < 0.6
+            phi, r = xy_to_polar(self.cube_xyz(colour))
+            roll = -90 + wrap(self.cube_yaw(colour) - phi, 90)
+            if held and rng.random() < 0.5:
+                phi, r = xy_to_polar(self.pad_xy(rng.integers(1, 6)) + rng.uniform(-0.03, 0.03, 2))
+                roll = rng.uniform(-130, -50)
+            z = CUBE + 0.003 if rng.random() < 0.3 else rng.uniform(CUBE, 0.09)  # metres
+            position = inverse(phi, min(r, 0.3), z, roll, rng.uniform(OPEN - 8, OPEN + 4))
+            self.data.qpos[:] = before
+            self.data.qpos[:6] = to_qpos(position.clip(LOW, HIGH))
+            if held:
+                self._hold(colour)
+            mujoco.mj_forward(self.model, self.data)
+            pairs = self._contacts()
+            pairs = pairs[np.isin(pairs, ARM).any(1)]  # (n, 2): what the arm touches
+            if held:  # it may touch this cube
+                pairs = pairs[(pairs != self.model.nbody + self._row(colour)).all(1)]
+            if held == self.held(colour) and not len(pairs) and self.data.site_xpos[:, 2].min() > 0.004:
+                self.data.ctrl[:] = self.data.qpos[:6]
+                return
+        self.data.qpos[:] = before
+        mujoco.mj_forward(self.model, self.data)
+
+    def _hold(self, colour: str) -> None:
+        """Close the gripper on a cube that is put between the fingers."""
+        jaw = self.data.body("fixed_jaw")
+        for gripper in np.arange(14, 10, -0.5):
+            self.data.qpos[5] = (gripper - OFFSET[5]) / SCALE[5]
+            mujoco.mj_forward(self.model, self.data)
+            place = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(gripper), -FINGER, 0)  # (3,)
+            self.cube_pose[self._row(colour)] = (*place, *jaw.xquat)
+            mujoco.mj_forward(self.model, self.data)
+            if self.held(colour):
                 return
 
     def _move_target(self) -> None:

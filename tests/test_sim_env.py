@@ -1,6 +1,7 @@
 """Tests of sim_env.py: kinematics, units, determinism, success tests, splits, language, pictures."""
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -474,6 +475,48 @@ def test_training_text_has_nothing_held_out(family):
     assert all(word in new for word in ("i want", "make sure", "should hold"))
 
 
+def test_sums_are_counted_out():
+    assert sim_env.count_out("3 + 2") == "3 + 2 : 4 5"
+    assert sim_env.count_out("9 - 6") == "9 - 6 : 8 7 6 5 4 3"
+    assert sim_env.count_out("4 - 0") == "4 - 0 :"
+    for expression in sim_env.SUMS:
+        if expression[-1] != "0":
+            assert int(sim_env.count_out(expression).split()[-1]) == number_of(expression)
+
+
+def test_the_grammar_of_questions_has_no_word_that_only_held_out_frames_have():
+    def words(frames):
+        return {word for frame in frames for word in re.findall("[a-z]+", re.sub("{.*?}", "", frame))}
+
+    taught = words(sim_env.grammar_frames())
+    assert len(set(sim_env.grammar_frames())) > 800
+    elsewhere = words(sim_env.WORDS["frames"] + sim_env.WORDS["asked_frames"] + sim_env.WORDS["prepositions"])
+    only_held_out = words(sim_env.WORDS["held_out_frames"]) - elsewhere
+    assert {"want", "sure", "hold", "drop", "carry", "leave", "rest"} <= only_held_out
+    assert taught.isdisjoint(only_held_out)
+
+
+def test_the_hand_reaches_for_cubes_and_holds_them():
+    env = SO100Env(family="sequence", px=32)
+    seen = Counter()
+    for seed in range(60):
+        options = {"family": "sequence", "start": True, "reach": True, "split": sim_env.ASKED}
+        env.reset(seed=seed, options=options)
+        scene = env.scene()
+        held = [cube["colour"] for cube in scene["cubes"] if cube["held"]]
+        seen[len(held)] += 1
+        for colour in scene["cubes"]:
+            on_table = colour["colour"] not in held
+            if on_table:  # nothing else moved
+                assert abs(env.cube_xyz(colour["colour"])[2] - sim_env.CUBE) < 0.001
+        if held:  # it stays in the hand when the physics runs
+            for _ in range(3):
+                env.advance(env.position() * [1, 1, 1, 1, 1, 0] + [0, 0, 0, 0, 0, sim_env.CLOSED])
+            assert env.held(held[0])
+    assert set(seen) == {0, 1} and seen[1] >= 10
+    env.close()
+
+
 def test_canonical_sentences_and_reasoning():
     assert "put the red cube on the blue pad" in {task for task, _ in texts("place", "id", 3000)}
     canonical = [task.startswith("put the ") and " on the " in task for task, _ in texts("place", "id")]
@@ -484,7 +527,7 @@ def test_canonical_sentences_and_reasoning():
     scene = {**SCENE, "cubes": [dict(SCENE["cubes"][0], t="t5")]}
     assert reasoning(goal, scene) == "blue is pad 3 , red cube at t5 r3"
     vague = {"legs": [Leg("red", "tomato", "blue", 4)], "sum": "3 + 1"}
-    assert reasoning(vague, scene) == "tomato is red , 3 + 1 is pad 4 , red cube at t5 r3"
+    assert reasoning(vague, scene) == "tomato is red , 3 + 1 : 4 is pad 4 , red cube at t5 r3"
     scene["cubes"][0]["held"] = True
     assert reasoning(goal, scene) == "blue is pad 3 , red cube in hand"
     both = {"legs": [Leg("green", None, "red", 1), Leg("red", None, "blue", 3)], "sum": None}

@@ -562,8 +562,8 @@ def fast_cpu(threads: int = 0) -> None:
         torch.set_num_threads(threads)
 
 
-def choose_device(name: str) -> tuple[Any, Callable, str]:
-    """--device -> (torch.device, a factory of autocast contexts, the arithmetic in words).
+def choose_device(name: str, precision: str = "auto") -> tuple[Any, Callable, str]:
+    """--device and --precision -> (torch.device, a factory of autocast contexts, the arithmetic in words).
 
     "auto" is cuda, then mps, then cpu. Raises UserError for a device that is not there.
     """
@@ -582,16 +582,25 @@ def choose_device(name: str) -> tuple[Any, Callable, str]:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device={name} is not available here ({reason}); try --device=cpu") from None
     # fp16 would need a scaled loss; bf16 has the range of fp32.
-    if has_bf16(device):
+    if has_bf16(device) and precision != "fp32":
         return device, lambda: torch.autocast("cuda", torch.bfloat16), "bf16 (the GPU has it), fp32 masters"
     return device, contextlib.nullcontext, "fp32"
 
 
 def has_bf16(device: Any) -> bool:
-    """Does the device compute in bf16? CUDA GPUs do from compute capability 8.0."""
+    """Is it a GPU that computes in bf16? CUDA GPUs do from compute capability 8.0."""
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def cpu_has_bf16() -> bool:
+    """Does the processor multiply bf16 matrices faster than fp32 ones? Those with AVX512-BF16 or AMX do."""
+    import torch
+
+    # A function that torch does not declare as public: it may go.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and supported()
 
 
 def rank_and_world() -> tuple[int, int]:

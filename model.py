@@ -333,6 +333,27 @@ def pixel_shuffle(x: Tensor, k: int) -> Tensor:
     return x.reshape(n, (side // k) ** 2, k * k * width)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q (B, nh, n, hd) to k and v (B, nkv, m, hd), nh / nkv neighbours share one -> q's shape.
+
+    mask (B, 1, n, m) bool, True: may look.
+    """
+    B, nh, n, hd = q.shape
+    nkv = k.shape[1]
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=nh != nkv)
+    # The same in plain steps: the backward of torch's bf16 kernel for CPUs takes four times as long.
+    q = q * hd**-0.5
+    q = q.reshape(B, nkv, -1, hd)  # (B, nkv, nh/nkv n, hd): the heads of a group, one behind the other
+    scores = q @ k.mT  # (B, nkv, nh/nkv n, m)
+    if mask is not None:
+        bias = torch.where(mask, 0.0, -math.inf).to(q.dtype)  # (B, 1, n, m)
+        scores = scores.view(B, nh, n, -1) + bias
+    weights = scores.softmax(-1).view(B, nkv, nh // nkv * n, -1)
+    y = weights @ v  # (B, nkv, nh/nkv n, hd)
+    return y.view(B, nh, n, hd)
+
+
 def rotation(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     """Positions (..., n) and frequencies (hd/2,) -> the tables cos, sin (..., n, hd) that rope() takes."""
     angle = positions[..., None] * frequency  # (..., n, hd/2)
@@ -390,7 +411,7 @@ class LanguageBlock(nn.Module):
         qkv = qkv.transpose(1, 2)  # (B, nh + 2 nkv, n, hd)
         qk, v = qkv.split([nh + nkv, nkv], dim=1)  # (B, nh + nkv, n, hd), (B, nkv, n, hd)
         if self.qk_gain is not None:
-            qk = F.rms_norm(qk, (self.hd,)) * self.qk_gain
+            qk = F.rms_norm(qk, (self.hd,), eps=RMS_EPS) * self.qk_gain
         qk = rope(qk, cos, sin)
         q, k = qk.split(self.heads, dim=1)  # (B, nh, n, hd), (B, nkv, n, hd)
         if cache is not None:
@@ -398,8 +419,7 @@ class LanguageBlock(nn.Module):
                 k = torch.cat((cache[0], k), dim=2)  # (B, nkv, past + n, hd)
                 v = torch.cat((cache[1], v), dim=2)
             cache[:] = [k, v]
-        # (B, nh, n, hd)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=nh != nkv)
+        y = attend(q, k, v, mask)  # (B, nh, n, hd)
         y = y.transpose(1, 2).flatten(2)  # (B, n, D)
         x = x + self.proj(y)
 
@@ -496,7 +516,9 @@ class VLM(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
         x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, px, px)
-        x = x.to(self.queries.dtype).div(127.5).sub(1.0)  # 0 .. 255 -> -1 .. 1
+        # 0 .. 255 -> -1 .. 1, at least in fp32: bf16 has no room for 256 grey levels
+        x = x.to(torch.promote_types(self.queries.dtype, torch.float32)).div(127.5).sub(1.0)
+        x = x.to(self.queries.dtype)
         x = self.vision(x)  # (B*V, n, D)
         return x.unflatten(0, images.shape[:2])
 
@@ -723,7 +745,7 @@ class ExpertBlock(nn.Module):
         qkv = self.qkv(y).view(B * M, L, 3, self.heads, -1)
         # 3 x (B*M, nh, L, hd): each chunk attends to itself
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B*M, nh, L, hd)
+        y = attend(q, k, v)  # (B*M, nh, L, hd)
         y = y.transpose(1, 2).reshape(x.shape)
         x = x + gate * self.proj(y)
 
@@ -737,7 +759,7 @@ class ExpertBlock(nn.Module):
             hd = q.shape[-1]
             scores = q @ k.mT / math.sqrt(hd)  # (B, nh, M*L, Q)
             attention.append(scores.softmax(-1))
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attend(q, k, v)  # (B, nh, M*L, hd)
         y = y.transpose(1, 2).reshape(x.shape)
         x = x + gate * self.cross_proj(y)
 
@@ -799,9 +821,10 @@ class ActionExpert(nn.Module):
     ) -> Tensor:
         """Noisy chunk x (B, M, H, A), state (B, S), both normalised -> velocity (B, M, H, A)."""
         B, M = x.shape[:2]
-        state = self.state_in(state)[:, None, None]  # (B, 1, 1, De)
+        dtype = self.position.dtype  # of all weights; noise and joints come in fp32
+        state = self.state_in(state.to(dtype))[:, None, None]  # (B, 1, 1, De)
         state = state.expand(B, M, 1, -1)  # (B, M, 1, De)
-        actions = self.action_in(x)  # (B, M, H, De)
+        actions = self.action_in(x.to(dtype))  # (B, M, H, De)
         h = torch.cat((state, actions), dim=2) + self.position  # (B, M, 1 + H, De)
         for block, m, kv in zip(self.blocks, modulation, keys_values):
             h = block(h, m, kv, attention)

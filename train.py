@@ -16,6 +16,7 @@ in one call), GradScaler (bf16 needs none), schedulers as objects (`learning_rat
 """
 
 import contextlib
+import copy
 import math
 import os
 import re
@@ -41,6 +42,7 @@ from common import (
     atomic_path,
     choose_device,
     claim_folder,
+    cpu_has_bf16,
     fast_cpu,
     has_bf16,
     join_processes,
@@ -124,6 +126,9 @@ class TrainConfig(Config):
         100, "closed-loop episodes per family and split at the end; 0 for none", evaluate.EVAL, TRAINING
     )
     device: str = opt("auto", "auto (cuda, then mps, then cpu), cpu, cuda, mps")
+    precision: str = opt(
+        "auto", "of the arithmetic in training; auto: bf16 where the device has it", ("auto", "fp32", "bf16")
+    )
     threads: int = opt(0, "CPU threads; 0 lets torch choose", "[0, 1024]")
     save_every: int = opt(250, "steps between checkpoints", "[1, 1000000000]", TRAINING)
     compile: bool = opt(False, "torch.compile the model (pays off on long GPU runs)")
@@ -196,7 +201,8 @@ class Run:
 
     cfg: TrainConfig
     policy: SyVLA
-    forward: Callable  # the policy, perhaps compiled
+    bf16_copy: SyVLA | None  # what a CPU with bf16 arithmetic computes on, see make_bf16_copy()
+    forward: Callable  # the policy or its copy, perhaps compiled
     episodes: Episodes  # demonstrations
     questions: Questions | None  # None where nothing is asked
     held_out: Questions | None  # questions never trained on
@@ -281,6 +287,8 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
     numbers.
     """
     logs = defaultdict(float)  # name -> mean over the micro-batches
+    if run.bf16_copy:
+        round_weights(run.policy, run.bf16_copy)
     for weighted in micro:
         loss = 0.0
         for weight, batch in weighted:
@@ -295,6 +303,8 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
                 logs[name] += weight * value.item() / len(micro)
         # gradients of the micro-batches add up
         (loss / len(micro)).backward()
+        if run.bf16_copy:
+            return_gradients(run.bf16_copy, run.policy)
         mark("backward")
     average_gradients(run.policy)
     # parameters without a gradient, as the expert's in grounding, are passed over
@@ -314,6 +324,38 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
     mark("optimizer")
     return logs
+
+
+def make_bf16_copy(policy: SyVLA) -> SyVLA:
+    """The policy with bf16 weights, for a CPU, which multiplies bf16 matrices two to four times as fast.
+
+    Losses and gradients come from the copy, optimizers move the policy's fp32 weights (Micikevicius et al.
+    2018). Autocast, which does so on GPUs, gains 8 % on a CPU: products with fp32 vectors are slow there.
+    """
+    bf16_copy = copy.deepcopy(policy)
+    for p in bf16_copy.parameters():
+        # convolutions take half the time if the colours of a pixel lie side by side
+        layout = torch.channels_last if p.ndim == 4 else torch.contiguous_format
+        p.data = p.data.to(torch.bfloat16, memory_format=layout)
+    return bf16_copy
+
+
+@torch.no_grad()
+def round_weights(policy: SyVLA, bf16_copy: SyVLA) -> None:
+    """Give the copy the policy's weights and statistics of now."""
+    weights = policy.state_dict().values()
+    torch._foreach_copy_(list(bf16_copy.state_dict().values()), list(weights))
+
+
+def return_gradients(bf16_copy: SyVLA, policy: SyVLA) -> None:
+    """Add the copy's gradients to those of the policy, in fp32, and clear them."""
+    for rounded, p in zip(bf16_copy.parameters(), policy.parameters()):
+        if rounded.grad is None:
+            continue
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        p.grad += rounded.grad
+        rounded.grad = None
 
 
 def average_gradients(module: nn.Module) -> None:
@@ -559,7 +601,7 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     policy = SyVLA(cfg, tokenizer, vlm)
     freeze(policy, cfg)
     # autocast would round frozen matrices at every step
-    if cfg.backbone and has_bf16(device):
+    if cfg.backbone and has_bf16(device) and cfg.precision != "fp32":
         from extras.backbones import cast_frozen_to_bf16
 
         cast_frozen_to_bf16(policy)
@@ -573,9 +615,23 @@ def build(cfg: TrainConfig, device: torch.device, autocast: Callable = contextli
     for name, p in policy.named_parameters():
         if p.requires_grad:
             ema[name] = p.detach().to(host, copy=True)
-    forward = torch.compile(policy) if cfg.compile else policy
+    bf16_copy = make_bf16_copy(policy) if computes_on_bf16_copy(cfg, device) else None
+    forward = bf16_copy or policy
+    if cfg.compile:
+        forward = torch.compile(forward)
     optimizers = make_optimizers(policy, cfg)
-    return Run(cfg, policy, forward, episodes, questions, held_out, optimizers, ema, device, autocast)
+    return Run(
+        cfg, policy, bf16_copy, forward, episodes, questions, held_out, optimizers, ema, device, autocast
+    )
+
+
+def computes_on_bf16_copy(cfg: TrainConfig, device: torch.device) -> bool:
+    """Does a run compute on a bf16 copy of its weights? UserError where --precision cannot be had."""
+    possible = device.type == "cpu" and cpu_has_bf16() and not cfg.backbone
+    if cfg.precision == "bf16" and not (possible or has_bf16(device)):
+        owner = "a pretrained backbone" if cfg.backbone else "this device"
+        raise UserError(f"--precision=bf16 is not for {owner} ({device}); leave --precision out")
+    return possible and cfg.precision != "fp32"
 
 
 def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -> None:
@@ -721,7 +777,7 @@ def averaged_weights(policy: SyVLA, ema: dict[str, Tensor]) -> Iterator[None]:
 
 
 # What --resume may change: where a run works and for how long.
-MAY_CHANGE = "config data out env resume device threads compile eval steps ground_steps"
+MAY_CHANGE = "config data out env resume device precision threads compile eval steps ground_steps"
 
 
 def settle(cfg: TrainConfig) -> TrainConfig:
@@ -775,7 +831,7 @@ def train(cfg: TrainConfig) -> None:
     """The whole program: data, training, evaluation."""
     rank, world = rank_and_world()
     fast_cpu(cfg.threads)
-    device, autocast, arithmetic = choose_device(cfg.device)
+    device, autocast, arithmetic = choose_device(cfg.device, cfg.precision)
     join_processes(device)
     cfg = in_every_process(settle, cfg)
     check_split(cfg, world)
@@ -795,6 +851,8 @@ def train(cfg: TrainConfig) -> None:
     if not cfg.resume:
         describe_robot(cfg)
     run = build(cfg, device, autocast)
+    if run.bf16_copy:
+        arithmetic = "bf16 (the CPU has it), fp32 masters"
     if cfg.resume:
         load_checkpoint(run)
     # the head of the log: settings, machine, data

@@ -38,14 +38,24 @@ def go(data, tmp_path):
 
 
 def arguments(data, out, *flags):
-    return ["--config", "debug", f"--data={data}", f"--out={out}", "--device=cpu", "--threads=1", *flags]
+    return [
+        "--config",
+        "debug",
+        f"--data={data}",
+        f"--out={out}",
+        "--device=cpu",
+        "--threads=1",
+        "--precision=fp32",
+        *flags,
+    ]
 
 
 def config(**changes):
     """TrainConfig of the debug preset, with changes."""
     known = {field.name for field in fields(train.TrainConfig)}
     preset = {name: value for name, value in PRESETS["debug"].items() if name in known}
-    return train.TrainConfig(**preset | {"cameras": "front,wrist"} | changes)
+    fixed = {"cameras": "front,wrist", "precision": "fp32"}  # the same on every processor
+    return train.TrainConfig(**preset | fixed | changes)
 
 
 def build(**changes):

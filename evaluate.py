@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import itertools
 import math
-import operator
 import os
 import pickle
 import re
@@ -22,7 +21,8 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -390,12 +390,12 @@ class Episode:
     options: dict  # of reset: family, split, task
     number: int = 0  # among the episodes of a run
     task: str = ""
-    teacher_reasoning: str = ""  # what a teacher would think at the start
     success: bool = False
     steps: int = 0
     failure: str = ""
     moved_at: int | None = None  # when the simulation moved the cube
     extras: list = field(default_factory=list)  # per decision: what policy_fn returned besides actions
+    teacher_reasoning: list[str] = field(default_factory=list)  # per decision: what a teacher would think
     rewards: list[float] = field(default_factory=list)  # per decision
     executed: list[int] = field(default_factory=list)  # control steps per decision
     final: Any = None  # final_fn of the last observation, where the time limit ended the episode
@@ -434,11 +434,12 @@ def run_episodes(
         busy = sorted(running)
         obs = vec.observe(busy)
         obs["episode"] = [running[arm] for arm in busy]
-        obs["teacher_reasoning"] = [vec.infos[arm].get("reason", "") for arm in busy]
+        obs["teacher_reasoning"] = [vec.infos[arm].get("reason") or "" for arm in busy]
         actions, extras = policy_fn(obs)  # (n, h, A), n extras
         rewards = vec.step_chunk(dict(zip(busy, actions)))
-        for arm, extra in zip(busy, extras):
+        for arm, extra, true in zip(busy, extras, obs["teacher_reasoning"]):
             running[arm].extras.append(extra)
+            running[arm].teacher_reasoning.append(true)
             running[arm].rewards.append(float(rewards[arm]))
             running[arm].executed.append(vec.infos[arm]["executed"])
 
@@ -472,7 +473,6 @@ def _start(vec: VecEnv, arms: list[int], waiting: list[Episode]) -> dict[int, Ep
     started = dict(zip(arms, begun))
     for arm, episode in started.items():
         episode.task = vec.task[arm]
-        episode.teacher_reasoning = vec.infos[arm].get("reason", "")
     return started
 
 
@@ -513,6 +513,65 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
 
 
 # -----------------------------------------------------------------------------------------------------------
+# The policy's reasoning against the teacher's
+
+# The parts of `first , tomato is red , 3 + 1 is pad 4 , red cube at t5 r3`: which leg; all names up to the
+# cube's colour, whether a sum is counted out or not; direction and distance, unless the cube is in hand.
+PARTS = re.compile(r"(?:(first|then) , )?(.+ is pad \d+ , \w+) cube (?:in hand|at t(\d+) r(\d+))")
+KINDS = ("right", "false_done", "missed_done", "leg", "names", "hand", "near", "far", "other")
+
+
+def first_error(said: str, true: str) -> str:
+    """The first thing wrong in a policy's reasoning, given the teacher's at the same look: one of KINDS.
+
+    near: direction and distance are each at most one bin off. other: text that does not have these parts.
+    """
+    if said == true:
+        return "right"
+    if said == "done":
+        return "false_done"
+    parts = PARTS.fullmatch(said)
+    if parts and true == "done":
+        return "missed_done"
+    true_parts = PARTS.fullmatch(true)
+    if not (parts and true_parts):
+        return "other"
+    leg, names, t, r = parts.groups()
+    true_leg, true_names, true_t, true_r = true_parts.groups()
+    if leg != true_leg:
+        return "leg"
+    if names != true_names:
+        return "names"
+    if t is None or true_t is None:
+        return "hand"
+    near = abs(int(t) - int(true_t)) <= 1 and abs(int(r) - int(true_r)) <= 1
+    return "near" if near else "far"
+
+
+def target_of(reasoning: str) -> tuple[str, str] | None:
+    """The cube and pad that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
+    named = re.search(r"is pad (\d+) , (\w+) cube", reasoning)
+    return (named[2], named[1]) if named else None
+
+
+def compare_reasoning(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """How the reasoning in some episodes agrees with the teacher's: a part of one of evaluate()'s cells."""
+    on_target = []  # per episode: does the first reasoning name the right cube and pad?
+    right = []  # and is all of it right?
+    looks = Counter()  # of all decisions
+    for episode in episodes:
+        kinds = list(map(first_error, episode.extras, episode.teacher_reasoning))
+        on_target.append(target_of(episode.extras[0]) == target_of(episode.teacher_reasoning[0]))
+        right.append(kinds[0] == "right")
+        looks.update(kinds)
+    return {
+        "target_at_0": float(np.mean(on_target)),
+        "reasoning": float(np.mean(right)),
+        "looks": {kind: looks[kind] / looks.total() for kind in KINDS},  # shares, together 1
+    }
+
+
+# -----------------------------------------------------------------------------------------------------------
 # Success by family and split
 
 
@@ -526,12 +585,6 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return (centre - spread) / scale, (centre + spread) / scale
-
-
-def target_of(reasoning: str | None) -> tuple[str, str] | None:
-    """The cube and pad that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
-    named = re.search(r"is pad (\d) , (\w+) cube", reasoning or "")
-    return (named[2], named[1]) if named else None
 
 
 def latency(policy: Any, family: str, env: str = "sim") -> dict[str, float]:
@@ -566,7 +619,8 @@ def evaluate(
 ) -> dict[str, dict[str, dict]]:
     """Closed-loop episodes on the first n scenes of a range of seeds -> {family: {split: cell}}.
 
-    A cell is what summarise() gives, with "ms_per_chunk" and "ms_by_stage", a decision's time at batch 1.
+    A cell is what summarise() gives, with "ms_per_chunk" and "ms_by_stage", a decision's time at batch 1, and
+    where policy and teacher reason what compare_reasoning() gives.
     """
     known = getattr(environment_class(env), "splits", ("id",))
     if not set(splits) & set(known):
@@ -587,6 +641,9 @@ def evaluate(
             cell = summarise(episodes)
             cell["ms_per_chunk"] = total
             cell["ms_by_stage"] = stages
+            has_teacher = any(episodes[0].teacher_reasoning)  # environments of one's own may have none
+            if policy.cfg.reasoning and has_teacher:
+                cell |= compare_reasoning(episodes)
             results[family][split] = cell
     return results
 
@@ -608,63 +665,55 @@ def check_evaluation(policy: Any, families: Sequence[str], env: str = "sim") -> 
 
 
 def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Success and first reasoning of some episodes, a cell of evaluate()'s table."""
+    """Success of some episodes, a cell of evaluate()'s table."""
     n = len(episodes)
     won = [episode.steps for episode in episodes if episode.success]
     low, high = wilson(len(won), n)
-    own = [episode.extras[0] for episode in episodes]
-    teachers = [episode.teacher_reasoning for episode in episodes]
     cell = {
         "success": len(won) / n,
         "n": n,
         "low": low,  # ends of the 95 % interval
         "high": high,
-        "target_at_0": None,  # how often the first reasoning names the right cube and pad; None: no reasoning
-        "reasoning": None,  # how often it equals the teacher's
         "steps": None,  # mean of the successful episodes
     }
-    if any(own):
-        cell["target_at_0"] = _agreement(map(target_of, own), map(target_of, teachers))
-        cell["reasoning"] = _agreement(own, teachers)
     if won:
         cell["steps"] = float(np.mean(won))
     return cell
 
 
-def _agreement(one: Iterable, other: Iterable) -> float:
-    """In how many places two lists are equal, as a share."""
-    return float(np.mean(list(map(operator.eq, one, other))))
-
-
-SHARES = ("success", "low", "high", "target_at_0", "reasoning")  # of a cell, shown in per cent
-
-
 def report(results: dict[str, dict[str, dict]], path: Path) -> None:
-    """Print evaluate()'s result as a table, then write it to a JSON file."""
-    row = "{:<10} {:<16} {:>9} {:>5} {:>15} {:>14} {:>17} {:>6}".format
-    shares = ("success %", "n", "95 % interval", "target at 0 %", "reasoning exact %")
-    print(row("family", "split", *shares, "steps"))
+    """Print evaluate()'s result as tables, then write it to a JSON file."""
+    row = "{:<10} {:<16} {:>9} {:>5} {:>15} {:>6}".format
+    print(row("family", "split", "success %", "n", "95 % interval", "steps"))
+    look_row = "{:<10} {:<16} {:>11} {:>10} {:>6} {:>10} {:>11} {:>4} {:>5} {:>4} {:>4} {:>3} {:>5}".format
+    looks = []  # rows of the table of reasoning
     times = []
     for family, splits in results.items():
         for split, c in splits.items():
-            success, low, high, target, exact = map(percent, map(c.get, SHARES))
+            interval = f"{percent(c['low'])} - {percent(c['high'])}"
             steps = "-"  # no episode succeeded
             if c["steps"]:
                 steps = f"{c['steps']:.1f}"
-            print(row(family, split, success, c["n"], f"{low} - {high}", target, exact, steps))
+            print(row(family, split, percent(c["success"]), c["n"], interval, steps))
+            if "looks" in c:
+                shares = np.array([c["target_at_0"], c["reasoning"], *c["looks"].values()])
+                looks.append(look_row(family, split, *(100 * shares).round().astype(int)))
         # All splits of a family share one measurement; the real arm has none.
         if "ms_per_chunk" in c:
             stages = ", ".join(f"{stage} {ms:.1f}" for stage, ms in c["ms_by_stage"].items())
             times.append(f"{family}: {c['ms_per_chunk']:.1f} ms a chunk at batch 1 ({stages})")
-    for line in times:
+    if looks:
+        print("\nreasoning in %: at the first look; then all looks, by the first thing that is wrong")
+        print(look_row("family", "split", "target at 0", "right at 0", *KINDS))
+    for line in (*looks, *times):
         print(line)
     write_json(path, results)
     print(f"wrote {path}", flush=True)
 
 
-def percent(share: float | None) -> str:
-    """0.912 -> "91.2", None -> "-"."""
-    return "-" if share is None else f"{100 * share:.1f}"
+def percent(share: float) -> str:
+    """0.912 -> "91.2"."""
+    return f"{100 * share:.1f}"
 
 
 # -----------------------------------------------------------------------------------------------------------

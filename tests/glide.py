@@ -65,6 +65,25 @@ class Falling(Reach):
         return obs, reward, True, False, {"is_success": False}
 
 
+class Telling(Reach):
+    """Its state is the number of steps so far, and its teacher says it; ten steps are an episode."""
+
+    def reset(self, **options):
+        self.count = 0
+        return super().reset(**options)[0], {"reason": self.teach()}
+
+    def look(self):
+        return super().look() | {"state": np.full(2, self.count, np.float32)}
+
+    def step(self, action):
+        self.count += 1
+        obs, reward, *_ = super().step(action)
+        return obs, reward, False, self.count == 10, {"reason": self.teach()}
+
+    def teach(self):
+        return f"blue is pad 2 , red cube at t{self.count} r1"
+
+
 class Blocked(Reach):
     """Its step does not come back."""
 

@@ -16,7 +16,17 @@ import sample
 import train
 from common import read_json, write_json
 from data import save_episodes
-from evaluate import Episode, SingleEnv, VecEnv, run_episodes, target_of, wilson
+from evaluate import (
+    KINDS,
+    Episode,
+    SingleEnv,
+    VecEnv,
+    compare_reasoning,
+    first_error,
+    run_episodes,
+    target_of,
+    wilson,
+)
 from extras.realtime import Runner
 from model import load_policy
 from sim_env import FAMILIES, SEEDS, SO100Env
@@ -79,7 +89,7 @@ def test_run_episodes_keeps_the_order_of_episodes():
         assert not episode.success and episode.steps == 60
         assert episode.extras == [episode.task] * 3 and episode.executed == [20] * 3
         assert episode.final == episode.task  # the time limit ended it
-        assert " is pad " in episode.teacher_reasoning
+        assert len(episode.teacher_reasoning) == 3 and " is pad " in episode.teacher_reasoning[0]
 
 
 def test_interval_of_a_success_rate():
@@ -91,7 +101,70 @@ def test_interval_of_a_success_rate():
 
 def test_target_of_a_reasoning():
     assert target_of("first , tomato is red , 3 + 1 is pad 4 , red cube at t5 r3") == ("red", "4")
-    assert target_of("done") is None and target_of(None) is None
+    assert target_of("blue is pad 2 , green cube in hand") == ("green", "2")
+    assert target_of("first , blue is pad 2 , red cube") == ("red", "2")  # cut off
+    assert target_of("done") is None and target_of("") is None
+
+
+AT_T5_R3 = "first , tomato is red , 3 + 1 is pad 4 , red cube at t5 r3"
+COUNTED = "3 + 2 : 4 , 5 is pad 5 , red cube at t5 r3"
+
+
+@pytest.mark.parametrize(
+    "said, true, kind",
+    [
+        (AT_T5_R3, AT_T5_R3, "right"),
+        ("done", "done", "right"),
+        ("done", AT_T5_R3, "false_done"),
+        (AT_T5_R3, "done", "missed_done"),
+        (AT_T5_R3.replace("first", "then"), AT_T5_R3, "leg"),
+        (AT_T5_R3.removeprefix("first , "), AT_T5_R3, "leg"),
+        (AT_T5_R3.replace("first", "then").replace("pad 4", "pad 2"), AT_T5_R3, "leg"),  # it comes first
+        (AT_T5_R3.replace("tomato", "cherry"), AT_T5_R3, "names"),
+        (AT_T5_R3.replace("tomato is red , ", ""), AT_T5_R3, "names"),
+        (AT_T5_R3.replace("3 + 1", "3 + 2"), AT_T5_R3, "names"),
+        (AT_T5_R3.replace("pad 4", "pad 3"), AT_T5_R3, "names"),
+        (AT_T5_R3.replace("red cube at t5 r3", "blue cube in hand"), AT_T5_R3, "names"),
+        ("blue is pad 2 , red cube in hand", "pink is pad 2 , red cube in hand", "names"),
+        (COUNTED, COUNTED, "right"),
+        (COUNTED.replace("pad 5", "pad 4"), COUNTED, "names"),
+        (COUNTED.replace("t5 r3", "t6 r3"), COUNTED, "near"),
+        (AT_T5_R3.replace("at t5 r3", "in hand"), AT_T5_R3, "hand"),
+        (AT_T5_R3, AT_T5_R3.replace("at t5 r3", "in hand"), "hand"),
+        (AT_T5_R3.replace("t5 r3", "t4 r4"), AT_T5_R3, "near"),
+        (AT_T5_R3.replace("t5 r3", "t4 r5"), AT_T5_R3, "far"),
+        (AT_T5_R3.replace("t5 r3", "t7 r3"), AT_T5_R3, "far"),
+        (AT_T5_R3.replace("t5 r3", "t10 r3"), AT_T5_R3.replace("t5 r3", "t9 r3"), "near"),
+        (AT_T5_R3.removesuffix(" r3"), AT_T5_R3, "other"),
+        ("", AT_T5_R3, "other"),
+        ("done done", "done", "other"),
+        (AT_T5_R3, "move left and down", "other"),  # another environment's teacher
+    ],
+)
+def test_the_first_thing_that_is_wrong_in_a_reasoning(said, true, kind):
+    assert first_error(said, true) == kind and kind in KINDS
+
+
+def test_reasoning_is_compared_at_the_look_it_was_made_at(reach, capsys, tmp_path):
+    """Telling's state is a step count, which its teacher reads: right only against what was shown."""
+    env = SingleEnv(evaluate.make_env("glide:Telling", 32), 32, ("top",), 2)
+
+    def read(obs):
+        """Say what the picture's moment is, but two steps too much at the third look."""
+        step = int(obs["state"][0, 0])
+        return np.zeros((1, 2, 2)), [f"blue is pad 2 , red cube at t{step + 2 * (step == 4)} r1"]
+
+    episodes = run_episodes(env, [Episode(seed, {"family": "reach"}) for seed in (3, 4)], read)
+    assert [len(episode.extras) for episode in episodes] == [5, 5]
+    cell = compare_reasoning(episodes)
+    assert (cell["target_at_0"], cell["reasoning"]) == (1, 1)
+    assert (cell["looks"]["right"], cell["looks"]["far"]) == (0.8, 0.2)
+    assert list(cell["looks"]) == list(KINDS) and sum(cell["looks"].values()) == pytest.approx(1)
+    evaluate.report({"reach": {"id": evaluate.summarise(episodes) | cell}}, tmp_path / "eval.json")
+    header, row = re.findall(r"^(?:family|reach) .*$", capsys.readouterr().out, re.M)[2:]
+    assert header.split()[-9:] == list(KINDS)
+    assert row.split() == ["reach", "id", "100", "100", "80", *6 * ["0"], "20", "0"]
+    assert read_json(tmp_path / "eval.json")["reach"]["id"]["looks"] == cell["looks"]
 
 
 # -- environments of one's own ------------------------------------------------------------------------------

@@ -148,17 +148,19 @@ def test_eval(run, capsys):
     for cell in results["place"].values():
         assert cell["n"] == 2 and 0 <= cell["low"] <= cell["success"] <= cell["high"] <= 1
         assert cell["ms_per_chunk"] > 0
-        shares = [cell["target_at_0"], cell["reasoning"]]
-        assert all(share is None or 0 <= share <= 1 for share in shares)  # None: it wrote nothing
+        shares = [cell["target_at_0"], cell["reasoning"], *cell["looks"].values()]
+        assert all(0 <= share <= 1 for share in shares) and sum(shares[2:]) == pytest.approx(1)
         assert (cell["steps"] is None) == (cell["success"] == 0)  # steps are those of the successes
-    assert "place" in said and "ood_position" in said and "eval.json" in said
+    # a row of success and one of reasoning for each cell
+    assert len(re.findall(r"^place +(?:id|asked|ood)", said, re.M)) == 2 * len(SPLITS)
+    assert "place: " in said and "eval.json" in said
     assert not list(run.glob("*.tmp"))
 
 
 def test_eval_with_the_teachers_reasoning(run, capsys):
     sample.main([f"--run={run}", "--eval=2", "--splits=id", "--seeds=val", "--reasoning=teacher"])
     cell = json.loads((run / "eval_teacher_val_id.json").read_text())["place"]["id"]
-    assert (cell["target_at_0"], cell["reasoning"]) == (1, 1)
+    assert (cell["target_at_0"], cell["reasoning"], cell["looks"]["right"]) == (1, 1, 1)
     assert "eval_teacher_val_id.json" in capsys.readouterr().out
 
 

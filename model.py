@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -91,6 +91,7 @@ class Config:
     temperature: float = opt(
         0.0, "scale of the sampler's starting noise: 0 acts by its mode, 1 by all of it", "[0, 10]"
     )
+    pointer: bool = opt(True, "words for places are read off where attention points in the first picture")
     reasoning: bool = opt(
         True, "write the chain of thought before the feature queries (paper: think before act)"
     )
@@ -199,6 +200,7 @@ class Config:
         if config.get("tokenizer", identity) != identity:
             raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
         known = {field.name for field in fields(cls)}
+        config = {"pointer": False} | config  # the first policies had none
         try:
             return cls(**{name: value for name, value in config.items() if name in known})
         except UserError as error:
@@ -315,13 +317,16 @@ class VisionEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, 1e-5)
         self.connector = Projection(width * self.shuffle**2, cfg.width)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (n, 3, px, px) in [-1, 1] -> visual tokens (n, tokens, D)."""
-        x = self.patch(images)  # (n, vision_width, side, side)
-        x = x.flatten(2).transpose(1, 2)  # (n, side*side, vision_width)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, px, px) in [-1, 1] -> visual tokens (n, tokens, D), and what the patches look like.
+
+        The latter (n, vision_width, side, side) is before positions: the same at every place.
+        """
+        patches = self.patch(images)  # (n, vision_width, side, side)
+        x = patches.flatten(2).transpose(1, 2)  # (n, side*side, vision_width)
         x = self.norm(x + self.position)
         x = pixel_shuffle(x, self.shuffle)  # (n, side*side / k^2, k*k*vision_width)
-        return self.connector(x)
+        return self.connector(x), patches
 
 
 def pixel_shuffle(x: Tensor, k: int) -> Tensor:
@@ -470,6 +475,83 @@ class LanguageModel(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+class Visual(NamedTuple):
+    """What the VLM sees of pictures, B rows."""
+
+    tokens: Tensor  # visual tokens of every view (B, V, n, D)
+    keys: Tensor | None = None  # the patches' looks in the first view (B, m, POINT_WIDTH), for the pointer
+    places: Tensor | None = None  # where the patches lie in it (B, m, 2), -1 .. 1
+
+
+POINT_WIDTH = 32
+
+
+class Pointer(nn.Module):
+    """Reads words that are points of a scale, as t0 .. t11, off the place of what a token speaks of.
+
+    Attention over the patches of the first view finds the thing by its looks. The mean place that it weighs,
+    a spatial softmax (Levine et al. 2016, arXiv 1504.00702), becomes one number for each scale. As looks know
+    nothing of places, a thing is found where training never showed one; a table of places would have to be
+    learnt for each of them.
+    """
+
+    def __init__(self, cfg: Config, scales: list[list[int]]):
+        super().__init__()
+        self.scales = [torch.tensor(ids) for ids in scales]  # token ids of every scale, in order
+        side = cfg.image_size // cfg.patch_size
+        # A 3 x 3 neighbourhood tells a cube from a pad of its colour, and where in the patch it lies.
+        self.key = nn.Conv2d(cfg.vision_width, POINT_WIDTH, 3, padding=1)
+        self.offset = nn.Conv2d(cfg.vision_width, 2, 3, padding=1)
+        self.query = nn.Sequential(
+            nn.Linear(cfg.width, cfg.width), nn.ReLU(), nn.Linear(cfg.width, POINT_WIDTH)
+        )
+        layers = [nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, len(scales))]
+        self.numbers = nn.Sequential(*layers)
+        middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,) of the patches, -1 .. 1
+        y, x = torch.meshgrid(middles, middles, indexing="ij")
+        self.register_buffer("grid", torch.stack((x, y), dim=-1).flatten(0, 1), persistent=False)  # (m, 2)
+
+    def look(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches of one view (B, vision_width, side, side) -> keys (B, m, POINT_WIDTH), places (B, m, 2)."""
+        keys = self.key(patches).flatten(2).mT  # (B, m, POINT_WIDTH)
+        keys = F.rms_norm(keys, keys.shape[-1:], eps=RMS_EPS)
+        offset = self.offset(patches).flatten(2).mT  # (B, m, 2)
+        patch = self.grid[1, 0] - self.grid[0, 0]  # width of a patch
+        return keys, self.grid + 1.5 * patch * offset.tanh()
+
+    def forward(self, hidden: Tensor, keys: Tensor, places: Tensor) -> Tensor:
+        """Hidden states of n tokens (n, D), each with its picture's keys and places -> numbers (n, scales).
+
+        A number is 0 at a scale's lower end and 1 at its upper one.
+        """
+        query = self.query(hidden)[..., None]  # (n, POINT_WIDTH, 1)
+        weights = (keys @ query).float().softmax(dim=1)  # (n, m, 1)
+        place = (weights * places).sum(dim=1)  # (n, 2)
+        return self.numbers(place.to(hidden.dtype)).float() + 0.5
+
+    def loss(self, numbers: Tensor, labels: Tensor) -> Tensor:
+        """How far numbers (n, scales) lie from the words that are due, labels (n,) -> (n,), 0 for others."""
+        loss = torch.zeros_like(numbers[:, 0])  # (n,)
+        for k, ids in enumerate(self.scales):
+            due, word = (labels[:, None] == ids.to(labels)).nonzero(
+                as_tuple=True
+            )  # rows, places on the scale
+            middle = (word + 0.5) / len(ids)
+            error = F.smooth_l1_loss(numbers[due, k], middle, reduction="none", beta=0.05)
+            loss = loss.index_add(0, due, 10 * error)
+        return loss
+
+    def choose(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        """Logits (n, vocab) -> others, whose likeliest word of a scale is the one nearest to its number."""
+        logits = logits.clone()
+        for k, ids in enumerate(self.scales):
+            middles = (torch.arange(len(ids), device=logits.device) + 0.5) / len(ids)
+            distance = (numbers[:, k, None] - middles).abs() * len(ids)  # (n, words) in words
+            due = logits[:, ids].amax(dim=1, keepdim=True)
+            logits[:, ids] = due - distance
+        return logits
+
+
 def checkpoint_blocks(blocks: nn.ModuleList) -> None:
     """Let every block keep only its input in the forward pass, and compute the rest again in the backward."""
     for block in blocks:
@@ -493,6 +575,9 @@ class VLM(nn.Module):
         self.lm = LanguageModel(cfg)
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
         self.set_chat_format(tokenizer)
+        self.pointer = None
+        if cfg.pointer and tokenizer.scales:
+            self.pointer = Pointer(cfg, tokenizer.scales)
 
     def set_chat_format(self, tokenizer: Tokenizer) -> None:
         """Token ids that stand before the images, before each and behind each; none for our own tokenizer."""
@@ -502,7 +587,10 @@ class VLM(nn.Module):
 
     def parts(self) -> dict[str, Iterable[nn.Parameter]]:
         """Parameters of the vision encoder and of the language model."""
-        return {"vision": self.vision.parameters(), "language": self.lm.parameters()}
+        parts = {"vision": self.vision.parameters(), "language": self.lm.parameters()}
+        if self.pointer is not None:
+            parts["pointer"] = self.pointer.parameters()
+        return parts
 
     def freeze_vision(self) -> None:
         """The vision encoder stops learning, but for its connector."""
@@ -513,14 +601,29 @@ class VLM(nn.Module):
         """Keep only every block's input in the forward pass; the backward pass computes the rest again."""
         checkpoint_blocks(self.lm.blocks)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
+    def encode_images(self, images: Tensor) -> Visual:
+        """Images (B, V, px, px, 3) uint8 -> what the VLM sees of them."""
         x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, px, px)
         # 0 .. 255 -> -1 .. 1, at least in fp32: bf16 has no room for 256 grey levels
         x = x.to(torch.promote_types(self.queries.dtype, torch.float32)).div(127.5).sub(1.0)
         x = x.to(self.queries.dtype)
-        x = self.vision(x)  # (B*V, n, D)
-        return x.unflatten(0, images.shape[:2])
+        tokens, patches = self.vision(x)  # (B*V, n, D), (B*V, vision_width, side, side)
+        tokens = tokens.unflatten(0, images.shape[:2])  # (B, V, n, D)
+        if self.pointer is None:
+            return Visual(tokens)
+        first = patches.unflatten(0, images.shape[:2])[:, 0]  # (B, vision_width, side, side)
+        return Visual(tokens, *self.pointer.look(first))
+
+    def point(self, hidden: Tensor, visual: Visual, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Where n tokens (n, D) of these rows of a batch point -> numbers (n, scales)."""
+        return self.pointer(hidden, visual.keys[rows], visual.places[rows])
+
+    def pointing_loss(self, hidden: Tensor, visual: Visual, rows: Tensor, due: Tensor) -> Tensor:
+        """Of n tokens (n, D) of these rows of a batch, before the words that are due (n,) -> (n,)."""
+        on_scale = torch.isin(due, torch.cat(self.pointer.scales).to(due))
+        numbers = self.point(hidden[on_scale], visual, rows[on_scale])
+        loss = self.pointer.loss(numbers, due[on_scale])
+        return loss.new_zeros(len(due)).masked_scatter(on_scale, loss)
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
@@ -558,7 +661,7 @@ class VLM(nn.Module):
 
     def embed(
         self,
-        visual: Tensor,
+        visual: Visual,
         tokens: Tensor,
         segments: Tensor,
         positions: Tensor,
@@ -568,7 +671,7 @@ class VLM(nn.Module):
         -> embeddings (B, P + T, D), segments (B, P + T), positions (B, P + T) or (3, B, P + T), the position
         of the first text token.
         """
-        prefix, prefix_positions, first = self.prefix(visual)
+        prefix, prefix_positions, first = self.prefix(visual.tokens)
         text = self.lm.embed(tokens)  # (B, T, D)
         x = torch.cat((prefix, text), dim=1)
         segments = F.pad(segments, (prefix.shape[1], 0))  # the images are segment 0
@@ -587,7 +690,7 @@ class VLM(nn.Module):
 
     def forward(
         self,
-        visual: Tensor,
+        visual: Visual,
         tokens: Tensor,
         segments: Tensor,
         positions: Tensor,
@@ -595,7 +698,7 @@ class VLM(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states of the text (B, T, D), and of the queries (B, Q, D) if asked for, else None.
 
-        visual (B, V, n, D); tokens, segments, positions (B, T). positions count within a segment from 0:
+        tokens, segments, positions (B, T). positions count within a segment from 0:
         every segment starts right behind the images, as if it were alone.
         """
         B, T = tokens.shape
@@ -617,7 +720,7 @@ class VLM(nn.Module):
     @torch.inference_mode()
     def generate(
         self,
-        visual: Tensor,
+        visual: Visual,
         prompts: list[list[int]],
         stop: int,
         limit: int,
@@ -625,12 +728,12 @@ class VLM(nn.Module):
     ) -> tuple[list[list[int]], Tensor | None]:
         """Greedy decoding with a key/value cache; prompts, lists of token ids, may differ in length.
 
-        visual (B, V, n, D) -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
+        -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
         or None. limit 0 writes nothing: the queries follow the prompt.
         """
         text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
         # each (B, T); there are no labels to learn
-        tokens, segments, positions, _ = (ids.to(visual.device) for ids in text.values())
+        tokens, segments, positions, _ = (ids.to(visual.tokens.device) for ids in text.values())
         B, T = tokens.shape
         length = (segments == 1).sum(1)  # (B,)
         x, segments, positions, first = self.embed(visual, tokens, segments, positions)
@@ -645,7 +748,10 @@ class VLM(nn.Module):
             alive = (written != stop).all(dim=1)  # (B,)
             if not alive.any():
                 break
-            token = self.lm.logits(last).argmax(-1)  # (B,)
+            logits = self.lm.logits(last)
+            if self.pointer is not None:
+                logits = self.pointer.choose(logits, self.point(last, visual))
+            token = logits.argmax(-1)  # (B,)
             if i == limit - 1:  # too long: close it
                 token = torch.full_like(token, stop)
             written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
@@ -935,6 +1041,8 @@ class SyVLA(nn.Module):
             nn.init.normal_(self.vlm.vision.position, std=0.5)
             for block in self.vlm.lm.blocks:
                 closed += [block.proj, block.down]
+            if self.vlm.pointer is not None:  # it begins by looking everywhere alike
+                closed += [self.vlm.pointer.query[-1], self.vlm.pointer.offset]
             if self.vlm.lm.head is not None:
                 closed.append(self.vlm.lm.head)
         for module in closed:
@@ -1142,7 +1250,10 @@ class SyVLA(nn.Module):
         # the output layer is the widest of all: only where something is to be learnt
         rows, columns = (labels >= 0).nonzero(as_tuple=True)
         logits = self.vlm.lm.logits(text[rows, columns])
-        nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")
+        due = labels[rows, columns]  # (n,)
+        nll = F.cross_entropy(logits, due, reduction="none")
+        if self.vlm.pointer is not None:
+            nll = nll + self.vlm.pointing_loss(text[rows, columns], visual, rows, due)
         total = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
         count = (labels >= 0).sum(1)  # (B,) targets; a row may have none
         per_row = total / count.clamp(min=1)

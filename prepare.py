@@ -375,10 +375,9 @@ def random_sum(rng: np.random.Generator, split: str) -> str:
             return expression
 
 
-# Words that say what is to be done with what; "the", "one", "that", "looks", "like" belong to the things.
-CONTENT = {*COLOURS, *"the one that looks like a an cube block pad square number plus minus".split()}
-CONTENT |= {*"first then after and , + -".split(), *"0123456789"}
-CONTENT |= {word for things in WORDS["vague_names"].values() for thing in things.values() for word in thing.split()}
+# Words of instructions that name things and their order. All others may be said in another way.
+THINGS = [thing for things in WORDS["vague_names"].values() for thing in things.values()]
+CONTENT = {*COLOURS, *WORDS["naming"], *" ".join(THINGS).split(), *"0123456789"}
 
 
 def replace_function_words(task: str, rng: np.random.Generator) -> str:
@@ -388,16 +387,20 @@ def replace_function_words(task: str, rng: np.random.Generator) -> str:
     """
     words = []
     for word in task.split():
-        kind = rng.random()
-        if word in CONTENT or kind < 0.4:
+        fate = rng.random()
+        if word in CONTENT or fate < 0.4:
             words.append(word)
-        elif kind < 0.85:
-            syllables = [
-                rng.choice(list("bcdfghklmnprstvw")) + rng.choice(list("aeiou"))
-                for _ in range(rng.integers(1, 4))
-            ]
-            words.append("".join(syllables) + rng.choice(["", "n", "s", "t", "r"]))
+        elif fate < 0.85:
+            words.append(invented_word(rng))
     return " ".join(words)
+
+
+def invented_word(rng: np.random.Generator) -> str:
+    """One to three syllables."""
+    word = ""
+    for _ in range(rng.integers(1, 4)):
+        word += rng.choice(list("bcdfghklmnprstvw")) + rng.choice(list("aeiou"))
+    return word + rng.choice(["", "n", "s", "t", "r"])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -642,7 +645,9 @@ def simulate(cfg: PrepareConfig, shard: Shard) -> Iterator[tuple[dict[str, ndarr
                     yield arrays, [entry], []
             else:
                 split = ASKED if cfg.ask_beyond and shard.kind == "questions" else "id"
-                obs, _ = env.reset(seed=seed, options={"family": shard.name, "split": split, "start": True, "reach": True})
+                obs, _ = env.reset(
+                    seed=seed, options={"family": shard.name, "split": split, "start": True, "reach": True}
+                )
                 arrays = {camera: image[None] for camera, image in obs["images"].items()}  # (1, px, px, 3)
                 questions = scene_questions(env.scene(), np.random.default_rng([7, seed]), split)
                 yield arrays, [list(questions)], []

@@ -642,9 +642,9 @@ class SO100Env:
         """Start an episode -> observation, info. The same seed and options give the same bits.
 
         options: family, split, start (True: amid work, with any valid arm pose and some cubes on pads
-        already), reach (True: often the hand is about a cube or holds one) and task (a person's own instruction: the first scene from `seed` on that has what it names,
-        a scene of sequence or of tiny). Without a seed a training one is drawn, or for the
-        other splits a report one.
+        already), reach (True: the hand is often about a cube or holds one) and task (a person's own
+        instruction: the first scene from `seed` on that has what it names, a scene of sequence or of tiny).
+        Without a seed a training one is drawn, or for the other splits a report one.
         """
         known = {
             "family": self.family,

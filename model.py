@@ -430,6 +430,9 @@ class LanguageBlock(nn.Module):
 
         y = self.gate_up(self.norm2(x))
         gate, up = y.chunk(2, dim=-1)  # 2 x (B, n, mlp_width)
+        # SiLU and its gradient take twice as long on every second piece of memory
+        gate = gate.contiguous()
+        up = up.contiguous()
         return x + self.down(F.silu(gate) * up)
 
 
@@ -610,7 +613,8 @@ class VLM(nn.Module):
         """Images (B, V, px, px, 3) uint8 -> what the VLM sees of them."""
         x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, px, px)
         # 0 .. 255 -> -1 .. 1, at least in fp32: bf16 has no room for 256 grey levels
-        x = x.to(torch.promote_types(self.queries.dtype, torch.float32)).div(127.5).sub(1.0)
+        x = x.to(torch.promote_types(self.queries.dtype, torch.float32))
+        x = x.div(127.5).sub(1.0)
         x = x.to(self.queries.dtype)
         tokens, patches = self.vision(x)  # (B*V, n, D), (B*V, vision_width, side, side)
         tokens = tokens.unflatten(0, images.shape[:2])  # (B, V, n, D)
@@ -1234,6 +1238,8 @@ class SyVLA(nn.Module):
         query_states = batch.get("query_states")
         if query_states is None:
             losses["text"], query_states = self.text_loss(batch, with_queries="actions" in batch)
+        else:
+            query_states = query_states.to(self.expert.position.dtype)  # kept ones come in fp32
         if "actions" in batch:
             state = self.normalise(batch["state"], "state")
             actions = self.normalise(batch["actions"], "action")

@@ -228,6 +228,18 @@ def test_language_block_against_plain_loops(qk_norm):
     assert torch.allclose(got, expected, atol=1e-10)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_in_bf16_steps_equals_torch_in_fp32(masked):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2))
+    mask = torch.ones(2, 1, 5, 5).tril().bool() if masked else None
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(attend(q, k, v, mask), wanted, rtol=0, atol=0)
+    got = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), wanted, rtol=0, atol=0.03)
+
+
 def test_rotary_scores_depend_on_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)

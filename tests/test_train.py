@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -38,16 +39,10 @@ def go(data, tmp_path):
 
 
 def arguments(data, out, *flags):
-    return [
-        "--config",
-        "debug",
-        f"--data={data}",
-        f"--out={out}",
-        "--device=cpu",
-        "--threads=1",
-        "--precision=fp32",
-        *flags,
-    ]
+    words = ["--config", "debug", f"--data={data}", f"--out={out}", "--device=cpu", "--threads=1", *flags]
+    if not any("precision" in word for word in words):
+        words.append("--precision=fp32")  # the same on every processor
+    return words
 
 
 def config(**changes):
@@ -115,6 +110,76 @@ def test_every_parameter_learns(data):
     for step in (0, 1, 1, 1):  # the gates open one after the other
         train.train_step(run, 0, train.batches(run, step))
     assert not [name for name, p in run.policy.named_parameters() if torch.equal(p, before[name])]
+
+
+def learns_in_bf16(monkeypatch, **changes):
+    """A run as on a processor with bf16 arithmetic; others compute the same, slowly."""
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
+    return build(precision="auto", **changes)
+
+
+def test_gradients_in_bf16_are_near_those_in_fp32(data, monkeypatch):
+    run = learns_in_bf16(monkeypatch, data=str(data), ground_steps=0, mix=0.5, decouple="off")
+    for p in run.policy.parameters():
+        if not p.any():  # a gate that is shut hides the gradients behind it
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    (micro,) = train.batches(run, 0)
+    gradients = []
+    for forward in (run.policy, run.bf16_copy):
+        train.round_weights(run.policy, run.bf16_copy)
+        loss = 0.0
+        for _, batch in micro:
+            losses = forward(batch)
+            loss = loss + losses["text"] + losses.get("action", 0.0)
+        loss.backward()
+        train.return_gradients(run.bf16_copy, run.policy)  # of fp32 there are none
+        parts = defaultdict(list)  # as in vlm.lm.blocks
+        for name, p in run.policy.named_parameters():
+            assert p.grad.dtype == p.dtype == torch.float32
+            parts[".".join(name.split(".")[:3])].append(p.grad.flatten())
+        gradients.append({part: torch.cat(pieces) for part, pieces in parts.items()})
+        run.policy.zero_grad()
+    exact, rounded = gradients
+    for part, gradient in exact.items():
+        assert torch.cosine_similarity(gradient, rounded[part], dim=0) > 0.98, part
+        assert 0.95 < rounded[part].norm() / gradient.norm() < 1.05, part
+
+
+def test_fp32_weights_move_in_a_bf16_step_and_the_copy_follows(data, monkeypatch):
+    run = learns_in_bf16(monkeypatch, data=str(data), ground_steps=0, mix=0.5)
+    run.policy.action_limit += 1  # a checkpoint that is loaded brings other statistics
+    for step in (0, 1):
+        train.train_step(run, step, train.batches(run, step))
+    train.round_weights(run.policy, run.bf16_copy)
+    torch.testing.assert_close(run.bf16_copy.action_limit, run.policy.action_limit, rtol=0, atol=0)
+    for p, rounded in zip(run.policy.parameters(), run.bf16_copy.parameters()):
+        assert p.dtype == torch.float32 and torch.equal(rounded, p.bfloat16())
+        assert rounded.grad is None and p.grad is None
+    small = [p for p in run.policy.parameters() if not torch.equal(p, p.bfloat16().float())]
+    assert len(small) > 20  # updates are not lost in the rounding
+
+
+def test_precision_fp32_computes_on_the_policy_itself(data, monkeypatch):
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
+    run = build(data=str(data), precision="fp32")
+    assert run.bf16_copy is None and run.forward is run.policy
+    assert run.optimizers[0].dtype == torch.float32
+
+
+def test_a_resumed_bf16_run_equals_the_uninterrupted_one_bit_for_bit(go, monkeypatch):
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)
+    flags = ["--precision=bf16", "--mix=0.5", "--accumulate=2", "--checkpointing"]
+    whole = go("whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_before(3, patch)
+        go("cut", *flags, "--save_every=1")
+    assert differences(state(whole), state(go("cut", "--precision=bf16", "--resume"))) == 0
+
+
+def test_precision_that_cannot_be_had(fails, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: False)
+    assert "--precision=bf16" in fails(train.main, arguments(data, tmp_path / "x", "--precision=bf16"))
+    assert build(data=str(data), precision="auto").bf16_copy is None
 
 
 def test_learning_rate(data):

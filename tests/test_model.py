@@ -22,6 +22,7 @@ from model import (
     LanguageBlock,
     SyVLA,
     Visual,
+    attend,
     load_policy,
     pixel_shuffle,
     read_checkpoint_config,
@@ -361,14 +362,20 @@ def test_the_pointer_sees_looks_and_not_places(make_policy):
 
 
 def test_the_pointer_weighs_places_by_attention(make_policy):
-    pointer = make_policy(words=PLACES).vlm.pointer
-    hidden, keys, places = torch.randn(3, 32), torch.randn(3, 16, 32), torch.randn(3, 16, 2)
-    numbers = pointer(hidden, keys, places)
+    policy = make_policy(words=PLACES)
+    pointer, ids = policy.vlm.pointer, policy.tokenizer.ids
+    recent, keys, places = torch.randint(1, 264, (3, 8)), torch.randn(3, 16, 32), torch.randn(3, 16, 2)
+    numbers = pointer(recent, keys, places)
     for i in range(3):
-        query = pointer.query(hidden[i])
+        query = pointer.query(pointer.words(recent[i]).flatten())
         weights = (keys[i] @ query).exp() / (keys[i] @ query).exp().sum()
         place = sum(w * p for w, p in zip(weights, places[i]))
         assert torch.allclose(numbers[i], pointer.numbers(place) + 0.5, atol=1e-5)
+    # places that were said already are not read
+    recent[:, -1] = ids[" t3"]
+    said = pointer(recent, keys, places)
+    recent[:, -1] = ids[" t4"]
+    assert torch.equal(pointer(recent, keys, places), said) and not torch.allclose(said, numbers)
 
 
 def test_numbers_of_the_pointer_become_words(make_policy):
@@ -391,22 +398,22 @@ def test_numbers_of_the_pointer_become_words(make_policy):
 def test_pointing_is_learnt_with_the_words(make_policy):
     policy = make_policy(words=PLACES)
     ids = policy.tokenizer.ids
-    rows = [
-        [([4, ids[" cube"], 5], [ids[" t3"], ids[" r2"], 6])],
-        [([4, ids[" cube"], 5], [ids[" cube"], 6])],
-    ]
+    question = [4, ids[" cube"], 5]
+    other = (question, [ids[" cube"], 6])
+    rows = [[other, (question, [ids[" t3"], ids[" r2"], 6])], [other]]
     batch = {**packed(rows), "images": pictures(policy, 2)}
     loss, _ = policy.text_loss(batch, with_queries=False)
     pointer, policy.vlm.pointer = policy.vlm.pointer, None
     words_alone, _ = policy.text_loss(batch, with_queries=False)
     policy.vlm.pointer = pointer
     visual = policy.vlm.encode_images(batch["images"])
-    hidden, _ = policy.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], False)
-    numbers = pointer(hidden[0, 2:4], visual.keys[[0, 0]], visual.places[[0, 0]])  # before t3 and before r2
+    # nothing of the question before
+    recent = torch.tensor([[0] * 5 + question, [0] * 4 + question + [ids[" t3"]]])
+    numbers = pointer(recent, visual.keys[[0, 0]], visual.places[[0, 0]])  # before t3 and before r2
     due = torch.tensor([3.5 / 12, 2.5 / 8])
     error = torch.nn.functional.smooth_l1_loss(numbers[[0, 1], [1, 0]], due, reduction="none", beta=0.05)
-    # three words in the first row, and two rows
-    assert torch.allclose(loss - words_alone, 10 * error.sum() / 3 / 2, atol=1e-5)
+    # five words in the first row, and two rows
+    assert torch.allclose(loss - words_alone, 10 * error.sum() / 5 / 2, atol=1e-5)
 
 
 def test_without_reasoning_the_queries_follow_the_instruction(make_policy):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -1526,6 +1526,34 @@ def save_policy(
             path.write_bytes(content)
     made_by = {"format": FORMAT, "torch": torch.__version__, "tokenizer": text_id(tokenizer)}
     write_json(folder / "config.json", config | made_by)
+
+
+SHIPPED = Path(__file__).parent / "assets" / "small.safetensors"  # the trained policy of this repository
+UNPACKED = "out/shipped"
+
+
+def checkpoint_folder(path: str) -> str:
+    """A checkpoint folder as it is; a policy in one file, as SHIPPED, unpacked to UNPACKED.
+
+    The file is written by benchmarks/ship.py: config.json and tokenizer.json are its metadata.
+    """
+    if not path.endswith(".safetensors"):
+        return path
+    try:
+        with safe_open(path, "pt") as file:
+            texts = file.metadata() or {}
+        content = Path(path).read_bytes()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from None
+    if set(texts) != {"config.json", "tokenizer.json"}:
+        raise UserError(f"{path} is no policy in one file; name the checkpoint folder that it belongs to")
+    if Path(UNPACKED, "train_state.pt").exists():
+        raise UserError(f"{UNPACKED} holds a training run, {path} would be unpacked there: move the run away")
+    files = {name: text.encode() for name, text in texts.items()} | {"model.safetensors": content}
+    for name, content in files.items():
+        with atomic_path(Path(UNPACKED, name)) as temporary:
+            temporary.write_bytes(content)
+    return UNPACKED
 
 
 def load_policy(folder: str | Path, device: torch.device | str = "cpu") -> SyVLA:

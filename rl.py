@@ -82,6 +82,7 @@ from model import (
     DenoisingStep,
     SyVLA,
     all_presets,
+    checkpoint_folder,
     load_policy,
     save_policy,
     timesteps,
@@ -854,6 +855,7 @@ def settle(cfg: RLConfig) -> RLConfig:
         saved = read_checkpoint_config(cfg.out)
         settings = saved.get("rl", {}) | {"format": saved.get("format")}
         cfg = resumed_config(cfg, settings, MAY_CHANGE)
+    cfg.init_from = checkpoint_folder(cfg.init_from)
     trained = read_checkpoint_config(cfg.init_from)
     for name in ("data", "families", "env"):
         setattr(cfg, name, getattr(cfg, name) or trained.get(name, ""))

@@ -43,7 +43,7 @@ from evaluate import (
     save_film,
     summarise,
 )
-from model import SyVLA, all_presets, load_policy
+from model import SHIPPED, SyVLA, all_presets, checkpoint_folder, load_policy
 from sim_env import FPS, SEEDS, SPLITS, resize_image
 
 MODES = ("wait", "naive", "async", "async+rtc")  # extras/realtime.py explains them
@@ -59,7 +59,7 @@ class SampleConfig:
     """The command line."""
 
     config: str = opt("", "preset whose run is used (default: the newest policy under out/)", needs="not run")
-    run: str = opt("", "checkpoint folder (default: out/<config>)")
+    run: str = opt("", "checkpoint folder, or a policy in one file (default: out/<config>)")
     env: str = opt(
         "", "sim, real or package.module:Class (default: as trained for)", needs=("not replay", "not image")
     )
@@ -393,14 +393,15 @@ def read_pictures(policy: SyVLA, paths: list[str]) -> np.ndarray:
 
 
 def newest_run() -> str:
-    """The newest policy under out/."""
+    """The newest policy under out/; before any training the one that ships with the repository."""
     # A run that has not saved a policy yet has a config alone; a kill may leave weights alone.
     saved = {}
     for path in Path("out").glob("*/config.json"):
         if path.with_name("model.safetensors").is_file():
             saved[path.stat().st_mtime] = path.parent
     if not saved:
-        raise UserError("there is no policy under out/: type --run=FOLDER, or python train.py --config tiny")
+        print(f"policy: {SHIPPED.name}, which ships with the repository (nothing was trained under out/ yet)")
+        return str(SHIPPED)
     newest = saved[max(saved)]
     print(f"policy: {newest}")
     return str(newest)
@@ -409,7 +410,7 @@ def newest_run() -> str:
 def sample(cfg: SampleConfig) -> None:
     """Load the policy and do what the command line asks for."""
     fast_cpu()
-    cfg.run = cfg.run or (f"out/{cfg.config}" if cfg.config else newest_run())
+    cfg.run = checkpoint_folder(cfg.run or (f"out/{cfg.config}" if cfg.config else newest_run()))
     policy = load_policy(cfg.run)
     trained = read_checkpoint_config(cfg.run)
     cfg.env = cfg.env or trained.get("env", "sim")

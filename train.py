@@ -62,7 +62,7 @@ from common import (
     write_json,
 )
 from data import Episodes, Questions, Tokenizer, data_id, open_images_of, read_meta
-from model import Config, SyVLA, all_presets, save_policy
+from model import Config, SyVLA, all_presets, checkpoint_folder, save_policy
 
 TRAINING = ("not plan", "not bench")  # what options that need a training need, see common.check_needs()
 
@@ -76,7 +76,7 @@ class TrainConfig(Config):
     data: str = opt("", "data set folder (default data/<config>)")
     out: str = opt("", "run folder (default out/<config>)")
     stage: str = opt("pretrain", "finetune: actions alone, from --init_from", ("pretrain", "finetune"))
-    init_from: str = opt("", "checkpoint folder whose weights, shapes and tokenizer start this run")
+    init_from: str = opt("", "checkpoint folder, or a policy in one file, that starts this run")
     resume: bool = opt(False, "go on with the run in --out, with its settings")
     new_expert: bool = opt(
         False,
@@ -808,6 +808,7 @@ def settle(cfg: TrainConfig) -> TrainConfig:
         Config.read(out)  # complains of a folder that is no whole checkpoint
         return resumed_config(cfg, read_checkpoint_config(out), set(MAY_CHANGE.split()))
     if cfg.init_from:
+        cfg.init_from = checkpoint_folder(cfg.init_from)
         inherit_shapes(cfg)
     if cfg.backbone:
         from extras.backbones import apply_backbone_config

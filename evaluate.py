@@ -515,41 +515,43 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
 # -----------------------------------------------------------------------------------------------------------
 # The policy's reasoning against the teacher's
 
-# The parts of `first , tomato is red , 3 + 1 is pad 4 , red cube at t5 r3`: which leg; all names up to the
-# cube's colour, whether a sum is counted out or not; direction and distance, unless the cube is in hand.
-PARTS = re.compile(r"(?:(first|then) , )?(.+ is pad \d+ , \w+) cube (?:in hand|at t(\d+) r(\d+))")
+# What is said of one leg, `first , tomato is red , blue is pad 4 , red cube at t5 r3`: all names up to the
+# cube's colour, where the cube is, and direction and distance where they are said.
+CLAUSE = r"(?:(?:first|then) , )?(\S.*? is pad \d+ , \w+) cube (there|in hand|at t(\d+) r(\d+))"
+REASONING = re.compile(rf"{CLAUSE}(?: , {CLAUSE})?(?: , done)?")
 KINDS = ("right", "false_done", "missed_done", "leg", "names", "hand", "near", "far", "other")
 
 
 def first_error(said: str, true: str) -> str:
     """The first thing wrong in a policy's reasoning, given the teacher's at the same look: one of KINDS.
 
-    near: direction and distance are each at most one bin off. other: text that does not have these parts.
+    leg: a leg that is not done is left, or one that is done is not. near: direction and distance are each at
+    most one bin off. other: text that is not of clauses.
     """
     if said == true:
         return "right"
-    if said == "done":
-        return "false_done"
-    parts = PARTS.fullmatch(said)
-    if parts and true == "done":
-        return "missed_done"
-    true_parts = PARTS.fullmatch(true)
-    if not (parts and true_parts):
+    if not (REASONING.fullmatch(said) and REASONING.fullmatch(true)):
         return "other"
-    leg, names, t, r = parts.groups()
-    true_leg, true_names, true_t, true_r = true_parts.groups()
-    if leg != true_leg:
-        return "leg"
-    if names != true_names:
-        return "names"
-    if t is None or true_t is None:
-        return "hand"
-    near = abs(int(t) - int(true_t)) <= 1 and abs(int(r) - int(true_r)) <= 1
-    return "near" if near else "far"
+    for mine, theirs in zip(re.findall(CLAUSE, said), re.findall(CLAUSE, true)):
+        names, state, *place = mine
+        true_names, true_state, *true_place = theirs
+        if names != true_names:
+            return "names"
+        if state == true_state:
+            continue
+        if "there" in (state, true_state):
+            verdicts = {said: "false_done", true: "missed_done"}
+            wrong = [kind for text, kind in verdicts.items() if text.endswith("done")]
+            return wrong[0] if wrong else "leg"
+        if "in hand" in (state, true_state):
+            return "hand"
+        bins = zip(map(int, place), map(int, true_place))
+        return "near" if all(abs(a - b) <= 1 for a, b in bins) else "far"
+    return "other"
 
 
 def target_of(reasoning: str) -> tuple[str, str] | None:
-    """The cube and pad that a reasoning names: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
+    """The cube and pad of the first leg: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
     named = re.search(r"is pad (\d+) , (\w+) cube", reasoning)
     return (named[2], named[1]) if named else None
 

@@ -96,7 +96,7 @@ class Config:
         True, "write the chain of thought before the feature queries (paper: think before act)"
     )
     max_reasoning_tokens: int = opt(
-        32, "longest chain of thought that is generated, tokens", "[0, 4096]", needs="reasoning"
+        48, "longest chain of thought that is generated, tokens", "[0, 4096]", needs="reasoning"
     )
     decouple: str = opt("gradient", "intention decoupling, or a control of it", DECOUPLE)
     decouple_percentile: float = opt(

@@ -352,6 +352,8 @@ def scene_questions(
         name = rng.choice(VAGUE_NAMES[colour])  # held-out ones too: instructions never name those in training
         thing = WORDS["vague_names"][colour][name]
         question = phrase(f"what colour is {name}", f"what colour is the one that looks like {thing}")
+        if rng.random() < 0.5:  # reasoning begins with such an answer
+            question = f"<task> {question}"
         yield "looks like", question, f"{name} is {colour}"
     for family in ("place", "place", "calculate", "calculate", "sequence", "sequence", "sequence"):
         task, answer = random_task(scene, family, rng, split)
@@ -371,7 +373,9 @@ def random_sum(rng: np.random.Generator, split: str) -> str:
     while True:
         a, b = rng.integers(10, size=2)  # digits
         expression = f"{a} + {b}" if rng.random() < 0.5 else f"{max(a, b)} - {min(a, b)}"
-        if expression not in banned and number_of(expression) < 10:
+        # An instruction's sum takes at most five steps.
+        short = len(count_out(expression).split()) <= 4 + 2 * 5
+        if expression not in banned and number_of(expression) < 10 and short:
             return expression
 
 

@@ -146,12 +146,14 @@ SUMS = [expression for expression in SUMS if expression not in HELD_OUT_SUMS + A
 
 
 def count_out(expression: str) -> str:
-    """A sum in steps of one: "3 + 2" -> "3 + 2 : 4 5", "3 - 1" -> "3 - 1 : 2".
+    """A sum in numbered steps of one: "3 + 2" -> "3 + 2 : 4 1 5 2", "9 - 7" -> "9 - 7 : 8 1 9 2".
 
-    A table of sums could not be continued to one that was never shown. Steps can.
+    A difference is counted from its smaller number up. A table of sums could not be continued to one that was
+    never shown; steps can, and when to stop is seen from the digits.
     """
     a, sign, b = expression.split()
-    steps = [str(int(a) + int(sign + str(i))) for i in range(1, int(b) + 1)]
+    start, n = (int(a), int(b)) if sign == "+" else (int(b), number_of(expression))
+    steps = [f"{start + i} {i}" for i in range(1, n + 1)]
     return " ".join((expression, ":", *steps))
 
 
@@ -227,7 +229,10 @@ def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> 
             colours.insert(1, done)
     said = wording(split)
     new = split in NEW_WORDS
-    named = 0.0 if new else 0.15  # probability that the instruction says a cube's vague name
+    # probability that the instruction says a cube's vague name
+    named = 0.0 if new else 0.15
+    if split == ASKED:
+        named = 0.3
     expression = None
     if family == "calculate":
         expression = str(rng.choice([s for s in said.sums if number_of(s) == numbers[0]]))
@@ -314,20 +319,26 @@ def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> s
 def reasoning(goal: dict, scene: dict) -> str:
     """The teacher's reasoning, `blue is pad 2 , red cube at t5 r3`, from the truth in SO100Env.scene().
 
-    It is about the first leg whose cube does not lie on its pad. Where there is none it is `done`.
+    It goes from leg to leg as far as the first whose cube does not lie on its pad, and ends in `done` where
+    there is none: `first , blue is pad 2 , red cube there , then , green is pad 4 , yellow cube in hand`.
+    What is seen is said before what follows from it: a policy that had to begin with the verdict would have
+    to reach it without thinking.
     """
     cubes = {cube["colour"]: cube for cube in scene["cubes"]}
     # The order is said where there are two legs.
     orders = ("first , ", "then , ") if len(goal["legs"]) == 2 else ("",)
+    text = ""
     for order, leg in zip(orders, goal["legs"]):
         cube = cubes[leg.cube]
-        if cube["pad"] == leg.number:  # this leg is done
-            continue
-        where = "in hand" if cube["held"] else f"at {cube['t']} {cube['r']}"
         name = f"{leg.vague} is {leg.cube} , " if leg.vague else ""
         pad = count_out(goal["sum"]) if goal["sum"] else leg.pad
-        return f"{order}{name}{pad} is pad {leg.number} , {leg.cube} cube {where}"
-    return "done"
+        text += f"{order}{name}{pad} is pad {leg.number} , {leg.cube} cube "
+        if cube["held"]:
+            return text + "in hand"
+        if cube["pad"] != leg.number:
+            return text + f"at {cube['t']} {cube['r']}"
+        text += "there , "
+    return text + "done"
 
 
 def random_task(scene: dict, family: str, rng: Generator, split: str = "id") -> tuple[str, str]:

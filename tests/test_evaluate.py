@@ -106,28 +106,36 @@ def test_target_of_a_reasoning():
     assert target_of("done") is None and target_of("") is None
 
 
-AT_T5_R3 = "first , tomato is red , 3 + 1 is pad 4 , red cube at t5 r3"
-COUNTED = "3 + 2 : 4 , 5 is pad 5 , red cube at t5 r3"
+AT_T5_R3 = "first , tomato is red , green is pad 4 , red cube at t5 r3"
+SECOND = AT_T5_R3.replace("at t5 r3", "there") + " , then , blue is pad 2 , lime cube in hand"
+DONE = SECOND.replace("in hand", "there , done")
+COUNTED = "3 + 2 : 4 1 5 2 is pad 5 , red cube at t5 r3"
 
 
 @pytest.mark.parametrize(
     "said, true, kind",
     [
         (AT_T5_R3, AT_T5_R3, "right"),
-        ("done", "done", "right"),
-        ("done", AT_T5_R3, "false_done"),
-        (AT_T5_R3, "done", "missed_done"),
-        (AT_T5_R3.replace("first", "then"), AT_T5_R3, "leg"),
-        (AT_T5_R3.removeprefix("first , "), AT_T5_R3, "leg"),
-        (AT_T5_R3.replace("first", "then").replace("pad 4", "pad 2"), AT_T5_R3, "leg"),  # it comes first
+        (DONE, DONE, "right"),
+        (DONE, AT_T5_R3, "false_done"),
+        (DONE, SECOND, "false_done"),
+        (AT_T5_R3, DONE, "missed_done"),
+        (SECOND, DONE, "missed_done"),
+        (SECOND, AT_T5_R3, "leg"),
+        (AT_T5_R3, SECOND, "leg"),
+        (SECOND.replace("pad 4", "pad 2"), AT_T5_R3, "names"),  # it comes first
+        (SECOND.replace("lime", "red"), SECOND, "names"),
+        (SECOND.replace("in hand", "at t3 r2"), SECOND, "hand"),
+        ("blue is pad 2 , red cube there , done", "blue is pad 2 , red cube in hand", "false_done"),
         (AT_T5_R3.replace("tomato", "cherry"), AT_T5_R3, "names"),
         (AT_T5_R3.replace("tomato is red , ", ""), AT_T5_R3, "names"),
-        (AT_T5_R3.replace("3 + 1", "3 + 2"), AT_T5_R3, "names"),
+        (AT_T5_R3.replace("green", "blue"), AT_T5_R3, "names"),
         (AT_T5_R3.replace("pad 4", "pad 3"), AT_T5_R3, "names"),
         (AT_T5_R3.replace("red cube at t5 r3", "blue cube in hand"), AT_T5_R3, "names"),
         ("blue is pad 2 , red cube in hand", "pink is pad 2 , red cube in hand", "names"),
         (COUNTED, COUNTED, "right"),
         (COUNTED.replace("pad 5", "pad 4"), COUNTED, "names"),
+        (COUNTED.replace("4 1", "4 2"), COUNTED, "names"),
         (COUNTED.replace("t5 r3", "t6 r3"), COUNTED, "near"),
         (AT_T5_R3.replace("at t5 r3", "in hand"), AT_T5_R3, "hand"),
         (AT_T5_R3, AT_T5_R3.replace("at t5 r3", "in hand"), "hand"),
@@ -137,7 +145,8 @@ COUNTED = "3 + 2 : 4 , 5 is pad 5 , red cube at t5 r3"
         (AT_T5_R3.replace("t5 r3", "t10 r3"), AT_T5_R3.replace("t5 r3", "t9 r3"), "near"),
         (AT_T5_R3.removesuffix(" r3"), AT_T5_R3, "other"),
         ("", AT_T5_R3, "other"),
-        ("done done", "done", "other"),
+        ("done", DONE, "other"),
+        (DONE + " done", DONE, "other"),
         (AT_T5_R3, "move left and down", "other"),  # another environment's teacher
     ],
 )

@@ -99,7 +99,7 @@ def test_demonstration_contract(env):
     assert arrays["front"].shape == arrays["wrist"].shape == (n, 96, 96, 3)
     assert arrays["state"].shape == arrays["action"].shape == (n, 6)
     assert {array.dtype for array in arrays.values()} == {np.dtype("uint8"), np.dtype("float32")}
-    assert entry["reason"][0][0] == 0 and entry["reason"][-1][1] == "done"
+    assert entry["reason"][0][0] == 0 and entry["reason"][-1][1].endswith("there , done")
     texts = [text for _, text in entry["reason"]]
     assert all(a != b for a, b in zip(texts, texts[1:]))
     assert failure == "" and entry["task"] == env.task and entry["kind"] == "demo"
@@ -213,8 +213,9 @@ def true_answer(kind, question, scene):
         expression = question.removeprefix("what is ")
         result = eval(expression)
         first, last = int(expression[0]), int(expression[-1])
-        steps = [first + i if "+" in expression else first - i for i in range(1, last + 1)]
-        return " ".join([expression, ":", *map(str, steps), "is", str(result)])
+        numbers = range(first + 1, result + 1) if "+" in expression else range(last + 1, first + 1)
+        steps = [f"{number} {i}" for i, number in enumerate(numbers, 1)]
+        return " ".join([expression, ":", *steps, "is", str(result)])
     if kind == "on pad":
         on = [colour for colour in cubes if cubes[colour]["pad"] == int(question[-1])]
         return f"{on[0]} cube" if on else "none"

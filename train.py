@@ -287,6 +287,7 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
     numbers.
     """
     logs = defaultdict(float)  # name -> mean over the micro-batches
+    # once a step: all of its micro-batches see the same weights
     if run.bf16_copy:
         round_weights(run.policy, run.bf16_copy)
     for weighted in micro:
@@ -303,6 +304,7 @@ def train_step(run: Run, step: int, micro: list[Micro]) -> dict[str, float]:
                 logs[name] += weight * value.item() / len(micro)
         # gradients of the micro-batches add up
         (loss / len(micro)).backward()
+        # in fp32, so that small gradients are not lost beside large ones
         if run.bf16_copy:
             return_gradients(run.bf16_copy, run.policy)
         mark("backward")
@@ -350,7 +352,7 @@ def round_weights(policy: SyVLA, bf16_copy: SyVLA) -> None:
 def return_gradients(bf16_copy: SyVLA, policy: SyVLA) -> None:
     """Add the copy's gradients to those of the policy, in fp32, and clear them."""
     for rounded, p in zip(bf16_copy.parameters(), policy.parameters()):
-        if rounded.grad is None:
+        if rounded.grad is None:  # frozen, or of the expert in grounding
             continue
         if p.grad is None:
             p.grad = torch.zeros_like(p)

@@ -427,7 +427,13 @@ def test_greedy_answers_equal_transformers_generate(family, checkpoints, root, f
         text = batch_of([[(prompt, [])]])
         with torch.no_grad():
             expected = theirs(**inputs).logits[:, -len(prompt) :]
-            hidden, _ = vlm(Visual(visual.tokens[row : row + 1]), text["tokens"], text["segments"], text["positions"], False)
+            hidden, _ = vlm(
+                Visual(visual.tokens[row : row + 1]),
+                text["tokens"],
+                text["segments"],
+                text["positions"],
+                False,
+            )
             ours = vlm.lm.logits(hidden)
         assert (ours - expected).abs().max() < 1e-9
         said = theirs.generate(**inputs, max_new_tokens=7, **NO_EOS)[0, ids.shape[1] :]

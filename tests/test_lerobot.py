@@ -641,7 +641,7 @@ def test_bad_data_sets_are_one_line(tmp_path, fails, monkeypatch, ours):
     path = min(root.rglob("*.parquet"))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert "000000.parquet is missing or damaged" in go(root)
+    assert "000000.parquet cannot be read" in go(root)
     table = pq.read_table(io.BytesIO(content))
     pq.write_table(table.slice(0, 5), path)
     assert "000000.parquet, episode 0: the file holds 5 of the 8" in go(root)
@@ -649,9 +649,9 @@ def test_bad_data_sets_are_one_line(tmp_path, fails, monkeypatch, ours):
     cells[3]["bytes"] = cells[3]["bytes"][:60]
     at = table.column_names.index("observation.images.top")
     pq.write_table(table.set_column(at, "observation.images.top", [cells]), path)
-    assert "episode 0, a picture of top is missing or damaged" in go(root)
+    assert "episode 0, a picture of top cannot be read" in go(root)
     path.unlink()
-    assert "000000.parquet is missing or damaged" in go(root)
+    assert "000000.parquet cannot be read" in go(root)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert "pip install pyarrow" in go(root)
     monkeypatch.setitem(sys.modules, "lerobot.datasets.lerobot_dataset", None)
@@ -680,7 +680,7 @@ def test_a_film_that_ends_early_is_one_line(tmp_path, fails, monkeypatch):
     assert "episode_000001.mp4, episode 1," in line and "ends early" in line and "download" not in line
     assert line.endswith("to leave the episode out, add --episodes=0")
     film.write_bytes(content[: len(content) // 2])
-    assert "episode_000001.mp4, episode 1, is missing or damaged" in fails(prepare.main, argv)
+    assert "episode_000001.mp4, episode 1, cannot be read" in fails(prepare.main, argv)
     monkeypatch.setitem(sys.modules, "av", None)
     assert "pip install av" in fails(prepare.main, argv)
     assert not (tmp_path / "back" / "meta.json").exists()
@@ -1206,7 +1206,7 @@ def test_bad_image_text_sets_are_one_line(tmp_path, fails):
     pq.write_table(pa.table({"image": [1]}), empty / "a.parquet")
     assert "no image-text set" in go(empty)
     (empty / "a.parquet").write_bytes((folder / "train.parquet").read_bytes()[:1000])
-    assert "a.parquet is missing or damaged" in go(empty)
+    assert "a.parquet cannot be read" in go(empty)
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -216,10 +216,8 @@ class RLConfig:
             self.eval_episodes = 0
         check_options(self)
         if self.first_seed(self.iterations) > len(SEEDS["train"]):
-            raise UserError(
-                f"--seed={self.seed} with {self.iterations} x {self.episodes} --episodes leaves the training "
-                "seeds; lower one of them, or --iterations"
-            )
+            said = f"--seed={self.seed} with {self.iterations} x {self.episodes} --episodes"
+            raise UserError(f"{said} leaves the training seeds; lower one of them, or --iterations")
         if not self.ppo and self.experts == "none":
             raise UserError("--ppo=false needs expert samples to imitate; leave out --experts=none")
 
@@ -876,7 +874,6 @@ def train_rl(cfg: RLConfig) -> None:
     join_processes(device)
     cfg = in_every_process(settle, cfg)
     policy = load_policy(cfg.init_from, device)
-    policy.check_statistics()
     if cfg.env != "real":
         check_evaluation(policy, cfg.family_names, cfg.env)
     fingerprint = policy.fingerprint()

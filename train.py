@@ -527,9 +527,7 @@ def open_data(cfg: TrainConfig) -> tuple[Episodes, Questions | None, Questions |
     if cfg.mix > 0 or cfg.ground_steps > 0:
         folder = Path(cfg.data, "questions")
         if not folder.is_dir():
-            raise UserError(
-                f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
-            )
+            raise UserError(f"{cfg.data} has no questions; to go without, add --mix=0 and --ground_steps=0")
         questions = Questions(folder, cfg)
     held_out = Path(cfg.data, "questions_val")
     return episodes, questions, Questions(held_out, cfg) if held_out.is_dir() else None
@@ -587,7 +585,6 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -
     """
     part = "vlm." if cfg.new_expert else ""  # the rest has other shapes
     policy.load_weights(Path(cfg.init_from, "model.safetensors"), part)
-    policy.check_statistics()
     # a new expert, and one that begins anew on all of the data, take the data's scale
     statistics = episodes.meta["statistics"]
     if cfg.stage == "pretrain" or cfg.new_expert:
@@ -680,10 +677,7 @@ def load_checkpoint(run: Run) -> None:
     # --resume may have been typed with other numbers of steps
     total = run.cfg.ground_steps + run.cfg.steps
     if not 0 <= run.step <= total:
-        raise UserError(
-            f"{out}/train_state.pt has done {run.step} steps, --ground_steps and --steps are {total}: "
-            "raise --steps"
-        )
+        raise UserError(f"{out}/train_state.pt has done {run.step} of {total} steps: raise --steps")
 
 
 @contextlib.contextmanager

@@ -382,8 +382,8 @@ FORMAT = 2  # 1 has no such key, its field names are listed in model.RENAMED
 
 
 @contextlib.contextmanager
-def check_readable(what: Any, hint: str = "copy, make or download it again") -> Iterator[None]:
-    """Inside, whatever is wrong with a file or a device becomes a UserError that names it."""
+def check_readable(what: Any, hint: str = "") -> Iterator[None]:
+    """Inside, whatever is wrong with a file or a device becomes a UserError that names it, with a hint."""
     try:
         yield
     except UserError:
@@ -391,7 +391,9 @@ def check_readable(what: Any, hint: str = "copy, make or download it again") -> 
     except Exception as error:  # the libraries that read files raise dozens of kinds
         # Where a library wraps an error, the inner one says why.
         reason = repr(error.__cause__ or error)[:200]
-        raise UserError(f"{what} cannot be read ({reason}); {hint}") from None
+        # The cache of Hugging Face's hub has a folder snapshots.
+        again = "download it again" if "/snapshots/" in str(what) else "copy or make it again"
+        raise UserError(f"{what} cannot be read ({reason}); {hint or again}") from None
 
 
 @contextlib.contextmanager
@@ -414,7 +416,7 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def read_json(path: str | Path, hint: str = "copy, make or download it again") -> Any:
+def read_json(path: str | Path, hint: str = "") -> Any:
     """The content of a JSON file; UserError names a file that is missing or damaged."""
     with check_readable(path, hint):
         return json.loads(Path(path).read_text(encoding="utf-8"))

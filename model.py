@@ -136,23 +136,23 @@ class Config:
 
     def __post_init__(self):
         check_options(self)
-        # field, what it must be a multiple of, the same in words
+        # field, what it must be a multiple of, and why
         rules = [
             ("width", 2 * self.heads, "2 * heads"),  # sines and cosines come in pairs
             ("heads", self.kv_heads, "kv_heads"),
             ("expert_width", self.expert_heads, "expert_heads"),
-            ("expert_width", 2, "2"),
+            ("expert_width", 2, "sines and cosines come in pairs"),
         ]
         if not self.backbone:
             pooled = self.patch_size * self.pixel_shuffle  # pixels per side of a visual token
             rules += [
-                ("patch_size", 2, "2"),  # the convolution stem halves the picture
+                ("patch_size", 2, "the convolution stem halves the picture"),
                 ("image_size", pooled, "patch_size * pixel_shuffle"),
             ]
-        for name, divisor, words in rules:
+        for name, divisor, why in rules:
             value = getattr(self, name)
             if value % divisor:
-                raise UserError(f"{name} ({value}) must be a multiple of {words} ({divisor})")
+                raise UserError(f"{name} ({value}) must be a multiple of {divisor} ({why})")
         if self.n_action_steps > self.chunk_size:
             raise UserError(f"n_action_steps ({self.n_action_steps}) exceeds chunk_size ({self.chunk_size})")
 

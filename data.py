@@ -633,9 +633,9 @@ def check_set(where: str | Path, meta: dict, arrays: dict[str, np.ndarray]) -> N
     check_episodes(path, meta["episodes"], len(arrays["state"]))
 
 
-def layout(meta: dict, px: int | str = "px") -> dict[str, tuple]:
+def layout(meta: dict) -> dict[str, tuple]:
     """What check_array() asks of every array of a set: {name: (shape, type, words for the message)}."""
-    asked = dict.fromkeys(meta["cameras"], (("frames", px, px, 3), np.uint8))
+    asked = dict.fromkeys(meta["cameras"], (("frames", "px", "px", 3), np.uint8))
     for name, words in column_names(meta).items():
         shape = ("frames", len(words))
         asked[name] = (shape, np.float32, f" for {list(words)}")
@@ -785,10 +785,12 @@ def save_episodes(
     entries = []
     pieces = defaultdict(list)  # array -> its part of every episode
     start = 0
-    px = "px"  # of the first episode any, of the others the same
+    asked = layout(meta)
     for number, episode in enumerate(episodes):
-        arrays, said = split_episode(f"episode {number}", episode, meta, px)
-        px = arrays[cameras[0]].shape[1]
+        arrays, said = split_episode(f"episode {number}", episode, meta, asked)
+        # Later episodes have pictures of the same size.
+        for camera in cameras:
+            asked[camera] = (("frames", *arrays[camera].shape[1:]), np.uint8)
         length = len(arrays["state"])
         defaults = {
             "reason": [],
@@ -812,23 +814,23 @@ def save_episodes(
 
 
 def split_episode(
-    where: str, episode: Any, meta: dict, px: int | str
+    where: str, episode: Any, meta: dict, asked: dict[str, tuple]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """An episode of save_episodes() -> its arrays, and what else meta.json should say of it."""
+    """An episode of save_episodes() -> its arrays, and what else meta.json says of it. asked: by layout()."""
     check_keys(where, episode, ("images", "state", "action", "task"))
     said = dict(episode)
     given = said.pop("images")
     check_keys(f"{where}: images", given, meta["cameras"])
     given = given | {"state": said.pop("state"), "action": said.pop("action")}
     arrays = {}
-    for name, asked in layout(meta, px).items():
+    for name, must_be in asked.items():
         what = f"{where}: {name}"
         # Any numbers will do for state and action. Pictures of 0..1 would become black as whole numbers.
         convert = as_floats
         if name in meta["cameras"]:
             convert = as_array
         arrays[name] = convert(what, given[name])
-        check_array(what, arrays[name], *asked)
+        check_array(what, arrays[name], *must_be)
     check_lengths(where, arrays)
     # JSON knows no numpy numbers.
     for name, value in said.items():

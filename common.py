@@ -55,14 +55,12 @@ def check_options(config: Any) -> None:
         # A preset or a checkpoint's JSON file may say 1 where 1.0 is meant.
         if type(value) is not kind and (type(value), kind) != (int, float):
             raise UserError(f"--{f.name} takes {kind.__name__}, not {value!r}")
-        if kind is float and not math.isfinite(value):
-            raise UserError(f"--{f.name} must be a finite number, not {value}")
         values = [value]
         if f.metadata["many"]:
             values = value.split(",") if value else []
             if len(set(values)) < len(values) or not all(word and word == word.strip() for word in values):
                 raise UserError(f"--{f.name} must list different words, as in a,b without spaces: {value!r}")
-        # An interval is a string, a choice of words is a tuple.
+        # An interval is a string, a choice of words is a tuple. Every float has an interval: nan is in none.
         for word in values:
             if not isinstance(allowed, str) and word not in allowed:
                 known = ", ".join(filter(None, allowed))
@@ -221,15 +219,20 @@ def resumed_config(config: Any, saved: dict[str, Any], may_change: set[str]) -> 
             raise UserError(
                 f"{config.out} was begun with --{name}={saved[name]}, not {value}; leave --{name} out"
             )
-    known = {f.name: saved[f.name] for f in fields(config) if f.name in saved}
-    # The saved settings are checked again: a person may have edited the file.
-    try:
-        resumed = type(config)(**known | changed)
-    except UserError as error:
-        raise UserError(f"{config.out}/config.json: {error}") from None
+    resumed = config_of(type(config), saved | changed, f"{config.out}/config.json")
     resumed.typed = config.typed
     check_needs(resumed)
     return resumed
+
+
+def config_of(cls: type, saved: dict[str, Any], path: str) -> Any:
+    """A config from those of the saved settings that `cls` knows; UserError names the file."""
+    known = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
+    # The settings are checked again: a person may have edited the file.
+    try:
+        return cls(**known)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def run_program(program: Callable[[Any], None], config: Any) -> None:
@@ -361,15 +364,13 @@ def check_array(what: str, x: np.ndarray, shape: tuple, dtype: type, note: str =
 
 def check_robot(where: str, cfg: Any, motors: Sequence[str], state: Sequence[str], fps: int) -> None:
     """UserError where a data set or an environment is of another robot than the model `cfg` was made for."""
-    if list(motors) != cfg.motor_names:
-        raise UserError(f"{where} has motors {list(motors)}, the model {cfg.motor_names}")
-    if list(state) != cfg.state_names:
-        raise UserError(f"{where} has state {list(state)}, the model {cfg.state_names}")
+    there = {"motors": list(motors), "state": list(state), "fps": fps}
     # Actions are targets of single control steps: at another rate they would be other speeds.
-    if fps != cfg.fps:
+    here = {"motors": cfg.motor_names, "state": cfg.state_names, "fps": cfg.fps}
+    if there != here:
         lower = min(fps, cfg.fps)  # frames can be left out, not made up
-        hint = f"convert the recordings with prepare.py --fps={lower}"
-        raise UserError(f"{where} has fps {fps}, the model {cfg.fps}: {hint}")
+        hint = f"another fps becomes the same by prepare.py --fps={lower}"
+        raise UserError(f"{where} has {there}, the model {here}; {hint}")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -378,6 +379,21 @@ def check_robot(where: str, cfg: Any, motors: Sequence[str], state: Sequence[str
 
 # The number that config.json of a checkpoint holds, so that a later version can tell an older one.
 FORMAT = 2  # 1 has no such key, its field names are listed in model.RENAMED
+
+
+@contextlib.contextmanager
+def check_readable(what: Any, hint: str = "") -> Iterator[None]:
+    """Inside, whatever is wrong with a file or a device becomes a UserError that names it, with a hint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries that read files raise dozens of kinds
+        # Where a library wraps an error, the inner one says why.
+        reason = repr(error.__cause__ or error)[:200]
+        # The cache of Hugging Face's hub has a folder snapshots.
+        again = "download it again" if "/snapshots/" in str(what) else "copy or make it again"
+        raise UserError(f"{what} cannot be read ({reason}); {hint or again}") from None
 
 
 @contextlib.contextmanager
@@ -400,14 +416,10 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, hint: str = "") -> Any:
     """The content of a JSON file; UserError names a file that is missing or damaged."""
-    try:
+    with check_readable(path, hint):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}") from None
-    except (OSError, ValueError) as error:  # also bytes that are no UTF-8
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
 
 
 def read_log(path: Path) -> list[dict]:
@@ -416,10 +428,8 @@ def read_log(path: Path) -> list[dict]:
         return []
     # A line is whole when its end is written.
     *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    try:
+    with check_readable(path, "delete it to go on without"):
         return [dict(json.loads(line)) for line in whole]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to go on without") from None
 
 
 def trim_log(path: Path, key: str, last: int) -> None:
@@ -485,6 +495,17 @@ def claim_folder(folder: str | Path, program: str, create: bool = False) -> None
         made = f"was made by {owner}" if owner else f"holds other things ({', '.join(there[:3])})"
         raise UserError(f"{folder} {made} and is left as it is; choose another --out")
     lock_folder(folder, program)
+
+
+def claim_run(config: Any, program: str) -> None:
+    """claim_folder() for the --out of a training; UserError unless --resume is set where a run was begun."""
+    if rank_and_world()[0] == 0:  # the only one that writes
+        claim_folder(config.out, program)
+    begun = Path(config.out, "train_state.pt").is_file()
+    if begun and not config.resume:
+        raise UserError(f"{config.out} already holds a run; add --resume to go on, or choose another --out")
+    if config.resume and not begun:
+        raise UserError(f"nothing to resume in {config.out}; leave --resume out")
 
 
 def lock_folder(folder: str | Path, program: str) -> None:

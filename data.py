@@ -39,6 +39,7 @@ from common import (
     as_floats,
     check_array,
     check_names,
+    check_readable,
     check_robot,
     read_json,
     write_json,
@@ -170,11 +171,7 @@ class Tokenizer:
     def load(folder: str | Path) -> Tokenizer:
         """The tokenizer of a checkpoint folder; UserError where there is none or where it is another's."""
         path = Path(folder, "tokenizer.json")
-        if not path.is_file():
-            raise UserError(
-                f"{folder} is no checkpoint (no tokenizer.json); run: python train.py --config small"
-            )
-        words = read_json(path)
+        words = read_json(path, "run: python train.py --config small")
         strings = isinstance(words, list) and all(isinstance(word, str) for word in words)
         if not strings or len(set(words)) < len(words):
             raise UserError(f"{path} is no list of different words; choose another checkpoint")
@@ -421,7 +418,9 @@ class Questions:
         self.meta = read_meta(folder, questions=True)
         self.images = open_images(folder, self.meta, cfg)
         self.questions = read_json(self.path)
-        check_questions(self.path, self.questions, len(self.images[0]))
+        check_questions(self.path, self.questions)
+        names = ["questions", *cfg.camera_names]
+        check_lengths(str(self.path), dict(zip(names, [self.questions, *self.images])))
         self.scenes = np.arange(len(self.questions))
 
     def drop_long(self, tokenizer: Tokenizer) -> None:
@@ -559,9 +558,7 @@ def read_meta(folder: str | Path, questions: bool = False) -> dict:
 
 def check_keys(where: str, entry: Any, needed: Iterable[str]) -> None:
     """UserError unless this is a JSON object with the needed keys."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is no JSON object; docs/data.md lists what it must hold")
-    missing = [key for key in needed if key not in entry]
+    missing = [key for key in needed if not isinstance(entry, dict) or key not in entry]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}; docs/data.md lists what it must hold")
 
@@ -596,51 +593,38 @@ def open_images(folder: str | Path, meta: dict, cfg: Config) -> list[np.ndarray]
     Views that a set lists as grey have no file and are plain grey. UserError shows both sides of a misfit.
     """
     wanted = cfg.camera_names
-    missing = [camera for camera in wanted if camera not in meta["cameras"]]
-    if missing:
-        raise UserError(
-            f"{folder} has cameras {meta['cameras']}, the model wants {wanted} ({missing} missing); "
-            "set --cameras or choose another --data"
-        )
     grey = meta.get("grey", [])
-    stored = {camera: open_images_of(folder, camera) for camera in wanted if camera not in grey}
-    if not stored:
-        raise UserError(f"{folder} has no pictures of {wanted}; set --cameras or --mix=0")
-    for array in stored.values():
-        px = array.shape[1]
-        if px != cfg.image_size:
-            raise UserError(
-                f"{folder} has images of {px} px, the model takes {cfg.image_size}: "
-                f"make it with prepare.py --image_size={cfg.image_size}"
-            )
-    check_lengths(str(folder), stored)
-    blank = np.broadcast_to(np.uint8(128), array.shape)  # (frames, px, px, 3), takes no memory
+    stored = {}
+    for camera in wanted:
+        if camera in meta["cameras"] and camera not in grey:
+            stored[camera] = open_images_of(folder, camera, cfg.image_size)
+    if not stored or not set(wanted) <= set(meta["cameras"]):
+        raise UserError(
+            f"{folder} has cameras {meta['cameras']} (without pictures: {grey}), the model wants {wanted}; "
+            "set --cameras, choose another --data, or add --mix=0 to train without questions"
+        )
+    some = next(iter(stored.values()))
+    blank = np.broadcast_to(np.uint8(128), some.shape)  # (frames, px, px, 3), takes no memory
     return [stored.get(camera, blank) for camera in wanted]
 
 
-def open_images_of(folder: str | Path, camera: str) -> np.ndarray:
-    """The pictures of one camera (frames, px, px, 3), memory-mapped."""
+def open_images_of(folder: str | Path, camera: str, px: int | str = "px") -> np.ndarray:
+    """The pictures of one camera (frames, px, px, 3), memory-mapped. px: "px" for those of any size."""
     array = open_array(folder, camera)
-    check_array(f"{folder}/{camera}.npy", array, IMAGES, np.uint8)
+    note = f", as prepare.py --image_size={px} makes them"
+    check_array(f"{folder}/{camera}.npy", array, ("frames", px, px, 3), np.uint8, note)
     return array
 
 
 def open_array(folder: str | Path, name: str) -> np.ndarray:
     """One array of a set, memory-mapped; UserError where it is missing or damaged."""
     path = Path(folder, f"{name}.npy")
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({error}); make the data set again") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} is a .npz archive; write its array with np.save")
-    return array
+    with check_readable(path, "make the data set again, or write this array with np.save"):
+        return np.lib.format.open_memmap(path, "r")
 
 
 # -----------------------------------------------------------------------------------------------------------
 # The door for data: everything that a set must hold is checked before the first step of any work
-
-IMAGES = ("frames", "px", "px", 3)
 
 
 def check_set(where: str | Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -661,7 +645,7 @@ def check_set(where: str | Path, meta: dict, arrays: dict[str, np.ndarray]) -> N
 
 def layout(meta: dict) -> dict[str, tuple]:
     """What check_array() asks of every array of a set: {name: (shape, type, words for the message)}."""
-    asked = dict.fromkeys(meta["cameras"], (IMAGES, np.uint8))
+    asked = dict.fromkeys(meta["cameras"], (("frames", "px", "px", 3), np.uint8))
     for name, words in column_names(meta).items():
         shape = ("frames", len(words))
         asked[name] = (shape, np.float32, f" for {list(words)}")
@@ -683,12 +667,9 @@ def check_statistics(path: str, name: str, said: Any, x: np.ndarray) -> None:
     real = np.array([found[key] for key in keys])  # (4, D)
     # Rounding passes: another program may have computed them in float32.
     tolerance = 1e-3 * np.ptp(x, axis=0) + 1e-4 * np.abs(x).max(axis=0) + 1e-9  # (D,)
-    try:
+    with check_readable(f"{path}: statistics of {name}"):
         stated = np.array([said[name][key] for key in keys], np.float64)  # (4, D) if it is right
-        fits = stated.shape == real.shape and np.all(np.abs(stated - real) <= tolerance)
-    except (TypeError, KeyError, ValueError):
-        fits = False
-    if not fits:
+    if stated.shape != real.shape or not np.all(np.abs(stated - real) <= tolerance):
         raise UserError(f"{path}: the statistics of {name} are not those of {name}.npy; make the set again")
 
 
@@ -701,17 +682,14 @@ def check_episodes(path: str, episodes: Any, frames: int) -> None:
     """The episodes of meta.json, one by one, and that no two of them share a frame."""
     if not isinstance(episodes, list) or not episodes:
         raise UserError(f"{path}: episodes must be a list with one entry at least")
+    taken = np.zeros(frames, bool)
     for number, episode in enumerate(episodes):
-        check_episode(f"{path}: episode {number}", episode, frames)
-    end = 0
-    for episode in sorted(episodes, key=lambda episode: episode["start"]):
-        start = episode["start"]
-        if start < end:
-            number = episodes.index(episode)
-            raise UserError(
-                f"{path}: episode {number} begins at frame {start}, another ends at {end}: they overlap"
-            )
-        end = start + episode["length"]
+        where = f"{path}: episode {number}"
+        check_episode(where, episode, frames)
+        rows = slice(episode["start"], episode["start"] + episode["length"])
+        if taken[rows].any():
+            raise UserError(f"{where} has frames of an episode before it: they overlap")
+        taken[rows] = True
 
 
 def check_episode(where: str, episode: Any, frames: int) -> None:
@@ -738,12 +716,10 @@ def check_episode(where: str, episode: Any, frames: int) -> None:
         raise UserError(f"{where}: disturbed must be [first, end] pairs of steps; it is {spans}"[:300])
 
 
-def check_questions(path: Path, scenes: Any, count: int) -> None:
+def check_questions(path: Path, scenes: Any) -> None:
     """The door for question sets: a list for every picture, of [kind, question, answer]."""
     if not isinstance(scenes, list) or not all(isinstance(scene, list) for scene in scenes):
         raise UserError(f"{path} must be a list with a list for every picture; docs/data.md shows one")
-    if len(scenes) != count:
-        raise UserError(f"{path} has questions for {len(scenes)} pictures, there are {count}")
     for number, scene in enumerate(scenes):
         for item in scene:
             if not is_row(item, str, str, str) or not all(map(str.strip, item)):
@@ -819,8 +795,12 @@ def save_episodes(
     entries = []
     pieces = defaultdict(list)  # array -> its part of every episode
     start = 0
+    asked = layout(meta)
     for number, episode in enumerate(episodes):
-        arrays, said = split_episode(f"episode {number}", episode, meta)
+        arrays, said = split_episode(f"episode {number}", episode, meta, asked)
+        # Later episodes have pictures of the same size.
+        for camera in cameras:
+            asked[camera] = (("frames", *arrays[camera].shape[1:]), np.uint8)
         length = len(arrays["state"])
         defaults = {
             "reason": [],
@@ -833,10 +813,7 @@ def save_episodes(
         start += length
         for name, array in arrays.items():
             pieces[name].append(array)
-    try:
-        arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
-    except ValueError:  # split_episode() has checked all sizes but px
-        raise UserError("all pictures of all episodes must have one size") from None
+    arrays = {name: np.concatenate(parts) for name, parts in pieces.items()}
     meta["statistics"] = {name: statistics(arrays[name]) for name in ("state", "action")}
     meta["episodes"] = entries
     check_set(folder, meta, arrays)
@@ -846,22 +823,24 @@ def save_episodes(
     write_json(folder / "meta.json", meta)  # last: a folder without it is no data set
 
 
-def split_episode(where: str, episode: Any, meta: dict) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """An episode of save_episodes() -> its arrays, and what else meta.json should say of it."""
+def split_episode(
+    where: str, episode: Any, meta: dict, asked: dict[str, tuple]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """An episode of save_episodes() -> its arrays, and what else meta.json says of it. asked: by layout()."""
     check_keys(where, episode, ("images", "state", "action", "task"))
     said = dict(episode)
     given = said.pop("images")
     check_keys(f"{where}: images", given, meta["cameras"])
     given = given | {"state": said.pop("state"), "action": said.pop("action")}
     arrays = {}
-    for name, asked in layout(meta).items():
+    for name, must_be in asked.items():
         what = f"{where}: {name}"
         # Any numbers will do for state and action. Pictures of 0..1 would become black as whole numbers.
         convert = as_floats
         if name in meta["cameras"]:
             convert = as_array
         arrays[name] = convert(what, given[name])
-        check_array(what, arrays[name], *asked)
+        check_array(what, arrays[name], *must_be)
     check_lengths(where, arrays)
     # JSON knows no numpy numbers.
     for name, value in said.items():

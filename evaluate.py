@@ -94,12 +94,9 @@ def state_names(cls: type) -> Sequence[str]:
 def check_families(families: Sequence[str], env: str) -> None:
     """UserError for task families that an environment does not have."""
     known = environment_class(env).families
-    check_names("families", families)
-    unknown = [family for family in families if family not in known]
+    unknown = ", ".join(sorted(set(families) - set(known)))
     if unknown:
-        raise UserError(
-            f"--env={env} has no family {', '.join(unknown)}: set --families to some of {', '.join(known)}"
-        )
+        raise UserError(f"--env={env} has no family {unknown}: set --families to some of {', '.join(known)}")
 
 
 class ChunkedEnv:
@@ -118,11 +115,10 @@ class ChunkedEnv:
     def _keep(self, method: str, returned: Any, n: int) -> tuple:
         """What the environment's method returned, if it is what Gymnasium's does; its observation is kept."""
         where = f"{type(self.env).__name__}.{method}()"
-        if not isinstance(returned, tuple) or len(returned) != n or not isinstance(returned[-1], dict):
-            raise UserError(f"{where} must return {n} values, the first an observation, the last a dict")
+        is_one = isinstance(returned, tuple) and len(returned) == n
+        if not is_one or not all(isinstance(returned[i], dict) for i in (0, -1)):
+            raise UserError(f"{where} must return {n} values; observation (first) and info (last) are dicts")
         obs = returned[0]
-        if not isinstance(obs, dict):
-            raise UserError(f"{where} must give a dict as observation, not {type(obs).__name__}")
         missing = [key for key in ("images", "state", "task") if key not in obs]
         missing = missing or [camera for camera in self.env.cameras if camera not in obs["images"]]
         if missing:
@@ -487,9 +483,7 @@ def camera_indices(policy: Any, env: str) -> list[int]:
     wanted = policy.cfg.camera_names
     missing = [camera for camera in wanted if camera not in cls.cameras]
     if missing:
-        raise UserError(
-            f"--env={env} has cameras {list(cls.cameras)}, the model wants {wanted}: {missing} missing"
-        )
+        raise UserError(f"--env={env} has cameras {list(cls.cameras)}, the model also wants {missing}")
     fps = getattr(cls, "fps", policy.cfg.fps)
     check_robot(f"--env={env}", policy.cfg, cls.motors, state_names(cls), fps)
     return [cls.cameras.index(camera) for camera in wanted]

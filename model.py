@@ -20,7 +20,7 @@ Paper: "Scaling by Diversified Experience for Vision-Language-Action Models" (Sy
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +39,9 @@ from common import (
     UserError,
     atomic_path,
     check_options,
+    check_readable,
     choose_device,
+    config_of,
     mark,
     opt,
     read_checkpoint_config,
@@ -136,31 +138,25 @@ class Config:
 
     def __post_init__(self):
         check_options(self)
-        from_nothing = not self.backbone
-        pooled = self.patch_size * self.pixel_shuffle  # pixels per side of a visual token
-        rules = {
-            f"width ({self.width}) must be a multiple of heads ({self.heads})": self.width % self.heads,
-            f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})": (
-                self.heads % self.kv_heads
-            ),
-            f"expert_width ({self.expert_width}) must be a multiple of expert_heads ({self.expert_heads})": (
-                self.expert_width % self.expert_heads
-            ),
-            # sines and cosines come in pairs
-            f"width / heads ({self.width} / {self.heads}) must be even": self.width // self.heads % 2,
-            f"expert_width ({self.expert_width}) must be even": self.expert_width % 2,
-            # the convolution stem halves the picture
-            f"patch_size ({self.patch_size}) must be even": from_nothing and self.patch_size % 2,
-            f"images of {self.image_size} px must be a multiple of patch_size * pixel_shuffle = {pooled}": (
-                from_nothing and self.image_size % pooled
-            ),
-            f"n_action_steps ({self.n_action_steps}) must not exceed chunk_size ({self.chunk_size})": (
-                self.n_action_steps > self.chunk_size
-            ),
-        }
-        for rule, broken in rules.items():
-            if broken:
-                raise UserError(rule)
+        # field, what it must be a multiple of, and why
+        rules = [
+            ("width", 2 * self.heads, "2 * heads"),  # sines and cosines come in pairs
+            ("heads", self.kv_heads, "kv_heads"),
+            ("expert_width", self.expert_heads, "expert_heads"),
+            ("expert_width", 2, "sines and cosines come in pairs"),
+        ]
+        if not self.backbone:
+            pooled = self.patch_size * self.pixel_shuffle  # pixels per side of a visual token
+            rules += [
+                ("patch_size", 2, "the convolution stem halves the picture"),
+                ("image_size", pooled, "patch_size * pixel_shuffle"),
+            ]
+        for name, divisor, why in rules:
+            value = getattr(self, name)
+            if value % divisor:
+                raise UserError(f"{name} ({value}) must be a multiple of {divisor} ({why})")
+        if self.n_action_steps > self.chunk_size:
+            raise UserError(f"n_action_steps ({self.n_action_steps}) exceeds chunk_size ({self.chunk_size})")
 
     @property
     def camera_names(self) -> list[str]:
@@ -194,17 +190,12 @@ class Config:
                 f"{folder} is of another format than {FORMAT}; version e6a1aa6 runs checkpoints of format 1"
             )
         path = Path(folder, "tokenizer.json")
-        if not path.is_file():
-            raise UserError(f"{folder} lacks tokenizer.json; copy the whole folder of the checkpoint")
-        identity = text_id(path.read_bytes())
+        with check_readable(path, "copy the whole folder of the checkpoint"):
+            identity = text_id(path.read_bytes())
         if config.get("tokenizer", identity) != identity:
             raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
-        known = {field.name for field in fields(cls)}
-        config = {"pointer": False} | config  # the first policies had none
-        try:
-            return cls(**{name: value for name, value in config.items() if name in known})
-        except UserError as error:
-            raise UserError(f"{folder}/config.json: {error}") from None
+        # the first policies had no pointer
+        return config_of(cls, {"pointer": False} | config, f"{folder}/config.json")
 
 
 def text_id(content: bytes) -> str:
@@ -1458,10 +1449,8 @@ class SyVLA(nn.Module):
 
         part: only tensors whose names begin so, as in "vlm.".
         """
-        try:
+        with check_readable(path, "choose another checkpoint"):
             weights = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from None
         there = shapes(weights, part)
         here = shapes(self.state_dict(), part)
         for name, _ in sorted(there.items() ^ here.items()):  # the first one will do
@@ -1513,9 +1502,7 @@ def save_policy(
     folder = Path(folder)
     weights = weights or policy.state_dict()
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-        raise UserError(
-            f"non-finite weights; the last checkpoint in {folder} is untouched: lower the learning rates"
-        )
+        raise UserError(f"non-finite weights; {folder} keeps the last checkpoint: lower the learning rates")
     if hasattr(policy.vlm, "save_description"):  # a pretrained backbone's own config
         policy.vlm.save_description(folder / "backbone")
     tokenizer = policy.tokenizer.dumps().encode()
@@ -1539,12 +1526,10 @@ def checkpoint_folder(path: str) -> str:
     """
     if not path.endswith(".safetensors"):
         return path
-    try:
+    with check_readable(path, "choose another checkpoint"):
+        content = Path(path).read_bytes()
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
-        content = Path(path).read_bytes()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); choose another checkpoint") from None
     if set(texts) != {"config.json", "tokenizer.json"}:
         raise UserError(f"{path} is no policy in one file; name the checkpoint folder that it belongs to")
     if Path(UNPACKED, "train_state.pt").exists():

@@ -525,10 +525,8 @@ class PrepareConfig:
         check_options(self)
         for kind, count in self.counts().items():
             if self.seed + count > len(SCENES[kind]):
-                raise UserError(
-                    f"--seed={self.seed} with {count} {kind} scenes exceeds the {len(SCENES[kind])} seeds "
-                    "of that kind; lower one of them"
-                )
+                said = f"--seed={self.seed} with {count} {kind} scenes"
+                raise UserError(f"{said} exceeds the {len(SCENES[kind])} seeds of that kind; lower one")
         read = self.lerobot or self.questions_from
         if not self.out and (read or self.export):
             raise UserError("say where the result goes: --out=FOLDER, for example --out=data/mine")
@@ -681,10 +679,8 @@ def in_parallel(work: Callable[[Any], None], items: Sequence[Any], workers: int,
             for _ in bar(pool.map(work, items)):
                 pass
         except BrokenProcessPool:
-            raise UserError(
-                "a process was killed, perhaps for lack of memory; run the same command again with fewer "
-                "--workers, it goes on where it stopped"
-            ) from None
+            hint = "run the same command again with fewer --workers, it goes on where it stopped"
+            raise UserError(f"a process was killed, perhaps for lack of memory; {hint}") from None
         finally:
             # After Ctrl-C or an error, leaving the pool would wait for all items that were begun.
             for process in multiprocessing.active_children():

@@ -48,8 +48,10 @@ from common import (
     append_log,
     atomic_path,
     check_options,
+    check_readable,
     choose_device,
     claim_folder,
+    claim_run,
     fast_cpu,
     join_processes,
     mark,
@@ -87,7 +89,7 @@ from model import (
     save_policy,
     timesteps,
 )
-from train import average_gradients, averaged_weights, in_every_process, reading_state, save_state
+from train import average_gradients, averaged_weights, in_every_process, save_state
 
 Batch = dict[str, Tensor]
 
@@ -215,10 +217,8 @@ class RLConfig:
             self.eval_episodes = 0
         check_options(self)
         if self.first_seed(self.iterations) > len(SEEDS["train"]):
-            raise UserError(
-                f"--seed={self.seed} with {self.iterations} x {self.episodes} --episodes leaves the training "
-                "seeds; lower one of them, or --iterations"
-            )
+            said = f"--seed={self.seed} with {self.iterations} x {self.episodes} --episodes"
+            raise UserError(f"{said} leaves the training seeds; lower one of them, or --iterations")
         if not self.ppo and self.experts == "none":
             raise UserError("--ppo=false needs expert samples to imitate; leave out --experts=none")
 
@@ -627,7 +627,7 @@ class Learner:
 
     def load(self, path: Path) -> int:
         """Read what save() wrote -> the number of iterations that are done."""
-        with reading_state(path):
+        with check_readable(path, "start anew with another --out"):
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -844,13 +844,7 @@ def keep_best(learner: Learner, vec: VecEnv) -> dict[str, float]:
 
 def settle(cfg: RLConfig) -> RLConfig:
     """Complete a config from the run to resume, or from the starting policy."""
-    begun = Path(cfg.out, "train_state.pt").is_file()
-    if cfg.resume and not begun:
-        raise UserError(f"nothing to resume in {cfg.out}; leave --resume out")
-    if rank_and_world()[0] == 0:
-        claim_folder(cfg.out, "rl.py")
-    if begun and not cfg.resume:
-        raise UserError(f"{cfg.out} already holds a run; add --resume to go on, or choose another --out")
+    claim_run(cfg, "rl.py")
     if cfg.resume:
         saved = read_checkpoint_config(cfg.out)
         settings = saved.get("rl", {}) | {"format": saved.get("format")}
@@ -882,7 +876,6 @@ def train_rl(cfg: RLConfig) -> None:
     join_processes(device)
     cfg = in_every_process(settle, cfg)
     policy = load_policy(cfg.init_from, device)
-    policy.check_statistics()
     if cfg.env != "real":
         check_evaluation(policy, cfg.family_names, cfg.env)
     fingerprint = policy.fingerprint()

@@ -24,7 +24,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import UserError, check_options, fast_cpu, opt, parse_config, read_checkpoint_config, run_program
+from common import (
+    UserError,
+    check_options,
+    check_readable,
+    fast_cpu,
+    opt,
+    parse_config,
+    read_checkpoint_config,
+    run_program,
+)
 from data import Episodes
 from evaluate import (
     EVAL,
@@ -374,17 +383,13 @@ def read_pictures(policy: SyVLA, paths: list[str]) -> np.ndarray:
     """Picture files -> (1, n, px, px, 3) uint8; UserError for files and numbers of files that do not fit."""
     cameras = policy.cfg.camera_names
     if not policy.cfg.backbone and len(paths) != len(cameras):
-        raise UserError(
-            f"this policy looks through {cameras}: give --image={','.join(cameras)} in that order"
-        )
+        raise UserError(f"a picture of each camera is needed: --image={','.join(cameras)} in that order")
     # a pretrained VLM prepares pictures of any size itself
     px = 768 if policy.cfg.backbone else policy.cfg.image_size
     pictures = []
     for path in paths:
-        try:
+        with check_readable(path, "choose another picture"):
             pictures.append(resize_image(Image.open(path), px, "stretch"))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is no picture that can be read ({error})") from None
     return np.stack(pictures)[None]  # (1, n, px, px, 3)
 
 

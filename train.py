@@ -40,8 +40,10 @@ from common import (
     UserError,
     append_log,
     atomic_path,
+    check_readable,
     choose_device,
     claim_folder,
+    claim_run,
     cpu_has_bf16,
     fast_cpu,
     has_bf16,
@@ -579,9 +581,7 @@ def open_data(cfg: TrainConfig) -> tuple[Episodes, Questions | None, Questions |
     if cfg.mix > 0 or cfg.ground_steps > 0:
         folder = Path(cfg.data, "questions")
         if not folder.is_dir():
-            raise UserError(
-                f"{cfg.data} has no questions; add --mix=0 and --ground_steps=0 to train on actions alone"
-            )
+            raise UserError(f"{cfg.data} has no questions; to go without, add --mix=0 and --ground_steps=0")
         questions = Questions(folder, cfg)
     held_out = Path(cfg.data, "questions_val")
     return episodes, questions, Questions(held_out, cfg) if held_out.is_dir() else None
@@ -654,7 +654,6 @@ def start_from_checkpoint(policy: SyVLA, cfg: TrainConfig, episodes: Episodes) -
     """
     part = "vlm." if cfg.new_expert else ""  # the rest has other shapes
     policy.load_weights(Path(cfg.init_from, "model.safetensors"), part)
-    policy.check_statistics()
     # a new expert, and one that begins anew on all of the data, take the data's scale
     statistics = episodes.meta["statistics"]
     if cfg.stage == "pretrain" or cfg.new_expert:
@@ -734,7 +733,7 @@ def save_state(path: Path, state: dict) -> None:
 def load_checkpoint(run: Run) -> None:
     """Bring a fresh run to where the one in --out was saved."""
     out = Path(run.cfg.out)
-    with reading_state(out / "train_state.pt"):
+    with check_readable(out / "train_state.pt", "start anew with another --out"):
         saved = torch.load(out / "train_state.pt", map_location=run.device, weights_only=True)
         run.policy.load_weights(out / "model.safetensors")  # frozen weights stand there alone
         for name, average in run.ema.items():
@@ -747,24 +746,7 @@ def load_checkpoint(run: Run) -> None:
     # --resume may have been typed with other numbers of steps
     total = run.cfg.ground_steps + run.cfg.steps
     if not 0 <= run.step <= total:
-        raise UserError(
-            f"{out}/train_state.pt has done {run.step} steps, --ground_steps and --steps are {total}: "
-            "raise --steps"
-        )
-
-
-@contextlib.contextmanager
-def reading_state(path: Path) -> Iterator[None]:
-    """Inside, whatever is wrong with a train_state.pt becomes a UserError that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # torch raises a dozen kinds
-        reason = (str(error).splitlines() or ["it is empty"])[0][:150]
-        if isinstance(error, KeyError):
-            reason = f"no entry {reason}"
-        raise UserError(f"{path} cannot be read ({reason}); start anew with another --out") from None
+        raise UserError(f"{out}/train_state.pt has done {run.step} of {total} steps: raise --steps")
 
 
 @contextlib.contextmanager
@@ -796,16 +778,8 @@ MAY_CHANGE = "config data out env resume device precision threads compile eval s
 def settle(cfg: TrainConfig) -> TrainConfig:
     """Complete a config from the run to resume, the checkpoint to start from, or the backbone."""
     out = Path(cfg.out)
-    begun = (out / "train_state.pt").is_file()
-    if cfg.resume and not begun:
-        raise UserError(f"nothing to resume in {out}; leave --resume out")
     if not (cfg.bench or cfg.plan):
-        if rank_and_world()[0] == 0:  # the only one that writes
-            claim_folder(out, "train.py")
-        if begun and not cfg.resume:
-            raise UserError(
-                f"{out} already holds a run; add --resume to go on with it, or choose another --out"
-            )
+        claim_run(cfg, "train.py")
     if cfg.resume:
         Config.read(out)  # complains of a folder that is no whole checkpoint
         return resumed_config(cfg, read_checkpoint_config(out), set(MAY_CHANGE.split()))

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shutil
-import struct
 import warnings
 import zlib
 from collections import Counter
@@ -33,7 +32,7 @@ from numpy import ndarray
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from common import UserError, claim_folder, read_json, require, write_json
+from common import UserError, check_readable, claim_folder, read_json, require, write_json
 from data import check_set, open_array, read_meta
 from sim_env import HIGH, LOW, MOTORS, resize_image
 
@@ -47,9 +46,6 @@ BESIDE = {"time": "timestamp", "task": "task_index", "success": "next.success", 
 SUCCESS = ("next.success", "success", "is_success", "is_episode_successful")
 OURS = "meta/nanosyvla.json"  # export() keeps there what LeRobot has no words for
 SHARD_BYTES = 1 << 26  # pictures in a shard, about
-# What pyarrow, PyAV and Pillow raise about damaged files is derived from these.
-DAMAGE = (OSError, ValueError, LookupError, TypeError, NotImplementedError, SyntaxError, EOFError)
-DAMAGE += (struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 # Where the files of an episode lie, if info.json does not say it. v2: v2.0 and v2.1.
 PATHS = {
     "v2": {
@@ -63,24 +59,10 @@ PATHS = {
 }
 
 
-@contextlib.contextmanager
-def naming(place: Any, *more: type) -> Iterator[None]:
-    """Turn the errors of libraries that read a file into a UserError that names the place."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (*DAMAGE, *more) as error:
-        reason = str(error).partition("\n")[0]
-        # The hub's cache has a folder snapshots.
-        hint = "download it again" if "snapshots" in Path(str(place)).parts else "copy or record it again"
-        raise UserError(f"{place} is missing or damaged ({reason:.200}); {hint}") from None
-
-
 def read_parquet(path: Path, columns: list | None = None, filters: list | None = None) -> Any:
     """A parquet file, or a folder of such, as a pyarrow.Table of those columns that it has."""
     parquet = require("pyarrow.parquet", "pyarrow")
-    with naming(path):
+    with check_readable(path):
         if columns:
             columns = list(set(columns).intersection(parquet.ParquetDataset(path).schema.names))
         return parquet.read_table(path, columns=columns, filters=filters)
@@ -149,7 +131,7 @@ class LeRobotSet:
         """The file with the rows of an episode, or with its film of a feature."""
         kind, prefix = ("video_path", f"videos/{film}") if film else ("data_path", "data")
         number = episode["episode_index"]
-        with naming(f"{self.root}/meta, the list of episodes: {prefix} of episode {number}"):
+        with check_readable(f"{self.root}/meta, the list of episodes: {prefix} of episode {number}"):
             return self.root / self.info[kind].format(
                 video_key=film,
                 # In v3.0, a file holds several episodes.
@@ -264,11 +246,10 @@ def frame_rate(cfg: Config, root: Path, info: dict) -> tuple[float, int]:
 
     A rate such as 29.97 counts as the whole number beside it: meta.json and control loops have whole ones.
     """
-    said = info.get("fps")  # some write 30.0 or "30"
-    try:
-        fps = float(said)
-    except (TypeError, ValueError):
-        fps = math.nan
+    said = info.get("fps")
+    what = f"{root}/meta/info.json says fps {said!r}, which"
+    with check_readable(what, "write the recording's rate there"):
+        fps = float(said)  # some write 30.0 or "30"
     if not 0.99 < fps < 10_000 or abs(fps - round(fps)) > 0.01 * fps:
         raise UserError(
             f"{root}/meta/info.json says fps {said!r}; write the recording's rate there, a whole number of "
@@ -319,11 +300,11 @@ def find_features(cfg: Config, features: dict) -> dict:
 def read_lines(path: Path) -> list[dict]:
     """A file with a JSON object a line; UserError names the line that is none."""
     rows = []
-    with naming(path):
+    with check_readable(path):
         lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
-            with naming(f"{path}, line {number} (delete the line if the recording was cut off there),"):
+            with check_readable(f"{path}, line {number},", "delete it if the recording was cut off there"):
                 rows.append(dict(json.loads(line)))
     return rows
 
@@ -343,7 +324,7 @@ def read_lists(root: Path, info: dict, films: list) -> tuple[list, dict]:
         tasks = read_lines(meta / "tasks.jsonl")
     if not rows:
         raise UserError(f"{root} is empty: it has no episode")
-    with naming(f"{meta}, the list of episodes"):
+    with check_readable(f"{meta}, the list of episodes"):
         for row in rows:
             for key, value in row.items():
                 # Tables that had an empty cell give whole numbers as floats.
@@ -616,7 +597,7 @@ def servo_steps(calibration: str) -> ndarray:
     if not calibration:
         return NOMINAL
     arm = read_json(calibration)
-    with naming(f"{calibration}, a calibration file of LeRobot,"):
+    with check_readable(f"{calibration}, a calibration file of LeRobot,"):
         return np.array([arm[motor]["range_max"] - arm[motor]["range_min"] for motor in MOTORS[:5]])
 
 
@@ -744,11 +725,11 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> Scene:
         if feature in source.films:
             at = begin + source.start_in_film(episode, feature)
             film = source.path(episode, feature)
-            with naming(f"{film}, episode {index},", require("av").FFmpegError):
+            with check_readable(f"{film}, episode {index},"):
                 pictures = read_film(cfg, film, at, source.fps, kept)
         else:
             pictures = []
-            with naming(f"{place}, a picture of {role}"):
+            with check_readable(f"{place}, a picture of {role}"):
                 for cell in table[feature].to_pylist():
                     picture = open_picture(cell, source.root)
                     pictures.append(resize_image(picture, cfg.image_size, cfg.fit))
@@ -783,7 +764,7 @@ def read_rows(source: LeRobotSet, episode: dict, columns: list) -> Any:
 def numbers_of(table: Any, feature: str, n: int, place: str) -> ndarray:
     """A column of numbers, or of nested lists of such -> (frames, n) float32, all of them finite."""
     rows = []
-    with naming(f"{place}: {feature}"):
+    with check_readable(f"{place}: {feature}"):
         for number, cell in enumerate(table[feature].to_pylist()):
             row = np.array(cell, np.float32).ravel()  # an empty cell becomes NaN
             if len(row) != n or not np.isfinite(row).all():
@@ -805,11 +786,10 @@ def check_clock(source: LeRobotSet, table: Any, place: str) -> tuple[float, str,
     steps = np.diff(times) * source.fps  # (frames - 1,) in frames
     median = np.median(steps)  # the mean would move with one late frame
     if abs(median - 1) > 0.05:
-        rate = "with a clock that does not run"
-        if median > 0:
-            rate = f"at {source.fps / median:.4g} frames per second"
+        rate = source.fps / max(median, 1e-9)
         raise UserError(
-            f'{place} was recorded {rate}, meta/info.json says {source.fps:g}; write the right "fps" there'
+            f"{place} was recorded at {rate:.4g} frames per second, meta/info.json says {source.fps:g}; "
+            'write the right "fps" there'
         )
     # Time stamps count from the first frame of the film. Rounding takes the jitter of the clock away.
     begin = round(times[0] * source.fps) / source.fps
@@ -934,7 +914,7 @@ def plan_questions(cfg: Config, camera: str) -> list[tuple]:
     parquet = require("pyarrow.parquet", "pyarrow")
     blocks = []  # name, number of rows, source
     for i, path in enumerate(find_parquet_files(cfg)):
-        with naming(path):
+        with check_readable(path):
             file = parquet.ParquetFile(path)
         if not {"images", "texts"}.issubset(file.schema_arrow.names):
             raise UserError(f"{path} is no image-text set: it has no columns images and texts")
@@ -980,7 +960,7 @@ def read_questions(cfg: Config, shard: Shard) -> Iterator[Scene]:
     """
     path, group, camera = shard.source  # one row group is the least that parquet reads
     parquet = require("pyarrow.parquet", "pyarrow")
-    with naming(path):
+    with check_readable(path):
         table = parquet.ParquetFile(path).read_row_group(group, columns=["images", "texts"])
     for row in table.slice(shard.first, shard.n).to_pylist():
         questions = []
@@ -995,7 +975,7 @@ def read_questions(cfg: Config, shard: Shard) -> Iterator[Scene]:
                 left_out.append("empty or long questions")
         # One damaged picture of thousands is counted and costs nothing else.
         arrays = {}
-        with contextlib.suppress(UserError), naming(path):
+        with contextlib.suppress(UserError), check_readable(path):
             (cell,) = row["images"] if questions else ()  # ValueError unless there is exactly one
             picture = open_picture(cell, path.parent)
             image = resize_image(picture, cfg.image_size, cfg.fit)

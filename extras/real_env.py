@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common import UserError, read_json, require
+from common import UserError, check_readable, read_json, require
 from evaluate import SingleEnv, camera_indices
 from sim_env import (
     CAMERAS,
@@ -153,34 +153,27 @@ class RealEnv:
         """Read the calibration file and open the port."""
         motors = require("lerobot.motors", PACKAGE)
         feetech = require("lerobot.motors.feetech", PACKAGE)
-        if not os.path.exists(self.port):
-            raise UserError(
-                f"no port {self.port or 'given'}: plug in and power the arm, type lerobot-find-port, "
-                "and give what it says as --port=..."
-            )
         path = _find_calibration(name)
         self.again = (
             "calibrate anew, type: lerobot-calibrate --robot.type=so100_follower "
             f"--robot.port={self.port} --robot.id={path.stem}"
         )
-        ranges = read_json(path)
-        try:
+        ranges = read_json(path, self.again)
+        with check_readable(f"{path} is no calibration of an SO-100 or SO-101, it", self.again):
             calibration = {motor: motors.MotorCalibration(**ranges[motor]) for motor in MOTORS}
-        except (KeyError, TypeError):
-            raise UserError(f"{path} is no calibration of an SO-100 or SO-101: {self.again}") from None
         self._set_limits(calibration, path)
         servos = {}
         for number, motor in enumerate(MOTORS, 1):
             mode = "range_0_100" if motor == "gripper" else "degrees"
             servos[motor] = motors.Motor(number, "sts3215", motors.MotorNormMode(mode))
         self.bus = feetech.FeetechMotorsBus(self.port, servos, calibration)
-        try:
+        hint = (
+            "plug in and power the arm, type lerobot-find-port, give what it says as --port=..., and end "
+            "another program that uses it. On Linux you need the group dialout: "
+            "sudo usermod -aG dialout $USER; log in again"
+        )
+        with check_readable(f"the arm's port {self.port}", hint):
             self.bus.connect(handshake=False)
-        except Exception as error:  # LeRobot raises ConnectionError; the reason is its cause
-            raise UserError(
-                f"cannot open {self.port} ({_one_line(error.__cause__ or error)}): does another program "
-                "use it? On Linux you need the group dialout: sudo usermod -aG dialout $USER; log in again"
-            ) from None
         self.exits.callback(self.bus.disconnect, disable_torque=False)
 
     def _set_limits(self, calibration, path):
@@ -224,13 +217,9 @@ class RealEnv:
             device = int(source) if str(source).isdigit() else Path(source)
             # At the camera's own rate: not all have the 30 frames a second that LeRobot's guide asks for.
             camera = opencv.OpenCVCamera(opencv.OpenCVCameraConfig(device, width=width, height=height))
-            try:
+            hint = f"type lerobot-find-cameras opencv, then --{view}=... with the number it says"
+            with check_readable(f"camera {view} ({source})", hint):
                 camera.connect()
-            except Exception as error:
-                raise UserError(
-                    f"camera {view} ({source}) does not open ({_one_line(error)}): "
-                    f"type lerobot-find-cameras opencv, then --{view}=... with the number it says"
-                ) from None
             self.opened[view] = camera
             self.exits.callback(camera.disconnect)
             if 0 < camera.fps < FPS:  # 0: the driver does not say

@@ -374,7 +374,7 @@ def test_mismatches_show_both_sides(data, tmp_path):
 
     assert all(word in refused(cameras="front,top") for word in ("'front', 'wrist'", "'top'", "--cameras"))
     assert all(word in refused(motors="a,b") for word in ("['a', 'b']", "'shoulder_pan'"))
-    assert all(word in refused(image_size=48) for word in ("32 px", "48", "--image_size=48"))
+    assert all(word in refused(image_size=48) for word in ("32, 32, 3)", "48, 48, 3)", "--image_size=48"))
     assert all(word in refused(families=["sequence"]) for word in ("sequence", "place"))
     assert "python prepare.py" in refused(tmp_path)
 
@@ -512,8 +512,8 @@ def test_episodes_that_cannot_be_are_named(changes, said):
 @pytest.mark.parametrize(
     "content, said",
     [
-        ("{", "cannot be read as JSON"),
-        ("[]", "no JSON object"),
+        ("{", "meta.json cannot be read"),
+        ("[]", "lacks cameras, motors, fps, statistics, episodes"),
         ("{}", "lacks cameras, motors, fps, statistics, episodes"),
         ({"fps": 0}, "fps must be a whole number above 0, not 0"),
         ({"fps": "10"}, "fps must be"),
@@ -551,11 +551,11 @@ def test_an_instruction_too_long_names_its_episode(data, tmp_path, tokenizer, ta
 @pytest.mark.parametrize(
     "content, said",
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "questions.json cannot be read"),
         ({}, "must be a list"),
         ([["abc"], []], "picture 0 has 'abc', not [kind, question, answer]"),
         ([[["kind", "why", ""]], []], "not [kind, question, answer]"),
-        ([[]], "has questions for 1 pictures, there are 2"),
+        ([[]], "different numbers of frames: {'questions': 1, 'front': 2, 'wrist': 2}"),
     ],
     ids=str,
 )
@@ -575,9 +575,9 @@ def test_questions_that_cannot_be_are_named(data, tmp_path, content, said):
         ({"action": np.full((6, 2), np.nan)}, "episode 1: action is not finite: its entry 0"),
         ({"state": [["a", "b"]] * 6}, "episode 1: state must be an array of numbers"),
         ({"state": [[1], [2, 3]] * 3}, "episode 1: state must be an array of numbers"),
-        ({"images": {"top": np.zeros((6, 8, 8, 3))}}, "episode 1: top must be (frames, px, px, 3) uint8"),
+        ({"images": {"top": np.zeros((6, 8, 8, 3))}}, "episode 1: top must be (frames, 8, 8, 3) uint8"),
         ({"images": {"front": np.zeros((6, 8, 8, 3), np.uint8)}}, "images lacks top"),
-        ({"images": {"top": np.zeros((6, 9, 9, 3), np.uint8)}}, "must have one size"),
+        ({"images": {"top": np.zeros((6, 9, 9, 3), np.uint8)}}, "episode 1: top must be (frames, 8, 8, 3)"),
         ({"task": ""}, "episode 1 has no instruction"),
         ({"reason": [[9, "a"]]}, "episode 1: reason must be"),
     ],

@@ -300,7 +300,7 @@ def test_environments_that_cannot_be_are_named_in_one_line(reach, fails):
     late = [*learn[:-1], "--eval=1", "--env=none:None", "--out=late"]
     assert "cannot be imported" in fails(train.main, late) and not Path("late").exists()
     assert "lacks cameras" in tell("--env=json:JSONDecoder")
-    assert "['top'] missing" in tell("--env=sim")
+    assert "the model also wants ['top']" in tell("--env=sim")
     assert "--families" in tell("--families=push") and "--families" in tell("--eval=2", "--families=push")
 
 

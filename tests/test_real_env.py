@@ -284,7 +284,7 @@ def test_port_and_servos(arm, monkeypatch):
 def test_a_port_that_does_not_open(arm, tmp_path):
     port = tmp_path / "ttyACM1"
     port.write_text("no terminal")
-    says(arm, f"cannot open {port}", "another program", "dialout", port=str(port))
+    says(arm, f"port {port} cannot be read", "another program", "dialout", port=str(port))
 
 
 def test_cameras(arm):
@@ -725,7 +725,7 @@ def test_conversation(arm, command, run, capsys, monkeypatch, sample):
 def test_bad_input(arm, command, fails, sample):
     assert "instruction" in fails(sample.main, command)
     assert "lerobot-find-port" in fails(sample.main, [*changed(command, "--port=/dev/nothing"), TASK])
-    assert "does not open" in fails(sample.main, [*changed(command, "--wrist=9"), TASK])
+    assert "camera wrist (9) cannot be read" in fails(sample.main, [*changed(command, "--wrist=9"), TASK])
     assert "--wrist" in fails(sample.main, [*changed(command, "--wrist="), TASK])
     assert "neither sim, real" in fails(sample.main, [command[0], "--env=reel", TASK])
 

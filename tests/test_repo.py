@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -16,7 +17,7 @@ import rl
 import sample
 import train
 from common import parse_config
-from model import all_presets
+from model import Config, all_presets
 
 ROOMS = {  # file: which of our files it may import; extras/ only inside functions
     "common": set(),
@@ -206,3 +207,10 @@ def test_no_path_of_somebodys_machine(root):
     for kind in kinds:
         for path in root.glob(kind):
             assert not pattern.search(path.read_text()), path.name
+
+
+def test_every_float_option_names_its_interval():
+    """By it check_options() refuses what is no finite number."""
+    for cls in (Config, *(cls for cls, _ in PROGRAMS.values())):
+        for f in fields(cls):
+            assert type(f.default) is not float or f.metadata["allowed"].startswith(("[", "(")), f.name

@@ -625,7 +625,7 @@ def rewrite(folder, change):
 @pytest.mark.parametrize(
     "spoil, said",
     [
-        (broken_json, "config.json cannot be read as JSON"),
+        (broken_json, "config.json cannot be read"),
         (no_object, "config.json is not what train.py writes"),
         (words_of_numbers, "config.json: --chunk_size takes int, not '8'"),
         (other_words, "tokenizer.json is another checkpoint's"),

@@ -79,16 +79,6 @@ class Tokenizer:
         self.encoded = {}  # training meets the same few thousand sentences again and again
         self.task, self.reason, self.end_reasoning, self.ask, self.reply, self.end_answer = range(1, 7)
 
-    @property
-    def scales(self) -> list[list[int]]:
-        """Ids of the words that are points of a scale, one letter and a number, as t0 .. t11, in order."""
-        scales = defaultdict(dict)  # letter -> {number: id}
-        for word in self.words:
-            if match := re.fullmatch(r" ([a-z])(\d+)", word):
-                scales[match[1]][int(match[2])] = self.ids[word]
-        whole = [scale for _, scale in sorted(scales.items()) if set(scale) == set(range(len(scale)))]
-        return [[scale[i] for i in range(len(scale))] for scale in whole if len(scale) > 1]
-
     @classmethod
     def train(cls, texts: Iterable[str], limit: int) -> Tokenizer:
         """The most frequent pieces of `texts`, so that the whole vocabulary has at most `limit` tokens."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -93,7 +93,6 @@ class Config:
     temperature: float = opt(
         0.0, "scale of the sampler's starting noise: 0 acts by its mode, 1 by all of it", "[0, 10]"
     )
-    pointer: bool = opt(True, "words for places are read off where attention points in the first picture")
     reasoning: bool = opt(
         True, "write the chain of thought before the feature queries (paper: think before act)"
     )
@@ -194,8 +193,7 @@ class Config:
             identity = text_id(path.read_bytes())
         if config.get("tokenizer", identity) != identity:
             raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
-        # the first policies had no pointer
-        return config_of(cls, {"pointer": False} | config, f"{folder}/config.json")
+        return config_of(cls, config, f"{folder}/config.json")
 
 
 def text_id(content: bytes) -> str:
@@ -308,16 +306,13 @@ class VisionEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, 1e-5)
         self.connector = Projection(width * self.shuffle**2, cfg.width)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n, 3, px, px) in [-1, 1] -> visual tokens (n, tokens, D), and what the patches look like.
-
-        The latter (n, vision_width, side, side) is before positions: the same at every place.
-        """
-        patches = self.patch(images)  # (n, vision_width, side, side)
-        x = patches.flatten(2).transpose(1, 2)  # (n, side*side, vision_width)
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (n, 3, px, px) in [-1, 1] -> visual tokens (n, tokens, D)."""
+        x = self.patch(images)  # (n, vision_width, side, side)
+        x = x.flatten(2).transpose(1, 2)  # (n, side*side, vision_width)
         x = self.norm(x + self.position)
         x = pixel_shuffle(x, self.shuffle)  # (n, side*side / k^2, k*k*vision_width)
-        return self.connector(x), patches
+        return self.connector(x)
 
 
 def pixel_shuffle(x: Tensor, k: int) -> Tensor:
@@ -469,88 +464,6 @@ class LanguageModel(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-class Visual(NamedTuple):
-    """What the VLM sees of pictures, B rows."""
-
-    tokens: Tensor  # visual tokens of every view (B, V, n, D)
-    keys: Tensor | None = None  # the patches' looks in the first view (B, m, POINT_WIDTH), for the pointer
-    places: Tensor | None = None  # where the patches lie in it (B, m, 2), -1 .. 1
-
-
-POINT_WIDTH = 32
-POINT_WORDS = 8  # how many words back the pointer reads
-
-
-class Pointer(nn.Module):
-    """Reads words that are points of a scale, as t0 .. t11, off the place of what the text speaks of.
-
-    The last words alone make a query, and attention over the patches of the first view finds the thing by its
-    looks. The mean place that it weighs, a spatial softmax (Levine et al. 2016, arXiv 1504.00702), becomes
-    one number for each scale. As neither words nor looks know of places, a thing is found where training
-    never showed one. The language model would have to learn every place by itself. Its hidden states must not
-    make the query: they know its own guess, and the pointer would learn to repeat that.
-    """
-
-    def __init__(self, cfg: Config, scales: list[list[int]]):
-        super().__init__()
-        self.scales = [torch.tensor(ids) for ids in scales]  # token ids of every scale, in order
-        side = cfg.image_size // cfg.patch_size
-        # A 3 x 3 neighbourhood tells a cube from a pad of its colour, and where in the patch it lies.
-        self.key = nn.Conv2d(cfg.vision_width, POINT_WIDTH, 3, padding=1)
-        self.offset = nn.Conv2d(cfg.vision_width, 2, 3, padding=1)
-        self.words = nn.Embedding(cfg.vocab_size, POINT_WIDTH)
-        layers = [nn.Linear(POINT_WORDS * POINT_WIDTH, 64), nn.SiLU(), nn.Linear(64, POINT_WIDTH)]
-        self.query = nn.Sequential(*layers)
-        layers = [nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, len(scales))]
-        self.numbers = nn.Sequential(*layers)
-        middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,) of the patches, -1 .. 1
-        y, x = torch.meshgrid(middles, middles, indexing="ij")
-        self.register_buffer("grid", torch.stack((x, y), dim=-1).flatten(0, 1), persistent=False)  # (m, 2)
-
-    def look(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches of one view (B, vision_width, side, side) -> keys (B, m, POINT_WIDTH), places (B, m, 2)."""
-        keys = self.key(patches).flatten(2).mT  # (B, m, POINT_WIDTH)
-        keys = F.rms_norm(keys, keys.shape[-1:], eps=RMS_EPS)
-        offset = self.offset(patches).flatten(2).mT  # (B, m, 2)
-        patch = self.grid[1, 0] - self.grid[0, 0]  # width of a patch
-        return keys, self.grid + 1.5 * patch * offset.tanh()
-
-    def forward(self, recent: Tensor, keys: Tensor, places: Tensor) -> Tensor:
-        """The last words (n, POINT_WORDS) of n texts, each with its picture -> numbers (n, scales).
-
-        recent: token ids, 0 where there is none; keys and places as look() makes them. A number is 0 at a
-        scale's lower end and 1 at its upper one.
-        """
-        known = torch.isin(recent, torch.cat(self.scales).to(recent))  # a place that has been said already
-        words = self.words(recent.masked_fill(known, 0)).flatten(1)  # (n, POINT_WORDS * POINT_WIDTH)
-        query = self.query(words)[..., None]  # (n, POINT_WIDTH, 1)
-        weights = (keys @ query).float().softmax(dim=1)  # (n, m, 1)
-        place = (weights * places).sum(dim=1)  # (n, 2)
-        return self.numbers(place.to(words.dtype)).float() + 0.5
-
-    def loss(self, numbers: Tensor, labels: Tensor) -> Tensor:
-        """How far numbers (n, scales) lie from the words that are due, labels (n,) -> (n,), 0 for others."""
-        loss = torch.zeros_like(numbers[:, 0])  # (n,)
-        for k, ids in enumerate(self.scales):
-            due, word = (labels[:, None] == ids.to(labels)).nonzero(
-                as_tuple=True
-            )  # rows, places on the scale
-            middle = (word + 0.5) / len(ids)
-            error = F.smooth_l1_loss(numbers[due, k], middle, reduction="none", beta=0.05)
-            loss = loss.index_add(0, due, 10 * error)
-        return loss
-
-    def choose(self, logits: Tensor, numbers: Tensor) -> Tensor:
-        """Logits (n, vocab) -> others, whose likeliest word of a scale is the one nearest to its number."""
-        logits = logits.clone()
-        for k, ids in enumerate(self.scales):
-            middles = (torch.arange(len(ids), device=logits.device) + 0.5) / len(ids)
-            distance = (numbers[:, k, None] - middles).abs() * len(ids)  # (n, words) in words
-            due = logits[:, ids].amax(dim=1, keepdim=True)
-            logits[:, ids] = due - distance
-        return logits
-
-
 def checkpoint_blocks(blocks: nn.ModuleList) -> None:
     """Let every block keep only its input in the forward pass, and compute the rest again in the backward."""
     for block in blocks:
@@ -574,9 +487,6 @@ class VLM(nn.Module):
         self.lm = LanguageModel(cfg)
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
         self.set_chat_format(tokenizer)
-        self.pointer = None
-        if cfg.pointer and tokenizer.scales:
-            self.pointer = Pointer(cfg, tokenizer.scales)
 
     def set_chat_format(self, tokenizer: Tokenizer) -> None:
         """Token ids that stand before the images, before each and behind each; none for our own tokenizer."""
@@ -586,10 +496,7 @@ class VLM(nn.Module):
 
     def parts(self) -> dict[str, Iterable[nn.Parameter]]:
         """Parameters of the vision encoder and of the language model."""
-        parts = {"vision": self.vision.parameters(), "language": self.lm.parameters()}
-        if self.pointer is not None:
-            parts["pointer"] = self.pointer.parameters()
-        return parts
+        return {"vision": self.vision.parameters(), "language": self.lm.parameters()}
 
     def freeze_vision(self) -> None:
         """The vision encoder stops learning, but for its connector."""
@@ -600,34 +507,15 @@ class VLM(nn.Module):
         """Keep only every block's input in the forward pass; the backward pass computes the rest again."""
         checkpoint_blocks(self.lm.blocks)
 
-    def encode_images(self, images: Tensor) -> Visual:
-        """Images (B, V, px, px, 3) uint8 -> what the VLM sees of them."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
         x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, px, px)
         # 0 .. 255 -> -1 .. 1, at least in fp32: bf16 has no room for 256 grey levels
         x = x.to(torch.promote_types(self.queries.dtype, torch.float32))
         x = x.div(127.5).sub(1.0)
         x = x.to(self.queries.dtype)
-        tokens, patches = self.vision(x)  # (B*V, n, D), (B*V, vision_width, side, side)
-        tokens = tokens.unflatten(0, images.shape[:2])  # (B, V, n, D)
-        if self.pointer is None:
-            return Visual(tokens)
-        first = patches.unflatten(0, images.shape[:2])[:, 0]  # (B, vision_width, side, side)
-        return Visual(tokens, *self.pointer.look(first))
-
-    def pointing_loss(
-        self, visual: Visual, tokens: Tensor, positions: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Pointer.loss() of the places (rows, columns) at which a scale's word is due, (n,) each.
-
-        tokens, positions, labels (B, T), as pack() makes them.
-        """
-        rows, columns = torch.isin(labels, torch.cat(self.pointer.scales).to(labels)).nonzero(as_tuple=True)
-        back = torch.arange(POINT_WORDS - 1, -1, -1, device=tokens.device)  # from the oldest word to this one
-        before = columns[:, None] - back  # (n, POINT_WORDS)
-        recent = tokens[rows[:, None], before.clamp(min=0)]
-        recent = recent.masked_fill(positions[rows, columns][:, None] < back, 0)  # of another question
-        numbers = self.pointer(recent, visual.keys[rows], visual.places[rows])
-        return rows, self.pointer.loss(numbers, labels[rows, columns])
+        x = self.vision(x)  # (B*V, n, D)
+        return x.unflatten(0, images.shape[:2])
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
@@ -665,7 +553,7 @@ class VLM(nn.Module):
 
     def embed(
         self,
-        visual: Visual,
+        visual: Tensor,
         tokens: Tensor,
         segments: Tensor,
         positions: Tensor,
@@ -675,7 +563,7 @@ class VLM(nn.Module):
         -> embeddings (B, P + T, D), segments (B, P + T), positions (B, P + T) or (3, B, P + T), the position
         of the first text token.
         """
-        prefix, prefix_positions, first = self.prefix(visual.tokens)
+        prefix, prefix_positions, first = self.prefix(visual)
         text = self.lm.embed(tokens)  # (B, T, D)
         x = torch.cat((prefix, text), dim=1)
         segments = F.pad(segments, (prefix.shape[1], 0))  # the images are segment 0
@@ -694,7 +582,7 @@ class VLM(nn.Module):
 
     def forward(
         self,
-        visual: Visual,
+        visual: Tensor,
         tokens: Tensor,
         segments: Tensor,
         positions: Tensor,
@@ -702,7 +590,7 @@ class VLM(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states of the text (B, T, D), and of the queries (B, Q, D) if asked for, else None.
 
-        tokens, segments, positions (B, T). positions count within a segment from 0:
+        visual (B, V, n, D); tokens, segments, positions (B, T). positions count within a segment from 0:
         every segment starts right behind the images, as if it were alone.
         """
         B, T = tokens.shape
@@ -724,7 +612,7 @@ class VLM(nn.Module):
     @torch.inference_mode()
     def generate(
         self,
-        visual: Visual,
+        visual: Tensor,
         prompts: list[list[int]],
         stop: int,
         limit: int,
@@ -732,12 +620,12 @@ class VLM(nn.Module):
     ) -> tuple[list[list[int]], Tensor | None]:
         """Greedy decoding with a key/value cache; prompts, lists of token ids, may differ in length.
 
-        -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
+        visual (B, V, n, D) -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
         or None. limit 0 writes nothing: the queries follow the prompt.
         """
         text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
         # each (B, T); there are no labels to learn
-        tokens, segments, positions, _ = (ids.to(visual.tokens.device) for ids in text.values())
+        tokens, segments, positions, _ = (ids.to(visual.device) for ids in text.values())
         B, T = tokens.shape
         length = (segments == 1).sum(1)  # (B,)
         x, segments, positions, first = self.embed(visual, tokens, segments, positions)
@@ -748,21 +636,14 @@ class VLM(nn.Module):
         # One token a step; rows that have ended write padding, which nobody sees.
         past = segments >= 0  # (B, P + T): what every later token sees
         written = tokens.new_empty(B, 0)
-        padded = [([0] * POINT_WORDS + prompt)[-POINT_WORDS:] for prompt in prompts]
-        recent = torch.tensor(padded, device=tokens.device)  # (B, POINT_WORDS) the last words
         for i in range(limit):
             alive = (written != stop).all(dim=1)  # (B,)
             if not alive.any():
                 break
-            logits = self.lm.logits(last)
-            if self.pointer is not None:
-                numbers = self.pointer(recent, visual.keys, visual.places)
-                logits = self.pointer.choose(logits, numbers)
-            token = logits.argmax(-1)  # (B,)
+            token = self.lm.logits(last).argmax(-1)  # (B,)
             if i == limit - 1:  # too long: close it
                 token = torch.full_like(token, stop)
             written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
-            recent = torch.cat((recent[:, 1:], token[:, None]), dim=1)  # (B, POINT_WORDS)
             past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
             x = self.lm.embed(token)[:, None]  # (B, 1, D)
             positions = first + length[:, None]  # (B, 1)
@@ -1049,8 +930,6 @@ class SyVLA(nn.Module):
             nn.init.normal_(self.vlm.vision.position, std=0.5)
             for block in self.vlm.lm.blocks:
                 closed += [block.proj, block.down]
-            if self.vlm.pointer is not None:  # it begins by looking everywhere alike
-                closed += [self.vlm.pointer.query[-1], self.vlm.pointer.offset]
             if self.vlm.lm.head is not None:
                 closed.append(self.vlm.lm.head)
         for module in closed:
@@ -1262,9 +1141,6 @@ class SyVLA(nn.Module):
         logits = self.vlm.lm.logits(text[rows, columns])
         nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")
         total = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
-        if self.vlm.pointer is not None:
-            rows, error = self.vlm.pointing_loss(visual, batch["tokens"], batch["positions"], labels)
-            total = total.index_add(0, rows, error)
         count = (labels >= 0).sum(1)  # (B,) targets; a row may have none
         per_row = total / count.clamp(min=1)
         loss = per_row.mean()

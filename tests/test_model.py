@@ -21,7 +21,6 @@ from model import (
     Config,
     LanguageBlock,
     SyVLA,
-    Visual,
     attend,
     load_policy,
     pixel_shuffle,
@@ -111,7 +110,7 @@ def test_shapes_of_every_part(make_policy):
     policy = make_policy()
     cfg, n = policy.cfg, 3
     visual = policy.vlm.encode_images(pictures(policy, n))
-    assert visual.tokens.shape == (n, len(cfg.camera_names), (32 // 8 // 2) ** 2, cfg.width)
+    assert visual.shape == (n, len(cfg.camera_names), (32 // 8 // 2) ** 2, cfg.width)
     text = packed([[([1, 300], [3])]] * n)
     hidden, states = policy.vlm(visual, text["tokens"], text["segments"], text["positions"], True)
     assert hidden.shape == (n, 3, cfg.width) and states.shape == (n, cfg.queries, cfg.width)
@@ -135,10 +134,9 @@ def test_see_maps_bytes_to_minus_one_to_one_per_view(make_policy):
     policy = make_policy()
     images = pictures(policy, 2)
     expected = torch.stack(
-        [policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1)[0] for v in range(2)],
-        dim=1,
+        [policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1) for v in range(2)], dim=1
     )
-    assert torch.allclose(policy.vlm.encode_images(images).tokens, expected, atol=1e-4)
+    assert torch.allclose(policy.vlm.encode_images(images), expected, atol=1e-4)
 
 
 def test_pixel_shuffle_gathers_square_neighbourhoods():
@@ -306,12 +304,8 @@ def test_padding_does_not_change_the_query_states(make_policy):
         return policy.vlm(visual, *(packed(rows)[k] for k in ("tokens", "segments", "positions")), True)[1]
 
     together = states(visual, [short, long])
-    assert torch.allclose(together[:1], states(one_row(visual, 0), [short]), atol=1e-5)
-    assert torch.allclose(together[1:], states(one_row(visual, 1), [long]), atol=1e-5)
-
-
-def one_row(visual, i):
-    return Visual(*(None if part is None else part[i : i + 1] for part in visual))
+    assert torch.allclose(together[:1], states(visual[:1], [short]), atol=1e-5)
+    assert torch.allclose(together[1:], states(visual[1:], [long]), atol=1e-5)
 
 
 def greedy(policy, visual, prompt, n):
@@ -328,7 +322,7 @@ def test_cached_generation_equals_full_forward_passes(make_policy):
     policy = make_policy(seed=4)
     visual = policy.vlm.encode_images(pictures(policy, 3))
     prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
-    free = [greedy(policy, one_row(visual, i), p, limit - 1) for i, p in enumerate(prompts)]
+    free = [greedy(policy, visual[i : i + 1], p, limit - 1) for i, p in enumerate(prompts)]
 
     def cut(stop):
         return [w[: w.index(stop)] if stop in w else w for w in free]
@@ -340,80 +334,8 @@ def test_cached_generation_equals_full_forward_passes(make_policy):
     assert written == wanted
     for i, (prompt, words) in enumerate(zip(prompts, written)):
         row = packed([[(prompt, words + [stop])]])  # at the limit the reasoning is closed, as in training
-        full = policy.vlm(one_row(visual, i), row["tokens"], row["segments"], row["positions"], True)[1]
+        full = policy.vlm(visual[i : i + 1], row["tokens"], row["segments"], row["positions"], True)[1]
         assert torch.allclose(states[i : i + 1], full, atol=1e-5)
-
-
-PLACES = [" cube", *(f" t{i}" for i in range(12)), *(f" r{i}" for i in range(8))]
-
-
-def test_the_pointer_sees_looks_and_not_places(make_policy):
-    policy = make_policy(words=PLACES)
-    assert policy.tokenizer.scales == [list(range(264 + 12, 264 + 20)), list(range(264, 264 + 12))]
-    pointer = policy.vlm.pointer
-    patches = torch.randn(1, policy.cfg.vision_width, 4, 4)
-    keys, places = pointer.look(patches)
-    moved_keys, moved_places = pointer.look(patches.roll(1, dims=3))
-    inner = [4 * row + column for row in (1, 2) for column in (1,)]  # whose neighbours all moved along
-    moved = [i + 1 for i in inner]
-    assert torch.allclose(moved_keys[:, moved], keys[:, inner], atol=1e-5)
-    width = torch.tensor([2 / 4, 0.0])  # of a patch
-    assert torch.allclose(moved_places[:, moved], places[:, inner] + width, atol=1e-5)
-
-
-def test_the_pointer_weighs_places_by_attention(make_policy):
-    policy = make_policy(words=PLACES)
-    pointer, ids = policy.vlm.pointer, policy.tokenizer.ids
-    recent, keys, places = torch.randint(1, 264, (3, 8)), torch.randn(3, 16, 32), torch.randn(3, 16, 2)
-    numbers = pointer(recent, keys, places)
-    for i in range(3):
-        query = pointer.query(pointer.words(recent[i]).flatten())
-        weights = (keys[i] @ query).exp() / (keys[i] @ query).exp().sum()
-        place = sum(w * p for w, p in zip(weights, places[i]))
-        assert torch.allclose(numbers[i], pointer.numbers(place) + 0.5, atol=1e-5)
-    # places that were said already are not read
-    recent[:, -1] = ids[" t3"]
-    said = pointer(recent, keys, places)
-    recent[:, -1] = ids[" t4"]
-    assert torch.equal(pointer(recent, keys, places), said) and not torch.allclose(said, numbers)
-
-
-def test_numbers_of_the_pointer_become_words(make_policy):
-    policy = make_policy(words=PLACES)
-    pointer, ids = policy.vlm.pointer, policy.tokenizer.ids
-    logits = torch.randn(2, policy.cfg.vocab_size)
-    numbers = torch.tensor([[0.0, 5.4 / 12], [1.0, 6.6 / 12]])  # of r and t
-    chosen = pointer.choose(logits, numbers)
-    others = [i for i in range(policy.cfg.vocab_size) if i not in sum(policy.tokenizer.scales, [])]
-    assert torch.equal(chosen[:, others], logits[:, others])
-    for row, word_r, word_t in ((0, " r0", " t5"), (1, " r7", " t6")):
-        for scale, word in zip(policy.tokenizer.scales, (word_r, word_t)):
-            assert scale[int(chosen[row, scale].argmax())] == ids[word]
-    labels = torch.tensor([ids[" t5"], ids[" cube"]])
-    loss = pointer.loss(numbers, labels)
-    error = abs(5.4 / 12 - 5.5 / 12)  # within beta: quadratic
-    assert torch.allclose(loss, torch.tensor([10 * error**2 / (2 * 0.05), 0.0]), atol=1e-6)
-
-
-def test_pointing_is_learnt_with_the_words(make_policy):
-    policy = make_policy(words=PLACES)
-    ids = policy.tokenizer.ids
-    question = [4, ids[" cube"], 5]
-    other = (question, [ids[" cube"], 6])
-    rows = [[other, (question, [ids[" t3"], ids[" r2"], 6])], [other]]
-    batch = {**packed(rows), "images": pictures(policy, 2)}
-    loss, _ = policy.text_loss(batch, with_queries=False)
-    pointer, policy.vlm.pointer = policy.vlm.pointer, None
-    words_alone, _ = policy.text_loss(batch, with_queries=False)
-    policy.vlm.pointer = pointer
-    visual = policy.vlm.encode_images(batch["images"])
-    # nothing of the question before
-    recent = torch.tensor([[0] * 5 + question, [0] * 4 + question + [ids[" t3"]]])
-    numbers = pointer(recent, visual.keys[[0, 0]], visual.places[[0, 0]])  # before t3 and before r2
-    due = torch.tensor([3.5 / 12, 2.5 / 8])
-    error = torch.nn.functional.smooth_l1_loss(numbers[[0, 1], [1, 0]], due, reduction="none", beta=0.05)
-    # five words in the first row, and two rows
-    assert torch.allclose(loss - words_alone, 10 * error.sum() / 5 / 2, atol=1e-5)
 
 
 def test_without_reasoning_the_queries_follow_the_instruction(make_policy):

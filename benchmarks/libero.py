@@ -16,7 +16,7 @@ import atexit
 import contextlib
 import io
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from benchmarks.shared import (
     play,
     table_row,
 )
-from common import UserError, opt, parse_config, require, run_program, write_json
+from common import UserError, opt, parse_config, read_json, require, run_program, write_json
 from sim_env import SEEDS, mujoco
 
 # -----------------------------------------------------------------------------------------------------------
@@ -288,13 +288,15 @@ ENVIRONMENTS = {cls.suite: cls for cls in Libero.__subclasses__()}
 # The controller
 
 HOVER = 0.10  # metres above the grasp at which the open hand travels
-CLEAR = 0.05  # metres above the target at which it carries
+CLEAR = 0.05  # metres above the place's edge at which it carries
+OUT = 0.05  # metres by which a thing rises at least, out of a drawer or from among others
 DEPTH = 0.025  # metres from a thing's top to the middle of the fingertips
 WIDE = 0.075  # metres: what is wider does not fit between the fingers and is taken by its rim
 WALL = 0.008  # metres from a bowl's outer edge to the middle of its wall; so bowls are held 45 mm off centre
 OPEN, CLOSE = -1.0, 1.0  # the gripper's action
 GAIN = 2.5  # the hand covers about a tenth of a commanded step in one control step
 LOW, HIGH = 0.002, 0.07  # metres between the fingers: below it holds nothing, above it is open
+MOVING = 0.04  # metres a second of the opening: the fingers close on something or let it go
 
 
 @dataclass
@@ -303,12 +305,13 @@ class Sight:
 
     tool: ndarray  # (3,) the middle between the fingertips
     opening: float  # between the fingers
-    moving: bool  # are the fingers
+    speed: float  # of the opening, in metres a second; below 0 the fingers close
     turned: float  # radians from the turn of the hand that the grasp needs
     grasp: ndarray  # (3,) where the tool must be to grasp the thing
     thing: ndarray  # (3,) its middle, and its lowest height
     place: ndarray  # (3,) where that is to be
-    rim: float  # height that the thing must clear on its way there
+    rim: float  # height of the place's edge
+    high: float  # height at which the thing's lowest point travels
 
 
 def plan(see: Sight) -> tuple[str, ndarray, float]:
@@ -319,26 +322,28 @@ def plan(see: Sight) -> tuple[str, ndarray, float]:
     way = see.place[:2] - see.thing[:2]  # (2,)
     far = np.linalg.norm(way)
     above = see.thing[2] - see.place[2]
-    if far < 0.02 and above < 0.004:
+    if far < 0.025 and above < 0.004:
         return "open", see.tool, OPEN
     near = np.linalg.norm(see.grasp - see.tool) < 0.035
-    if near and LOW < see.opening < HIGH and not see.moving:
-        if far < 0.015:
+    if near and LOW < see.opening < HIGH and see.speed < MOVING:
+        if see.speed < -MOVING:
+            return "close", see.tool, CLOSE
+        if far < 0.02:
             return "lower", see.tool + [*way, -min(above, 0.03) - 0.005], CLOSE
         # Nothing is dragged through its neighbours: first up, then across, and down when it is near.
-        height = see.rim + np.clip(4 * (far - 0.015), 0, CLEAR)
-        free = np.clip((see.thing[2] - see.rim - CLEAR + 0.03) / 0.02, 0, 1) if far > 0.03 else 1
+        height = see.rim + np.clip(4 * (far - 0.02), 0, see.high - see.rim)
+        free = np.clip((see.thing[2] - height + 0.03) / 0.02, 0, 1) if far > 0.03 else 1
         phase = "across" if free else "lift"
         return phase, see.tool + [*(free * way), height - see.thing[2]], CLOSE
     gap = np.linalg.norm(see.grasp[:2] - see.tool[:2])
     height = see.tool[2] - see.grasp[2]
-    if gap < 0.012 and height < 0.008 and see.opening > LOW:
+    if gap < 0.018 and height < 0.01 and see.opening > LOW:
         return "close", see.grasp, CLOSE
     if gap > 0.03 and height < HOVER - 0.03:
         return "rise", np.array([*see.tool[:2], see.grasp[2] + HOVER]), OPEN
     # The hand descends as it comes near, turns and opens.
     unready = gap + 0.05 * see.turned + 0.3 * max(HIGH - see.opening, 0)
-    rest = np.clip(6 * (unready - 0.008), 0, HOVER)
+    rest = np.clip(6 * (unready - 0.014), 0, HOVER)
     return "above" if rest else "down", see.grasp + [0, 0, rest], OPEN
 
 
@@ -356,10 +361,12 @@ class Controller:
         # The fingers are alike: the hand turns by 90 degrees at most.
         self.yaw = np.deg2rad((side % 180) - 90)
         self.boxes = {}
+        self.begun = {}  # thing -> its lowest height at first
         for _, *names in self.world.parsed_problem["goal_state"]:
             for name in names:
                 if name in self.world.obj_body_id:
                     self.boxes[name] = self.box(name)
+                    self.begun[name] = self.position(name)[2] + self.boxes[name][0][2]
 
     def box(self, name: str) -> tuple[ndarray, ndarray]:
         """The corners of the box around a thing, seen from its origin: (3,), (3,)."""
@@ -395,23 +402,26 @@ class Controller:
         raw = self.env.raw
         low, high = self.boxes[name]
         thing = self.position(name)
-        fingers = raw["robot0_gripper_qpos"]
+        fingers = raw["robot0_gripper_qpos"]  # (2,)
+        speeds = raw["robot0_gripper_qvel"]  # (2,)
+        grasp = thing + (low + high) / 2  # (3,) the box's middle
+        depth = high[2] - DEPTH - (low[2] + high[2]) / 2  # of the grasp, above the middle
         if high[0] - low[0] > WIDE:
-            grasp = thing[:2] + ((high[0] - low[0]) / 2 - WALL) * self.way
-            height = high[2] - DEPTH
+            grasp[:2] += ((high[0] - low[0]) / 2 - WALL) * self.way
+            grasp[2] += depth
         else:
-            grasp = thing[:2] + (low[:2] + high[:2]) / 2
-            height = max(high[2] - DEPTH, (low[2] + high[2]) / 2, low[2] + 0.008)
+            grasp[2] += max(depth, 0)
         target, rim = self.place_of(place)
         return Sight(
             tool=raw["robot0_eef_pos"],
             opening=fingers[0] - fingers[1],
-            moving=np.abs(raw["robot0_gripper_qvel"]).max() > 0.01,  # metres a second
+            speed=speeds[0] - speeds[1],
             turned=abs(self.turn()[2]),
-            grasp=np.array([*grasp, thing[2] + height]),
+            grasp=grasp,
             thing=thing + [0, 0, low[2]],
             place=target,
             rim=rim,
+            high=max(rim, self.begun[name] + OUT) + CLEAR,
         )
 
     def turn(self) -> ndarray:
@@ -446,7 +456,7 @@ AFTER_SUCCESS = 2  # control steps that follow, so that chunks do not all end ju
 NOISE = 0.1  # of each step, in units of the action
 NOISE_DECAY = 0.8
 DIRECTIONS = (("back", "forward"), ("right", "left"), ("down", "up"))  # of x, y, z, as the arm sees it
-SIDES: dict[tuple[str, str], float] = {}  # (suite, task) -> side
+SIDES = {("spatial", "4"): 159}  # (suite, task) -> side; in the drawer the walls leave no other
 
 
 def goal_is_known(env: Libero) -> bool:
@@ -512,8 +522,13 @@ def demonstrate(
 class LiberoConfig(BenchConfig):
     """The options of both programs."""
 
-    suite: str = opt("spatial", "which ten tasks", tuple(SUITES))
-    out: str = opt("", "data set folder to make (default data/libero_<suite>)", needs="work=demonstrate")
+    work: str = opt(
+        "demonstrate",
+        "demonstrate, evaluate or adopt (a prepared official set); a word without --",
+        ("demonstrate", "evaluate", "adopt"),
+    )
+    suite: str = opt("spatial", "which ten tasks", tuple(SUITES), "not work=adopt")
+    out: str = opt("", "data set folder (default data/libero_<suite>)", needs="not work=evaluate")
     tasks: str = opt("", "only these tasks, numbers as in 0,4 (default: all)", ("", *TASKS), many=True)
     episodes: int = opt(
         STATES, "episodes per task, from the first start state on", f"[1, {STATES}]", "work=evaluate"
@@ -556,10 +571,46 @@ def evaluate_run(cfg: LiberoConfig) -> None:
     print(f"wrote {path}")
 
 
+def sentences() -> dict[str, str]:
+    """The instructions of the four suites of LIBERO -> the suite."""
+    benchmark, _ = import_libero()
+    found = {}
+    for suite in ("spatial", "object", "goal", "long"):
+        for task in benchmark.task_maps[SUITES[suite][0]].values():
+            found[task.language] = suite
+    return found
+
+
+def adopt(out: str) -> None:
+    """Make a set that prepare.py --lerobot read from the official demonstrations one of this environment.
+
+    Its numbers are the same, but it calls them otherwise, says 10 frames a second where the arm did 20 steps,
+    and has one family for all suites.
+    """
+    path = Path(out, "meta.json")
+    meta = read_json(path)
+    sizes = (len(meta["motors"]), len(meta.get("state", meta["motors"])))
+    if meta["cameras"] != list(Libero.cameras) or sizes != (len(Libero.motors), len(Libero.state)):
+        raise UserError(
+            f"{out} has cameras {meta['cameras']}, {sizes[0]} numbers of action and {sizes[1]} of state; "
+            "prepare it with --cameras=agentview=image,eye_in_hand=image2"
+        )
+    suites = sentences()
+    families = Counter()
+    for episode in meta["episodes"]:
+        episode["family"] = suites.get(episode["task"].strip().lower(), episode["family"])
+        families[episode["family"]] += 1
+    meta |= {"motors": list(Libero.motors), "state": list(Libero.state), "fps": Libero.fps}
+    write_json(path, meta)
+    print(f"{out}: {dict(families)} episodes")
+
+
 def work(cfg: LiberoConfig) -> None:
     """What the command line asks for."""
     import_libero()  # complain before there is a folder
-    if cfg.work == "evaluate":
+    if cfg.work == "adopt":
+        adopt(cfg.out)
+    elif cfg.work == "evaluate":
         evaluate_run(cfg)
     else:
         make_data_set(bench_of(cfg.suite), cfg)

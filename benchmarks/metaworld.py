@@ -188,6 +188,7 @@ class MT50:
             name = tasks[seed % len(tasks)]
         if name not in INSTRUCTIONS:
             raise UserError(f"MT50 has no task {family!r}; it has {', '.join([*GROUPS, *INSTRUCTIONS])}")
+        # Seeds of one task use the same model.
         if name != self.name:
             self._build(name)
         self.env.seed(seed)
@@ -232,6 +233,7 @@ class MT50:
         before = self.steps
         for action in actions:
             self.advance(action)
+            # What follows success is not executed, and a policy sees no picture of it.
             if self.success or self.steps == LIMIT:
                 break
         out_of_time = self.steps == LIMIT and not self.success
@@ -273,6 +275,7 @@ def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple
     drift = np.zeros(3)
     found = defaultdict(list)
     left = AFTER_SUCCESS + 1  # the step that succeeds counts, too
+    # Each demonstration begins with another drift, and the same seed always with the same.
     while env.steps < DEMO_LIMIT and left:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the scripted policies ask for more than the arm can do
@@ -281,6 +284,7 @@ def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple
         found["state"].append(env.hand())  # (4,)
         found["action"].append(action.astype(np.float32))  # (4,)
         drift = NOISE_DECAY * drift + rng.normal(0, NOISE, 3)  # (3,)
+        # The gripper is not disturbed: it would drop what it holds.
         executed = action.copy()
         executed[:3] += drift
         env.advance(executed)
@@ -296,6 +300,7 @@ def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple
         "kind": "demo",
         "name": name,
     }
+    # The state's fourth number is the opening, as the phrases need it; the action's is the closing effort.
     if phrases:
         entry["reason"] = motion_phrases(arrays["state"], arrays["action"][:, 3] > 0, DIRECTIONS)
     return arrays, entry
@@ -338,6 +343,7 @@ def summarise(episodes: Sequence[Episode], limit: int) -> dict[str, Any]:
         name = episode.options["family"]
         by_task[name].append(episode)
         by_group[GROUP_OF[name]].append(episode)
+    # The groups have 28, 11, 6 and 5 tasks, so their mean is not that of the episodes.
     groups = {group: count(played, limit) for group, played in by_group.items()}
     return {
         "limit": limit,
@@ -362,6 +368,7 @@ def print_summary(full: dict[str, Any], short: dict[str, Any]) -> None:
 def evaluate_run(cfg: MetaworldConfig) -> None:
     """Play every task on scenes of the report range, print a table and write it to the run's folder."""
     jobs = play(BENCH, cfg, "MT50")
+    # One set of episodes, counted twice: the second count asks for speed as well.
     full = summarise(jobs, LIMIT)
     short = summarise(jobs, SHORT_LIMIT)
     print_summary(full, short)

@@ -102,18 +102,22 @@ def make_part(bench: Bench, cfg: BenchConfig, name: str) -> None:
     failed = Counter()
     env = bench.env(px=cfg.image_size)
     seed = SEEDS["train"].start
+    # Seeds go on until enough episodes have succeeded, so a part does not depend on the others.
     while len(entries) < cfg.demos:
         arrays, entry = bench.demonstrate(env, name, seed, cfg.reasoning_phrases)
         seed += 1
         if not entry["success"]:
             failed[name] += 1
             if failed[name] > 10 + cfg.demos or (failed[name] == HOPELESS and not entries):
-                break  # merge_parts() says so
+                # A task that the script cannot do must not stop the others; merge_parts() tells.
+                break
+            # A failed episode would teach the failure.
             continue
         entries.append(entry)
         for key, array in arrays.items():
             pieces[key].append(array)
     env.close()
+    # A part of a hopeless task has no arrays, only its failures.
     joined = {key: np.concatenate(found) for key, found in pieces.items()}  # (frames, ...)
     with atomic_path(part_path(cfg, name)) as temporary, open(temporary, "wb") as file:
         np.savez(file, **joined, info=json.dumps(entries), left_out=json.dumps(failed))
@@ -134,7 +138,9 @@ def merge_parts(bench: Bench, cfg: BenchConfig) -> None:
     parts, infos, failed = read_parts([part_path(cfg, name) for name in cfg.names()])
     episodes = sum(infos, [])
     if not episodes:
+        # No array could be written, and no statistics computed.
         raise UserError(f"not one scripted episode succeeded ({dict(failed)}); choose other --tasks")
+    # Tasks are merged in the order of the benchmark, whichever was ready first.
     frames = 0
     for episode in episodes:
         episode["start"] = frames
@@ -170,11 +176,13 @@ def make_data_set(bench: Bench, cfg: BenchConfig) -> None:
         raise UserError(f"{out} already holds a data set; delete it or choose another --out")
     claim_folder(out, bench.program, create=True)
     saved = out / "parts" / "settings.json"
+    # Parts of two kinds in one set would be a mixture that its meta.json does not tell.
     if saved.is_file() and read_json(saved) != cfg.settings():
         raise UserError(f"{out} holds parts made with other settings; delete it or choose another --out")
     write_json(saved, cfg.settings())
     make_parts(bench, cfg)
     merge_parts(bench, cfg)
+    # Only now: until meta.json is there, a killed run still needs its parts.
     shutil.rmtree(out / "parts")
 
 
@@ -188,6 +196,7 @@ def play(bench: Bench, cfg: BenchConfig, title: str) -> list[Episode]:
     policy = load_policy(cfg.run)
     # One task after the other: an arm that changes its task loads another model, which takes a while.
     jobs = []
+    # Every policy plays the same scenes, from the first one on.
     for name in cfg.names():
         for seed in SEEDS["report"][: cfg.episodes]:
             jobs.append(Episode(seed, {"family": name, "split": "id"}))
@@ -239,6 +248,7 @@ def motion_phrases(hand: ndarray, closing: ndarray, directions: Sequence) -> lis
     reasons = []
     last = len(hand) - 1
     for step in range(len(hand)):
+        # Looking ahead smooths the noise of single steps.
         change = hand[min(step + PHRASE_STEPS, last)] - hand[step]  # (4,)
         holding = closing[step] and hand[step, 3] < 0.9
         phrase = name_motion(change, holding, directions)
@@ -261,6 +271,7 @@ def name_motion(change: ndarray, holding: bool, directions: Sequence) -> str:
         return "lift"
     words = []
     for axis in np.argsort(-size):  # the largest first
+        # A second direction is worth a word where it has more than half of the first one's length.
         if size[axis] > size.max() / 2:
             words.append(directions[axis][int(change[axis] > 0)])
     return f"move {' and '.join(words[:2])}"

@@ -92,6 +92,7 @@ def renderer_for(xml: str, model: Any, px: int) -> Any:
 
 
 def close_renderers() -> None:
+    """Close all of them, before OpenGL's library is gone."""
     while renderers:
         renderers.popitem()[1].close()
 
@@ -251,34 +252,50 @@ def task_and_state(suite: str, family: str, seed: int) -> tuple[int, int | None]
 
 
 class Spatial(Libero):
+    """The same bowl in ten places."""
+
     suite = "spatial"
 
 
 class Object(Libero):
+    """Ten things into a basket."""
+
     suite = "object"
 
 
 class Goal(Libero):
+    """Ten goals in one scene."""
+
     suite = "goal"
 
 
 class Long(Libero):
+    """Ten tasks of two or more steps."""
+
     suite = "long"
 
 
 class SpatialSwap(Libero):
+    """Spatial, where two things have changed places."""
+
     suite = "spatial_swap"
 
 
 class SpatialLan(Libero):
+    """Spatial in other words."""
+
     suite = "spatial_lan"
 
 
 class ObjectSwap(Libero):
+    """Object, where two things have changed places."""
+
     suite = "object_swap"
 
 
 class ObjectLan(Libero):
+    """Object in other words."""
+
     suite = "object_lan"
 
 
@@ -549,6 +566,7 @@ class LiberoConfig(BenchConfig):
 
 
 def bench_of(suite: str) -> Bench:
+    """What shared.py needs to know of a suite."""
     cls = ENVIRONMENTS[suite]
     return Bench("benchmarks/libero.py", cls, f"benchmarks.libero:{cls.__name__}", demonstrate)
 

@@ -92,6 +92,7 @@ HOPELESS = 5  # failures before the first success, after which a task is left ou
 
 
 def part_path(cfg: BenchConfig, name: str) -> Path:
+    """The file of a task's demonstrations."""
     return Path(cfg.out, "parts", f"{name}.npz")
 
 

@@ -7,42 +7,36 @@
 docs/benchmarks.md has the whole commands, what to install, and published results. Tasks, success tests, step
 limit and scripted policies are the benchmark's own (Yu et al. 2019, arXiv:1910.10897; pip: metaworld, MIT).
 
-Read it in this order: the tables, MT50, demonstrate, motion_phrases, then making a data set, then evaluation.
+Read it in this order: the tables, MT50, demonstrate, then evaluation.
+What it shares with libero.py is in shared.py.
 """
 
-import json
 import pickle
-import shutil
 import sys
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
-from common import (
-    UserError,
-    atomic_path,
-    check_options,
-    claim_folder,
-    fast_cpu,
-    opt,
-    parse_config,
-    read_json,
-    require,
-    run_program,
-    write_json,
+from benchmarks.shared import (
+    Bench,
+    BenchConfig,
+    count,
+    count_row,
+    make_data_set,
+    make_renderer,
+    motion_phrases,
+    play,
+    table_row,
 )
-from data import statistics
-from evaluate import Episode, VecEnv, percent, policy_fn, run_episodes, wilson
-from model import load_policy
-from prepare import in_parallel, read_parts, write_array
-from sim_env import GL_HELP, SEEDS, mujoco
+from common import UserError, opt, parse_config, require, run_program, write_json
+from evaluate import Episode, percent
+from sim_env import SEEDS, mujoco
 
 # -----------------------------------------------------------------------------------------------------------
 # The tasks. Groups are those of TinyVLA (Wen et al. 2024, arXiv:2409.12514), as LeRobot lists them in
@@ -178,15 +172,7 @@ class MT50:
         env._freeze_rand_vec = False
         env.seeded_rand_vec = True
         env.model.camera(CAMERA).pos = CAMERA_XYZ
-        # Software drawing takes 65 ms a picture with shadows and reflections, and 6 ms without.
-        env.model.vis.quality.offsamples = 0
-        env.model.vis.quality.shadowsize = 0
-        try:
-            self.renderer = mujoco.Renderer(env.model, self.px, self.px)
-        except (RuntimeError, ImportError, AttributeError, mujoco.FatalError) as error:
-            raise UserError(GL_HELP.format(error)) from error
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self.renderer.scene.flags[flag] = False
+        self.renderer = make_renderer(env.model, self.px)
         self.env = env
         self.name = name
 
@@ -202,6 +188,7 @@ class MT50:
             name = tasks[seed % len(tasks)]
         if name not in INSTRUCTIONS:
             raise UserError(f"MT50 has no task {family!r}; it has {', '.join([*GROUPS, *INSTRUCTIONS])}")
+        # Seeds of one task use the same model.
         if name != self.name:
             self._build(name)
         self.env.seed(seed)
@@ -246,6 +233,7 @@ class MT50:
         before = self.steps
         for action in actions:
             self.advance(action)
+            # What follows success is not executed, and a policy sees no picture of it.
             if self.success or self.steps == LIMIT:
                 break
         out_of_time = self.steps == LIMIT and not self.success
@@ -272,6 +260,7 @@ DEMO_LIMIT = 250  # control steps; the scripted policies take 77 on average
 AFTER_SUCCESS = 2  # control steps that follow, so that chunks do not all end just before success
 NOISE = 0.05  # of each step's push, in units of the action; twice as much costs basketball 3 of 9 episodes
 NOISE_DECAY = 0.8
+DIRECTIONS = (("left", "right"), ("back", "forward"), ("down", "up"))  # of x, y, z, as the arm sees it
 
 
 def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple[dict[str, ndarray], dict]:
@@ -286,6 +275,7 @@ def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple
     drift = np.zeros(3)
     found = defaultdict(list)
     left = AFTER_SUCCESS + 1  # the step that succeeds counts, too
+    # Each demonstration begins with another drift, and the same seed always with the same.
     while env.steps < DEMO_LIMIT and left:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the scripted policies ask for more than the arm can do
@@ -294,6 +284,7 @@ def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple
         found["state"].append(env.hand())  # (4,)
         found["action"].append(action.astype(np.float32))  # (4,)
         drift = NOISE_DECAY * drift + rng.normal(0, NOISE, 3)  # (3,)
+        # The gripper is not disturbed: it would drop what it holds.
         executed = action.copy()
         executed[:3] += drift
         env.advance(executed)
@@ -302,190 +293,42 @@ def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple
     entry = {
         "length": env.steps,
         "task": env.task,
-        "reason": motion_phrases(arrays["state"], arrays["action"]) if phrases else [],
+        "reason": [],
         "success": env.success,
         "seed": seed,
         "family": GROUP_OF[name],
         "kind": "demo",
         "name": name,
     }
+    # The state's fourth number is the opening, as the phrases need it; the action's is the closing effort.
+    if phrases:
+        entry["reason"] = motion_phrases(arrays["state"], arrays["action"][:, 3] > 0, DIRECTIONS)
     return arrays, entry
 
 
-PHRASE_STEPS = 6  # control steps that a phrase looks ahead
-STILL = 0.006  # metres: a hand that moves less in so many steps stands still
-DIRECTIONS = (("left", "right"), ("back", "forward"), ("down", "up"))  # of x, y, z, as the arm sees it
-
-
-def motion_phrases(state: ndarray, action: ndarray) -> list[list]:
-    """Words for what the hand does next -> [[first step, phrase], ...], as meta.json keeps reasoning.
-
-    state (n, 4) and action (n, 4) of an episode. The phrases are like those of RT-H (Belkhale et al. 2024,
-    arXiv:2403.01823): grasp, let go, lift, move left and down, stay.
-    """
-    reasons = []
-    last = len(state) - 1
-    for step in range(len(state)):
-        change = state[min(step + PHRASE_STEPS, last)] - state[step]  # (4,)
-        holding = action[step, 3] > 0 and state[step, 3] < 0.9
-        phrase = name_motion(change, holding)
-        # At the end of an episode there is nothing to look at: the phrase before goes on.
-        if step > last - PHRASE_STEPS // 2 and reasons:
-            break
-        if not reasons or phrase != reasons[-1][1]:
-            reasons.append([step, phrase])
-    return reasons
-
-
-def name_motion(change: ndarray, holding: bool) -> str:
-    """The phrase for a change (4,) of hand xyz in metres and opening."""
-    if abs(change[3]) > 0.1:
-        return "let go" if change[3] > 0 else "grasp"
-    size = np.abs(change[:3])  # (3,)
-    if size.max() < STILL:
-        return "stay"
-    if holding and change[2] == size.max():
-        return "lift"
-    words = []
-    for axis in np.argsort(-size):  # the largest first
-        if size[axis] > size.max() / 2:
-            words.append(DIRECTIONS[axis][int(change[axis] > 0)])
-    return f"move {' and '.join(words[:2])}"
-
+BENCH = Bench("benchmarks/metaworld.py", MT50, ENV, demonstrate)
 
 # -----------------------------------------------------------------------------------------------------------
-# A data set. Each task is a file under <out>/parts, which appears when it is whole; so a killed run goes on.
+# The programs
 
 
 @dataclass
-class MetaworldConfig:
+class MetaworldConfig(BenchConfig):
     """The options of both programs."""
 
-    config: str = opt("", "there are no presets here", ("",))
-    work: str = opt("demonstrate", "demonstrate or evaluate; a word without --", ("demonstrate", "evaluate"))
     out: str = opt("data/mt50", "data set folder to make", needs="work=demonstrate")
-    demos: int = opt(50, "successful demonstrations per task", "[1, 10000]", "work=demonstrate")
     tasks: str = opt(
         "", "only these tasks, as in reach-v3,push-v3 (default: all)", ("", *INSTRUCTIONS), many=True
     )
-    image_size: int = opt(96, "pixels per side", "[8, 1024]", "work=demonstrate")
-    reasoning_phrases: bool = opt(
-        False, "phrases such as `move left and down` as the reasoning to learn", needs="work=demonstrate"
-    )
-    run: str = opt("", "run folder to evaluate", needs="work=evaluate")
-    episodes: int = opt(10, "episodes per task", f"[1, {len(SEEDS['report'])}]", "work=evaluate")
-    arms: int = opt(4, "environments that play at once", "[1, 1000]", "work=evaluate")
-    threads: int = opt(0, "CPU threads of the policy; 0 lets torch choose", "[0, 1024]", "work=evaluate")
-    workers: int = opt(2, "processes that simulate", "[1, 1024]")
-
-    def __post_init__(self):
-        check_options(self)
-        if self.work == "evaluate" and not self.run:
-            raise UserError("say which run to evaluate: --run=out/mt50")
 
     def names(self) -> list[str]:
         """The tasks that are asked for."""
         return self.tasks.split(",") if self.tasks else list(INSTRUCTIONS)
 
-
-def part_path(cfg: MetaworldConfig, name: str) -> Path:
-    return Path(cfg.out, "parts", f"{name}.npz")
-
-
-def make_part(cfg: MetaworldConfig, name: str) -> None:
-    """The demonstrations of one task -> its file. Runs in a process of the pool."""
-    pieces = defaultdict(list)
-    entries = []
-    failed = Counter()
-    env = MT50(px=cfg.image_size)
-    seed = SEEDS["train"].start
-    while len(entries) < cfg.demos:
-        arrays, entry = demonstrate(env, name, seed, cfg.reasoning_phrases)
-        seed += 1
-        if not entry["success"]:
-            failed[name] += 1
-            if failed[name] > 10 + cfg.demos:
-                raise UserError(f"the scripted policy of {name} fails too often: {failed[name]} of {seed}")
-            continue
-        entries.append(entry)
-        for key, array in arrays.items():
-            pieces[key].append(array)
-    env.close()
-    joined = {key: np.concatenate(found) for key, found in pieces.items()}  # (frames, ...)
-    with atomic_path(part_path(cfg, name)) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **joined, info=json.dumps(entries), left_out=json.dumps(failed))
-
-
-def make_parts(cfg: MetaworldConfig) -> None:
-    """Make the files that are not there yet, in parallel."""
-    missing = [name for name in cfg.names() if not part_path(cfg, name).is_file()]
-    if len(missing) < len(cfg.names()):
-        print(f"going on: {len(cfg.names()) - len(missing)} of {len(cfg.names())} tasks are there already")
-    in_parallel(partial(make_part, cfg), missing, cfg.workers, "task")
-
-
-def merge_parts(cfg: MetaworldConfig) -> None:
-    """The files of all tasks -> arrays in <out>, and last meta.json: it means that the data set is whole."""
-    out = Path(cfg.out)
-    parts = [part_path(cfg, name) for name in cfg.names()]
-    parts, infos, failed = read_parts(parts)
-    episodes = sum(infos, [])
-    frames = 0
-    for episode in episodes:
-        episode["start"] = frames
-        frames += episode["length"]
-    arrays = {}
-    for key in (CAMERA, "state", "action"):
-        arrays[key] = write_array(out / f"{key}.npy", parts, [...] * len(parts), frames)
-    meta = {
-        "cameras": list(MT50.cameras),
-        "motors": list(MT50.motors),
-        "state": list(MT50.state),
-        "fps": MT50.fps,
-        "image_size": cfg.image_size,
-        "made_by": {"program": "benchmarks/metaworld.py"} | settings_of(cfg),
-        "statistics": {key: statistics(arrays[key]) for key in ("state", "action")},
-        "failures": failed,
-        "episodes": episodes,
-    }
-    write_json(out / "meta.json", meta)
-    tried = len(episodes) + failed.total()
-    print(f"{out}: {frames} frames of {len(episodes)} episodes")
-    print(f"{len(episodes)} of {tried} scripted episodes succeeded; failed: {dict(failed) or 'none'}")
-
-
-def settings_of(cfg: MetaworldConfig) -> dict[str, Any]:
-    """What the parts of a data set have in common."""
-    kept = ("demos", "tasks", "image_size", "reasoning_phrases")
-    return {key: getattr(cfg, key) for key in kept}
-
-
-def make_data_set(cfg: MetaworldConfig) -> None:
-    """Demonstrations of all tasks -> a data set, or the rest of one that was begun."""
-    import_metaworld()  # complain before there is a folder
-    out = Path(cfg.out)
-    if (out / "meta.json").is_file():
-        raise UserError(f"{out} already holds a data set; delete it or choose another --out")
-    claim_folder(out, "benchmarks/metaworld.py", create=True)
-    saved = out / "parts" / "settings.json"
-    settings = settings_of(cfg)
-    if saved.is_file() and read_json(saved) != settings:
-        raise UserError(f"{out} holds parts made with other settings; delete it or choose another --out")
-    write_json(saved, settings)
-    make_parts(cfg)
-    merge_parts(cfg)
-    shutil.rmtree(out / "parts")
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def count(episodes: Sequence[Episode], limit: int) -> dict[str, float]:
-    """Success of some episodes within so many control steps, with its 95 % Wilson interval."""
-    won = sum(episode.success and episode.steps <= limit for episode in episodes)
-    low, high = wilson(won, len(episodes))
-    return {"success": won / len(episodes), "n": len(episodes), "low": low, "high": high}
+    def settings(self) -> dict[str, Any]:
+        """What the parts of a data set have in common."""
+        kept = ("demos", "tasks", "image_size", "reasoning_phrases")
+        return {key: getattr(self, key) for key in kept}
 
 
 def summarise(episodes: Sequence[Episode], limit: int) -> dict[str, Any]:
@@ -500,6 +343,7 @@ def summarise(episodes: Sequence[Episode], limit: int) -> dict[str, Any]:
         name = episode.options["family"]
         by_task[name].append(episode)
         by_group[GROUP_OF[name]].append(episode)
+    # The groups have 28, 11, 6 and 5 tasks, so their mean is not that of the episodes.
     groups = {group: count(played, limit) for group, played in by_group.items()}
     return {
         "limit": limit,
@@ -512,41 +356,19 @@ def summarise(episodes: Sequence[Episode], limit: int) -> dict[str, Any]:
 
 def print_summary(full: dict[str, Any], short: dict[str, Any]) -> None:
     """The table of success within both limits."""
-    row = "{:<30} {:>9} {:>5} {:>15} {:>12}"
-    print(row.format("task or group", "success %", "n", "95 % interval", f"{SHORT_LIMIT} steps %"))
+    print(table_row("task or group", "success %", "n", "95 % interval", f"{SHORT_LIMIT} steps %"))
     for part in ("tasks", "groups"):
         for name, cell in full[part].items():
-            interval = f"{percent(cell['low'])} - {percent(cell['high'])}"
-            within = percent(short[part][name]["success"])
-            print(row.format(name, percent(cell["success"]), cell["n"], interval, within))
-    cell = full["episodes"]
-    interval = f"{percent(cell['low'])} - {percent(cell['high'])}"
-    within = percent(short["episodes"]["success"])
-    print(row.format("all episodes", percent(cell["success"]), cell["n"], interval, within))
+            print(count_row(name, cell, percent(short[part][name]["success"])))
+    print(count_row("all episodes", full["episodes"], percent(short["episodes"]["success"])))
     within = percent(short["groups_mean"])
-    print(row.format("mean of the groups", percent(full["groups_mean"]), "", "", within))
+    print(table_row("mean of the groups", percent(full["groups_mean"]), "", "", within))
 
 
 def evaluate_run(cfg: MetaworldConfig) -> None:
     """Play every task on scenes of the report range, print a table and write it to the run's folder."""
-    import_metaworld()
-    fast_cpu(cfg.threads)
-    policy = load_policy(cfg.run)
-    # One task after the other: an arm that changes its task loads another model, which takes a second.
-    jobs = []
-    for name in cfg.names():
-        for seed in SEEDS["report"][: cfg.episodes]:
-            jobs.append(Episode(seed, {"family": name, "split": "id"}))
-    ended = Counter()
-
-    def tell(episode: Episode) -> None:
-        ended[episode.success] += 1
-        if ended.total() % 50 == 0:
-            print(f"{ended.total()} of {len(jobs)} episodes, {ended[True]} succeeded", flush=True)
-
-    arms = min(cfg.arms, len(jobs))
-    with VecEnv(arms, cfg.workers, ENV, policy.cfg.image_size) as vec:
-        run_episodes(vec, jobs, policy_fn(policy, ENV), "MT50", on_end=tell)
+    jobs = play(BENCH, cfg, "MT50")
+    # One set of episodes, counted twice: the second count asks for speed as well.
     full = summarise(jobs, LIMIT)
     short = summarise(jobs, SHORT_LIMIT)
     print_summary(full, short)
@@ -555,10 +377,19 @@ def evaluate_run(cfg: MetaworldConfig) -> None:
     print(f"wrote {path}")
 
 
+def work(cfg: MetaworldConfig) -> None:
+    """What the command line asks for."""
+    import_metaworld()  # complain before there is a folder
+    if cfg.work == "evaluate":
+        evaluate_run(cfg)
+    else:
+        make_data_set(BENCH, cfg)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     cfg = parse_config(MetaworldConfig, {}, words, "work")
-    run_program(evaluate_run if cfg.work == "evaluate" else make_data_set, cfg)
+    run_program(work, cfg)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from evaluate import Episode, environment_class, make_env, wilson
 from sim_env import SEEDS
 
 bench = importlib.import_module("benchmarks.metaworld")
+shared = importlib.import_module("benchmarks.shared")
 there = importlib.util.find_spec("metaworld") is not None
 simulates = pytest.mark.skipif(not there, reason="metaworld is not installed")
 
@@ -41,9 +42,8 @@ def test_motion_phrases_say_what_the_hand_does_next():
     state = np.zeros((60, 4), np.float32)
     state[:, 2] = np.concatenate([down, np.full(19, 0.1), down[19::-1]])
     state[:, 3] = np.clip(np.linspace(3, -1, 60), 0.4, 1)  # the gripper closes amid the episode
-    action = np.zeros((60, 4), np.float32)
-    action[25:, 3] = 1
-    phrases = bench.motion_phrases(state, action)
+    closing = np.arange(60) >= 25
+    phrases = shared.motion_phrases(state, closing, bench.DIRECTIONS)
     words = [phrase for _, phrase in phrases]
     assert words[0] == "move down" and "grasp" in words and words[-1] == "lift", phrases
     steps = [step for step, _ in phrases]
@@ -51,10 +51,13 @@ def test_motion_phrases_say_what_the_hand_does_next():
 
 
 def test_phrases_name_at_most_two_directions():
-    assert bench.name_motion(np.array([-0.05, 0.001, 0.0, 0.0]), False) == "move left"
-    assert bench.name_motion(np.array([0.03, 0.05, 0.04, 0.0]), False) == "move forward and up"
-    assert bench.name_motion(np.array([0.0, 0.0, 0.0, 0.5]), False) == "let go"
-    assert bench.name_motion(np.zeros(4), True) == "stay"
+    assert shared.name_motion(np.array([-0.05, 0.001, 0.0, 0.0]), False, bench.DIRECTIONS) == "move left"
+    assert (
+        shared.name_motion(np.array([0.03, 0.05, 0.04, 0.0]), False, bench.DIRECTIONS)
+        == "move forward and up"
+    )
+    assert shared.name_motion(np.array([0.0, 0.0, 0.0, 0.5]), False, bench.DIRECTIONS) == "let go"
+    assert shared.name_motion(np.zeros(4), True, bench.DIRECTIONS) == "stay"
 
 
 def test_averages_of_episodes_and_of_groups():
@@ -164,8 +167,8 @@ def test_a_data_set_goes_on_after_a_kill(tmp_path, capsys):
     parts = out / "parts"
     parts.mkdir(parents=True)
     (out / ".lock").write_text("benchmarks/metaworld.py\n")
-    (parts / "settings.json").write_text(json.dumps(bench.settings_of(cfg)))
-    bench.make_part(cfg, "reach-v3")  # what was done before the kill
+    (parts / "settings.json").write_text(json.dumps(cfg.settings()))
+    shared.make_part(bench.BENCH, cfg, "reach-v3")  # what was done before the kill
     bench.main([*words, "--workers=1"])
     assert "going on: 1 of 2" in capsys.readouterr().out
     meta = json.loads((out / "meta.json").read_text())

@@ -89,9 +89,9 @@ class TrainConfig(Config):
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
     families: str = opt("place,calculate,sequence", "task families to train on and to evaluate", many=True)
     ground_steps: int = opt(
-        1800, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
+        2000, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
     )
-    steps: int = opt(4900, "steps of phase 2, actions", "[0, 1000000000]")
+    steps: int = opt(5500, "steps of phase 2, actions", "[0, 1000000000]")
     batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, 65536]")
     mix: float = opt(
         0.3,

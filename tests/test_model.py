@@ -5,6 +5,7 @@ statistics.
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +14,19 @@ import torch.nn.functional as F
 from conftest import debug_config
 from safetensors.torch import load_file, save_file
 
-from common import parse_config, write_json
+from benchmarks.ship import ShipConfig, ship
+from common import UserError, parse_config, write_json
 from data import pack, statistics
 from model import (
     PRESETS,
+    SHIPPED,
+    UNPACKED,
     VLM,
     Config,
     LanguageBlock,
     SyVLA,
     attend,
+    checkpoint_folder,
     load_policy,
     pixel_shuffle,
     read_checkpoint_config,
@@ -29,6 +34,7 @@ from model import (
     rotation,
     save_policy,
 )
+from sim_env import SO100Env
 
 
 def pictures(policy, n, seed=0):
@@ -822,3 +828,42 @@ def test_checkpoints_of_format_1_are_refused_with_the_version_that_runs_them(mak
     write_json(tmp_path / "config.json", old)
     with pytest.raises(ValueError, match="e6a1aa6 runs checkpoints of format 1"):
         load_policy(tmp_path)
+
+
+# -- a policy in one file -----------------------------------------------------------------------------------
+
+
+def test_the_shipped_policy_is_small_and_says_what_the_teacher_would(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert SHIPPED.stat().st_size < 4.5e6
+    folder = checkpoint_folder(str(SHIPPED))
+    policy = load_policy(folder)
+    env = SO100Env()
+    right = []
+    for seed in range(1_000_000, 1_000_012):
+        obs, info = env.reset(seed=seed, options={"family": "place"})
+        images = np.stack([obs["images"][camera] for camera in policy.cfg.camera_names])
+        _, (said,) = policy.act(images[None], obs["state"][None], [obs["task"]])
+        right.append(said.split(" at ")[0] == info["reason"].split(" at ")[0])
+    env.close()
+    assert sum(right) >= 11
+
+
+def test_a_policy_in_one_file(make_policy, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    policy = make_policy()
+    save_policy("run", policy, dataclasses.asdict(policy.cfg))
+    file = str(tmp_path / "one.safetensors")
+    ship(ShipConfig(run="run", out=file))
+    assert checkpoint_folder("run") == "run"
+    unpacked = load_policy(checkpoint_folder(file))
+    for name, tensor in policy.state_dict().items():
+        expected = tensor.bfloat16().float() if "." in name else tensor  # the scale keeps its digits
+        assert torch.equal(unpacked.state_dict()[name], expected)
+    with pytest.raises(UserError, match="no policy in one file"):
+        checkpoint_folder("run/model.safetensors")
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint_folder("nowhere.safetensors")
+    Path(UNPACKED, "train_state.pt").touch()
+    with pytest.raises(UserError, match="holds a training run"):
+        checkpoint_folder(file)

@@ -119,7 +119,12 @@ def test_the_core_works_without_extras(root, tmp_path):
 def test_requirements_name_what_is_imported_and_are_there(root):
     lines = (root / "requirements.txt").read_text().splitlines()
     required = {re.match(r"[\w-]+", line).group() for line in lines if line.strip() and line[0] != "#"}
-    own = {path.stem for path in [*modules(root), *root.glob("tests/*.py")]} | {"extras", "reach", "glide"}
+    own = {path.stem for path in [*modules(root), *root.glob("tests/*.py")]} | {
+        "extras",
+        "benchmarks",
+        "reach",
+        "glide",
+    }
     for path in [*modules(root), *root.glob("tests/*.py")]:
         foreign = imports(path) - own - set(sys.stdlib_module_names) - OPTIONAL
         assert {DISTRIBUTION.get(name, name) for name in foreign} <= required, path.name

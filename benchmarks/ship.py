@@ -30,7 +30,8 @@ class ShipConfig:
 
 def ship(cfg: ShipConfig) -> None:
     """Pack a checkpoint folder into one file."""
-    Config.read(cfg.run)  # complains of a folder that is no whole checkpoint
+    # The door for checkpoints: it complains of a folder that is no whole one.
+    Config.read(cfg.run)
     folder = Path(cfg.run)
     if not cfg.out.endswith(".safetensors"):
         raise UserError("the file must end in .safetensors: type --out=assets/small.safetensors")
@@ -39,6 +40,7 @@ def ship(cfg: ShipConfig) -> None:
         # the scale of states and actions keeps all its digits
         if "." in name:
             weights[name] = tensor.to(torch.bfloat16)
+    # A checkpoint's other two files are short texts: they fit into the metadata of a safetensors file.
     texts = {name: (folder / name).read_text() for name in ("config.json", "tokenizer.json")}
     with atomic_path(cfg.out) as temporary:
         temporary.write_bytes(save(weights, texts))

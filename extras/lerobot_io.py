@@ -702,7 +702,7 @@ def read_episode(cfg: Config, source: LeRobotSet, episode: dict) -> Scene:
     begin, late, lost = check_clock(source, table, place)
     notes = []
     if late:
-        notes.append(f"episode {index}: {'left out, ' * lost}{late}")
+        notes.append(f"episode {index}: {'left out, ' * int(lost)}{late}")
     if lost:
         return {}, [], notes
     kept = range(0, length, source.stride)

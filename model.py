@@ -340,9 +340,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if mask is not None:
         bias = torch.where(mask, 0.0, -math.inf).to(q.dtype)  # (B, 1, n, m)
         scores = scores.view(B, nh, n, -1) + bias
-    weights = scores.softmax(-1).view(B, nkv, nh // nkv * n, -1)
+    weights = scores.softmax(-1).view(B, nkv, nh // nkv * n, -1)  # (B, nkv, nh/nkv n, m)
     y = weights @ v  # (B, nkv, nh/nkv n, hd)
-    return y.view(B, nh, n, hd)
+    return y.view(B, nh, n, hd)  # the heads apart again
 
 
 def rotation(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
@@ -1398,7 +1398,8 @@ UNPACKED = "out/shipped"
 def checkpoint_folder(path: str) -> str:
     """A checkpoint folder as it is; a policy in one file, as SHIPPED, unpacked to UNPACKED.
 
-    The file is written by benchmarks/ship.py: config.json and tokenizer.json are its metadata.
+    The file is written by benchmarks/ship.py: config.json and tokenizer.json are its metadata. UserError for
+    another file, and where UNPACKED holds a run.
     """
     if not path.endswith(".safetensors"):
         return path

@@ -56,7 +56,6 @@ from sim_env import (
     CLOSED,
     COLOURS,
     CUBE,
-    FINGER,
     FPS,
     HELD_OUT_SUMS,
     HIGH,
@@ -71,7 +70,6 @@ from sim_env import (
     count_out,
     inverse,
     number_of,
-    pinch_x,
     random_task,
     reasoning,
     wrap,
@@ -106,9 +104,7 @@ class ScriptedExpert:
         """The next target position (6,) float32 in LeRobot units."""
         env = self.env
         position = env.position()  # (6,)
-        jaw = env.data.body("fixed_jaw")
-        # The tool is the point in the middle between the fingertips.
-        tool = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(position[5]), -FINGER, 0)  # (3,)
+        tool = env.tool()  # (3,)
         pad_of = {cube["colour"]: cube["pad"] for cube in env.scene()["cubes"]}
         legs = [leg for leg in env.goal["legs"] if pad_of[leg.cube] != leg.number]  # those not done yet
         if not legs:

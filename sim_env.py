@@ -175,7 +175,8 @@ def grammar_frames() -> list[str]:
     return frames
 
 
-# A question has a demonstration's frame, one of asked_frames or one of the grammar about equally often.
+# A question has a demonstration's frame, one of asked_frames or one of the grammar about equally often: the
+# lists are 5, 16 and some 900 frames long.
 ASKED_FRAMES = 180 * WORDS["frames"] + 56 * WORDS["asked_frames"] + grammar_frames()
 WORDING = {
     "id": Wording(SUMS, slice(0, 3), WORDS["frames"]),
@@ -202,7 +203,8 @@ def sample_goal(scene: dict, family: str, rng: Generator, split: str = "id") -> 
     """A random goal that the cubes and pads of SO100Env.scene() allow; UserError if there are too few.
 
     Where positions are new the target cubes are the first in the list. Pads that hold a cube are not asked
-    for. Where there is such a pad, a share of the goals has its first leg done already.
+    for. Where there is such a pad, a share of the goals has its first leg done already; of the goals in
+    training questions some have both.
     """
     n = LEGS[family]
     colours, pad_colour = contents(scene)
@@ -465,9 +467,9 @@ def amid_work(rng: Generator, usual: tuple, places: list, pads: list) -> tuple:
 SHOULDER = 0.0306 + 0.119j  # from the foot of the pan axis
 UPPER_ARM = 0.11257 - 0.028j  # shoulder to elbow, at tilt 0
 FOREARM = 0.1349 + 0.0052j  # elbow to wrist, at tilt 0
-TIP = 0.0601 + 0.1014  # wrist axis to the centre of the fingertips
+FINGER = 0.1014  # origin of the fixed jaw to the centre of its fingertip
+TIP = 0.0601 + FINGER  # wrist axis to the centre of the fingertips
 OPEN = 33.0  # gripper: 53 mm between the fingers
-FINGER = 0.1014  # metres from the origin of the fixed jaw to the centre of its fingertip
 CLOSED = 11.0  # gripper: a little narrower than a cube, so that it squeezes
 # of shoulder_lift, elbow_flex, wrist_flex in radians; the last a little inside the joint's 1.66
 PLANE_RANGES = (*JOINT_RANGE[1:3], (-1.62, 1.62))
@@ -711,7 +713,7 @@ class SO100Env:
         self.in_order = False
 
     def _make_scene(self, seed: int, start: bool, reach: bool) -> None:
-        """A scene and its instruction, without a picture."""
+        """A scene and its instruction, without a picture; start and reach as in reset()."""
         self.seed = seed
         self.moved_at = None
         # Every kind of scene has random numbers of its own.
@@ -840,12 +842,10 @@ class SO100Env:
 
     def _hold(self, colour: str) -> None:
         """Close the gripper on a cube that is put between the fingers."""
-        jaw = self.data.body("fixed_jaw")
         for gripper in np.arange(14, 10, -0.5):
             self.data.qpos[5] = (gripper - OFFSET[5]) / SCALE[5]
             mujoco.mj_forward(self.model, self.data)
-            place = jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(gripper), -FINGER, 0)  # (3,)
-            self.cube_pose[self._row(colour)] = (*place, *jaw.xquat)
+            self.cube_pose[self._row(colour)] = (*self.tool(), *self.data.body("fixed_jaw").xquat)
             mujoco.mj_forward(self.model, self.data)
             if self.held(colour):
                 return
@@ -873,6 +873,11 @@ class SO100Env:
     def position(self) -> Array:
         """Measured joint positions (6,) in LeRobot units."""
         return to_position(self.data.qpos[:6])
+
+    def tool(self) -> Array:
+        """The point in the middle between the fingertips (3,), metres."""
+        jaw = self.data.body("fixed_jaw")
+        return jaw.xpos + jaw.xmat.reshape(3, 3) @ (pinch_x(self.position()[5]), -FINGER, 0)
 
     def _row(self, colour: str) -> int:
         """A cube's row in the arrays of bodies, geoms, cube_pose and cube_velocity: -4..-1."""

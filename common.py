@@ -379,6 +379,7 @@ def check_robot(where: str, cfg: Any, motors: Sequence[str], state: Sequence[str
 
 # The number that config.json of a checkpoint holds, so that a later version can tell an older one.
 FORMAT = 2  # 1 has no such key, its field names are listed in model.RENAMED
+POINTS = 32  # columns and rows of a picture for which there are words
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from common import (
+    POINTS,
     UserError,
     as_array,
     as_floats,
@@ -78,6 +79,19 @@ class Tokenizer:
         self.ids = {word: self.first_word + i for i, word in enumerate(self.words)}
         self.encoded = {}  # training meets the same few thousand sentences again and again
         self.task, self.reason, self.end_reasoning, self.ask, self.reply, self.end_answer = range(1, 7)
+
+    @property
+    def places(self) -> list[tuple[int, int, float]]:
+        """(id, axis, place) of the words x0, x1, .. and y0, y1, .., which name columns and rows of a picture.
+
+        axis 0 for a column, 1 for a row; place of its middle, -1 .. 1.
+        """
+        found = []
+        for word, token in self.ids.items():
+            if match := re.fullmatch(r" ([xy])(\d+)", word):
+                place = (int(match[2]) + 0.5) / POINTS * 2 - 1
+                found.append((token, "xy".index(match[1]), place))
+        return found
 
     @classmethod
     def train(cls, texts: Iterable[str], limit: int) -> Tokenizer:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class Config:
         "[0, 4096]",
         needs="backbone|init_from",
     )
+    pointer: bool = opt(True, "words know where in the first picture lies what they name")
     queries: int = opt(20, "Q, feature query tokens (paper: 20)", "[2, 1024]")
     expert_width: int = opt(128, "action expert width", "[1, 16384]")
     expert_depth: int = opt(3, "action expert blocks", "[1, 256]")
@@ -126,7 +127,7 @@ class Config:
     image_size: int = opt(96, allowed="[1, 4096]")  # pixels per side of a camera image
     vision_width: int = opt(48, allowed="[2, 65536]")
     mlp_width: int = opt(256, allowed="[1, 65536]")  # language model SwiGLU width
-    vocab_size: int = opt(512, allowed="[1, inf)")  # rows of the token embedding
+    vocab_size: int = opt(576, allowed="[1, inf)")  # rows of the token embedding
     kv_heads: int = opt(2, allowed="[1, 256]")  # language model key/value heads (grouped queries)
     qk_norm: bool = opt(True)  # RMS-normalise queries and keys per head
     norm_eps: float = opt(RMS_EPS, allowed="[0, 1]")  # language model RMSNorm
@@ -193,7 +194,8 @@ class Config:
             identity = text_id(path.read_bytes())
         if config.get("tokenizer", identity) != identity:
             raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
-        return config_of(cls, config, f"{folder}/config.json")
+        # the first policies had no pointer
+        return config_of(cls, {"pointer": False} | config, f"{folder}/config.json")
 
 
 def text_id(content: bytes) -> str:
@@ -306,13 +308,16 @@ class VisionEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, 1e-5)
         self.connector = Projection(width * self.shuffle**2, cfg.width)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (n, 3, px, px) in [-1, 1] -> visual tokens (n, tokens, D)."""
-        x = self.patch(images)  # (n, vision_width, side, side)
-        x = x.flatten(2).transpose(1, 2)  # (n, side*side, vision_width)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, px, px) in [-1, 1] -> visual tokens (n, tokens, D).
+
+        And the patches (n, vision_width, side, side) that they were made of, which do not know their places.
+        """
+        patches = self.patch(images)  # (n, vision_width, side, side)
+        x = patches.flatten(2).transpose(1, 2)  # (n, side*side, vision_width)
         x = self.norm(x + self.position)
         x = pixel_shuffle(x, self.shuffle)  # (n, side*side / k^2, k*k*vision_width)
-        return self.connector(x)
+        return self.connector(x), patches
 
 
 def pixel_shuffle(x: Tensor, k: int) -> Tensor:
@@ -464,6 +469,91 @@ class LanguageModel(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+class Visual(NamedTuple):
+    """What the VLM sees of pictures, B rows."""
+
+    tokens: Tensor  # visual tokens of every view (B, V, n, D)
+    looks: Tensor | None = None  # of the first view's patches (B, m, POINT_WIDTH), for the pointer
+
+
+POINT_WIDTH = 32  # of what a patch looks like, and of what a word looks for
+POINT_WORDS = 3  # "red cube at" points: a word, with the two before it
+
+
+class Pointer(nn.Module):
+    """Tells every word where in the first picture that lies which it and the words before it name.
+
+    Words make a query, attention over the patches finds the thing by its looks, and the mean place that it
+    weighs (spatial softmax, Levine et al. 2016, arXiv 1504.00702) joins the word's embedding. As neither
+    words nor looks know of places, a thing is found where training never showed one. The language model
+    would have to learn every place by itself.
+    """
+
+    def __init__(self, cfg: Config, tokenizer: Tokenizer):
+        super().__init__()
+        width = cfg.vision_width
+        # 3 x 3 patches tell a cube from a pad of its colour, and where in its patch it lies.
+        self.look = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * POINT_WIDTH, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * POINT_WIDTH, POINT_WIDTH, 1),
+        )
+        self.words = nn.Embedding(cfg.vocab_size, POINT_WIDTH)
+        self.query = nn.Sequential(
+            nn.Linear(POINT_WORDS * POINT_WIDTH, 2 * POINT_WIDTH),
+            nn.SiLU(),
+            nn.Linear(2 * POINT_WIDTH, POINT_WIDTH),
+        )
+        side = cfg.image_size // cfg.patch_size
+        middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,) of the patches, -1 .. 1
+        y, x = torch.meshgrid(middles, middles, indexing="ij")
+        grid = torch.stack((x, y), dim=-1).flatten(0, 1)  # (m, 2)
+        self.register_buffer("grid", grid, persistent=False)
+        # waves of four, two, one and a half picture's width
+        frequency = math.pi / 2 * 2.0 ** torch.arange(4)
+        self.register_buffer("frequency", frequency, persistent=False)
+        self.out = nn.Linear(2 * 2 * len(frequency), cfg.width)
+        # of every word that names a column or a row: (vocab, 2), NaN for all others
+        named = torch.full((cfg.vocab_size, 2), math.nan)
+        for token, axis, place in tokenizer.places:
+            named[token, axis] = place
+        self.register_buffer("named", named, persistent=False)
+
+    def scores(self, recent: Tensor, looks: Tensor) -> Tensor:
+        """Words with those before them (..., n, POINT_WORDS) and the patches' looks -> fp32 (..., n, m)."""
+        words = self.words(recent).flatten(-2)  # (..., n, POINT_WORDS * POINT_WIDTH)
+        scores = self.query(words) @ looks.mT  # (..., n, m)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def forward(self, recent: Tensor, looks: Tensor) -> Tensor:
+        """What joins the embeddings of words (B, n, POINT_WORDS): the mean place, as waves (B, n, D)."""
+        weights = self.scores(recent, looks).softmax(-1)  # (B, n, m)
+        place = weights @ self.grid.to(weights.dtype)  # (B, n, 2)
+        angle = place[..., None] * self.frequency  # (B, n, 2, 4)
+        waves = torch.cat((angle.sin(), angle.cos()), dim=-1)  # (B, n, 2, 8)
+        return self.out(waves.flatten(2).to(self.out.weight.dtype))
+
+    def loss(self, recent: Tensor, looks: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of the attention where labels (B, n) go on with a place, as in "x17 y22" -> (B,).
+
+        The target are the four patches around the place, in shares by which their mean is the place.
+        """
+        named = self.named[labels.clamp(min=0)]  # (B, n, 2)
+        # a row's word comes behind that of the column
+        place = torch.stack((named[:, :-1, 0], named[:, 1:, 1]), dim=-1)  # (B, n - 1, 2)
+        due = place.isfinite().all(-1) & (labels[:, :-1] >= 0)  # (B, n - 1)
+        rows, columns = due.nonzero(as_tuple=True)
+        last = self.grid[-1]  # (2,)
+        place = torch.clamp(place[rows, columns], -last, last)  # (k, 2)
+        patch = self.grid[1, 0] - self.grid[0, 0]  # width of a patch
+        apart = (place[:, None] - self.grid).abs() / patch  # (k, m, 2)
+        share = (1 - apart).clamp(min=0).prod(-1)  # (k, m)
+        scores = self.scores(recent[rows, columns, None], looks[rows])[:, 0]  # (k, m)
+        error = -(share * scores.log_softmax(-1)).sum(-1)  # (k,)
+        return error.new_zeros(len(labels)).index_add(0, rows, error)
+
+
 def checkpoint_blocks(blocks: nn.ModuleList) -> None:
     """Let every block keep only its input in the forward pass, and compute the rest again in the backward."""
     for block in blocks:
@@ -486,6 +576,7 @@ class VLM(nn.Module):
         self.vision = VisionEncoder(cfg)
         self.lm = LanguageModel(cfg)
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
+        self.pointer = Pointer(cfg, tokenizer) if cfg.pointer else None
         self.set_chat_format(tokenizer)
 
     def set_chat_format(self, tokenizer: Tokenizer) -> None:
@@ -496,7 +587,10 @@ class VLM(nn.Module):
 
     def parts(self) -> dict[str, Iterable[nn.Parameter]]:
         """Parameters of the vision encoder and of the language model."""
-        return {"vision": self.vision.parameters(), "language": self.lm.parameters()}
+        parts = {"vision": self.vision.parameters(), "language": self.lm.parameters()}
+        if self.pointer is not None:
+            parts["pointer"] = self.pointer.parameters()
+        return parts
 
     def freeze_vision(self) -> None:
         """The vision encoder stops learning, but for its connector."""
@@ -507,15 +601,27 @@ class VLM(nn.Module):
         """Keep only every block's input in the forward pass; the backward pass computes the rest again."""
         checkpoint_blocks(self.lm.blocks)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, V, px, px, 3) uint8 -> visual tokens of every view (B, V, n, D)."""
+    def encode_images(self, images: Tensor) -> Visual:
+        """Images (B, V, px, px, 3) uint8 -> visual tokens, and what the pointer sees."""
         x = images.flatten(0, 1).permute(0, 3, 1, 2)  # (B*V, 3, px, px)
         # 0 .. 255 -> -1 .. 1, at least in fp32: bf16 has no room for 256 grey levels
         x = x.to(torch.promote_types(self.queries.dtype, torch.float32))
         x = x.div(127.5).sub(1.0)
         x = x.to(self.queries.dtype)
-        x = self.vision(x)  # (B*V, n, D)
-        return x.unflatten(0, images.shape[:2])
+        tokens, patches = self.vision(x)  # (B*V, n, D), (B*V, vision_width, side, side)
+        tokens = tokens.unflatten(0, images.shape[:2])  # (B, V, n, D)
+        if self.pointer is None:
+            return Visual(tokens)
+        first = patches[:: images.shape[1]]  # (B, vision_width, side, side)
+        looks = self.pointer.look(first).flatten(2).mT  # (B, m, POINT_WIDTH)
+        return Visual(tokens, F.rms_norm(looks, looks.shape[-1:], eps=RMS_EPS))
+
+    def embed_words(self, recent: Tensor, visual: Visual) -> Tensor:
+        """Words with those before them (B, n, POINT_WORDS) -> embeddings (B, n, D)."""
+        x = self.lm.embed(recent[..., -1])  # (B, n, D)
+        if self.pointer is not None:
+            x = x + self.pointer(recent, visual.looks)
+        return x
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
@@ -553,7 +659,7 @@ class VLM(nn.Module):
 
     def embed(
         self,
-        visual: Tensor,
+        visual: Visual,
         tokens: Tensor,
         segments: Tensor,
         positions: Tensor,
@@ -563,8 +669,8 @@ class VLM(nn.Module):
         -> embeddings (B, P + T, D), segments (B, P + T), positions (B, P + T) or (3, B, P + T), the position
         of the first text token.
         """
-        prefix, prefix_positions, first = self.prefix(visual)
-        text = self.lm.embed(tokens)  # (B, T, D)
+        prefix, prefix_positions, first = self.prefix(visual.tokens)
+        text = self.embed_words(recent_words(tokens, positions), visual)  # (B, T, D)
         x = torch.cat((prefix, text), dim=1)
         segments = F.pad(segments, (prefix.shape[1], 0))  # the images are segment 0
         positions = self.append_positions(prefix_positions, first + positions)
@@ -582,7 +688,7 @@ class VLM(nn.Module):
 
     def forward(
         self,
-        visual: Tensor,
+        visual: Visual,
         tokens: Tensor,
         segments: Tensor,
         positions: Tensor,
@@ -590,7 +696,7 @@ class VLM(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states of the text (B, T, D), and of the queries (B, Q, D) if asked for, else None.
 
-        visual (B, V, n, D); tokens, segments, positions (B, T). positions count within a segment from 0:
+        tokens, segments, positions (B, T). positions count within a segment from 0:
         every segment starts right behind the images, as if it were alone.
         """
         B, T = tokens.shape
@@ -612,7 +718,7 @@ class VLM(nn.Module):
     @torch.inference_mode()
     def generate(
         self,
-        visual: Tensor,
+        visual: Visual,
         prompts: list[list[int]],
         stop: int,
         limit: int,
@@ -620,14 +726,15 @@ class VLM(nn.Module):
     ) -> tuple[list[list[int]], Tensor | None]:
         """Greedy decoding with a key/value cache; prompts, lists of token ids, may differ in length.
 
-        visual (B, V, n, D) -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
+        -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
         or None. limit 0 writes nothing: the queries follow the prompt.
         """
         text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
         # each (B, T); there are no labels to learn
-        tokens, segments, positions, _ = (ids.to(visual.device) for ids in text.values())
+        tokens, segments, positions, _ = (ids.to(visual.tokens.device) for ids in text.values())
         B, T = tokens.shape
         length = (segments == 1).sum(1)  # (B,)
+        recent = recent_words(tokens, positions)[range(B), length - 1]  # (B, POINT_WORDS) at the prompt's end
         x, segments, positions, first = self.embed(visual, tokens, segments, positions)
         caches = self.lm.new_caches()
         hidden = self.lm(x, positions, self.attention_mask(segments), caches)  # (B, P + T, D)
@@ -645,7 +752,8 @@ class VLM(nn.Module):
                 token = torch.full_like(token, stop)
             written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
             past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
-            x = self.lm.embed(token)[:, None]  # (B, 1, D)
+            recent = torch.cat((recent[:, 1:], token[:, None]), dim=1)  # (B, POINT_WORDS)
+            x = self.embed_words(recent[:, None], visual)  # (B, 1, D)
             positions = first + length[:, None]  # (B, 1)
             last = self.lm(x, positions, past[:, None], caches)[:, 0]  # (B, D)
             length = length + alive
@@ -661,6 +769,16 @@ class VLM(nn.Module):
         mask = mask.tril(past.shape[1])  # (B, Q, past + Q)
         queries = self.queries.expand(B, -1, -1)  # (B, Q, D)
         return texts, self.lm(queries, positions, mask, caches)
+
+
+def recent_words(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Tokens (B, T) with those before them in their segment, 0 for none -> (B, T, POINT_WORDS)."""
+    T = tokens.shape[1]
+    recent = []
+    for back in range(POINT_WORDS - 1, -1, -1):  # from the oldest word to this one
+        earlier = F.pad(tokens, (back, 0))[:, :T]
+        recent.append(earlier.masked_fill(positions < back, 0))
+    return torch.stack(recent, dim=-1)
 
 
 def before(end: int, ids: list[int]) -> list[int]:
@@ -928,6 +1046,8 @@ class SyVLA(nn.Module):
             # As loud as the patches: attention brings a token's content to a word, so where it was must be
             # part of that.
             nn.init.normal_(self.vlm.vision.position, std=0.5)
+            if self.vlm.pointer is not None:
+                closed.append(self.vlm.pointer.query[-1])  # it begins by looking everywhere alike
             for block in self.vlm.lm.blocks:
                 closed += [block.proj, block.down]
             if self.vlm.lm.head is not None:
@@ -1141,6 +1261,9 @@ class SyVLA(nn.Module):
         logits = self.vlm.lm.logits(text[rows, columns])
         nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")
         total = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
+        if self.vlm.pointer is not None:
+            recent = recent_words(batch["tokens"], batch["positions"])  # (B, T, POINT_WORDS)
+            total = total + self.vlm.pointer.loss(recent, visual.looks, labels)
         count = (labels >= 0).sum(1)  # (B,) targets; a row may have none
         per_row = total / count.clamp(min=1)
         loss = per_row.mean()

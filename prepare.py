@@ -307,14 +307,11 @@ def scene_questions(
     cubes = scene["cubes"]
     pads = scene["pads"]
 
-    def phrase(long: str, short: str) -> str:
-        return long if rng.random() < 0.4 else short
-
     for cube in cubes:
-        question = phrase(f"where is the {cube['colour']} cube", f"{cube['colour']} cube")
+        question = phrase(rng, f"where is the {cube['colour']} cube", f"{cube['colour']} cube")
         yield "where", question, f"{cube['t']} {cube['r']}"
     for pad in pads:
-        question = phrase(f"which pad is {pad['colour']}", f"{pad['colour']} pad")
+        question = phrase(rng, f"which pad is {pad['colour']}", f"{pad['colour']} pad")
         yield "pad", question, f"pad {pad['number']} at {pad['t']}"
 
     # Naming things by place needs no binding of words to colours. It is learnt first, the rest builds on it.
@@ -340,6 +337,26 @@ def scene_questions(
         yield "on pad", f"what is on pad {number}", on.get(number, "none")
     in_hand = [cube["colour"] for cube in cubes if cube["held"]]
     yield "in hand", "what is in the hand", f"{in_hand[0]} cube" if in_hand else "none"
+    yield from sums_and_names(rng, split)
+    for family in ("place", "place", "calculate", "calculate", "sequence", "sequence", "sequence"):
+        task, answer = random_task(scene, family, rng, split)
+        if split == ASKED and rng.random() < 0.3:
+            task = replace_function_words(task, rng)
+        yield "instruction", f"<task> {task}", answer  # the answer is the reasoning
+    for _ in range(2):
+        yield ("looks like", *two_names(rng))
+    for what, things in (("cube", cubes), ("pad", pads)):
+        for thing in things:
+            yield "point", f"point at the {thing['colour']} {what}", thing["point"]
+
+
+def phrase(rng: np.random.Generator, long: str, short: str) -> str:
+    """Questions are mostly asked in short."""
+    return long if rng.random() < 0.4 else short
+
+
+def sums_and_names(rng: np.random.Generator, split: str) -> Iterator[tuple[str, str, str]]:
+    """Of scene_questions() those that no picture answers."""
     for _ in range(2):
         expression = random_sum(rng, split)
         yield "sum", f"what is {expression}", f"{count_out(expression)} is {number_of(expression)}"
@@ -347,15 +364,22 @@ def scene_questions(
         colour = COLOURS[rng.integers(len(COLOURS))]
         name = rng.choice(VAGUE_NAMES[colour])  # held-out ones too: instructions never name those in training
         thing = WORDS["vague_names"][colour][name]
-        question = phrase(f"what colour is {name}", f"what colour is the one that looks like {thing}")
+        question = phrase(rng, f"what colour is {name}", f"what colour is the one that looks like {thing}")
         if rng.random() < 0.5:  # reasoning begins with such an answer
             question = f"<task> {question}"
         yield "looks like", question, f"{name} is {colour}"
-    for family in ("place", "place", "calculate", "calculate", "sequence", "sequence", "sequence"):
-        task, answer = random_task(scene, family, rng, split)
-        if split == ASKED and rng.random() < 0.3:
-            task = replace_function_words(task, rng)
-        yield "instruction", f"<task> {task}", answer  # the answer is the reasoning
+
+
+def two_names(rng: np.random.Generator) -> tuple[str, str]:
+    """A question about two names, in the order of a reasoning's legs -> question, answer."""
+    nouns = []
+    answers = []
+    for colour in rng.choice(COLOURS, 2):
+        name = rng.choice(VAGUE_NAMES[colour])
+        nouns.append(f"the one that looks like {WORDS['vague_names'][colour][name]}")
+        answers.append(f"{name} is {colour}")
+    question = rng.choice(WORDS["joins"]).format(*nouns)
+    return f"<task> {question}", f"first , {answers[0]} , then , {answers[1]}"
 
 
 def by_distance(cube: dict) -> float:

@@ -476,7 +476,7 @@ def load_table(policy: SyVLA, recorded: Episodes, frames: np.ndarray, cfg: RLCon
         visual = policy.vlm.encode_images(samples["images"].to(device))  # (64, V, tokens, D)
         text = [samples[name].to(device) for name in ("tokens", "segments", "positions")]
         _, query_states = policy.vlm(visual, *text, with_queries=True)  # (64, Q, D)
-        table["keys"].append(visual.flatten(2).half().cpu())
+        table["keys"].append(visual.tokens.flatten(2).half().cpu())
         table["query_states"].append(query_states.float().cpu())
         for name in ("state", "actions", "valid"):
             table[name].append(samples[name])
@@ -697,7 +697,7 @@ def look(learner: Learner, obs: dict) -> Batch:
     seen = {"query_states": query_states, "state": policy.normalise(state, "state")}
     seen["value"] = learner.net.critic(seen)
     if learner.cfg.experts != "none":
-        seen["views"] = visual.flatten(2)  # (n, V, E)
+        seen["views"] = visual.tokens.flatten(2)  # (n, V, E)
     mark("VLM")
     return seen
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image, ImageOps
 
-from common import UserError, atomic_path
+from common import POINTS, UserError, atomic_path
 
 GL_HELP = (
     "MuJoCo cannot draw ({}). A machine without a display needs EGL. On Debian or Ubuntu type: "
@@ -964,15 +964,31 @@ class SO100Env:
                 "r": distance_bin(r),
                 "x": float(xyz[0]),  # orders cubes from left to right in the front picture
                 "distance": r,  # from the pan axis
+                "point": self.point(xyz),
                 "held": self.held(colour),
                 "pad": self.pad_under(colour),
             }
             cubes.append(cube)
         for number, colour in enumerate(self.pad_colours, 1):
             if colour:
-                phi, _ = xy_to_polar(self.pad_xy(number))
-                pads.append({"colour": colour, "number": number, "t": direction_bin(phi)})
+                xy = self.pad_xy(number)
+                phi, _ = xy_to_polar(xy)
+                pad = {
+                    "colour": colour,
+                    "number": number,
+                    "t": direction_bin(phi),
+                    "point": self.point(np.array([*xy, 0.0])),
+                }
+                pads.append(pad)
         return {"cubes": cubes, "pads": pads}
+
+    def point(self, xyz: Array) -> str:
+        """Words for where world xyz lies in the front picture: columns x0 .. x31 and rows y0 .. y31."""
+        camera = self.data.camera("front")
+        right, down, depth = (xyz - camera.xpos) @ camera.xmat.reshape(3, 3) * [1, -1, -1]  # metres
+        reach = depth * math.tan(math.radians(self.model.camera("front").fovy[0]) / 2)  # half the picture
+        x, y = (np.array([right, down]) / reach + 1) / 2 * POINTS
+        return f"x{int(np.clip(x, 0, POINTS - 1))} y{int(np.clip(y, 0, POINTS - 1))}"
 
     def _judge(self) -> bool:
         """Is the whole task done? It fails once the second cube rests on its pad before the first."""

@@ -177,12 +177,12 @@ class TrainConfig(Config):
 # every kind of question.
 CURRICULUM = (
     # naming what lies at a place
-    (0.0, ("describe pads",)),
+    (0.0, ("point", "describe pads")),
     # finding a large thing by its colour
-    (0.06, ("describe pads", "pad", "pad colour")),
+    (0.06, ("point", "describe pads", "pad", "pad colour")),
     # naming and finding small things
-    (0.2, ("describe pads", "pad", "pad colour", "describe cubes")),
-    (0.4, ("pad", "describe cubes", "where")),
+    (0.2, ("point", "describe pads", "pad", "pad colour", "describe cubes")),
+    (0.4, ("point", "pad", "describe cubes", "where")),
     # instructions, counting, comparing
     (0.75, None),
 )

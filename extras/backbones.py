@@ -36,7 +36,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 from common import UserError, atomic_path, has_bf16, print0, read_json, require
 from data import Tokenizer, pack, to_tensors
-from model import VLM, Config, LanguageModel, SyVLA, checkpoint_blocks, pixel_shuffle
+from model import VLM, Config, LanguageModel, SyVLA, Visual, checkpoint_blocks, pixel_shuffle
 
 # What the presets share. Pretrained backbones already know words and pictures: there is no grounding phase.
 # These numbers are first guesses, not yet tried.
@@ -256,6 +256,7 @@ class PretrainedVLM(VLM):
         self.folder = folder
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
         self.set_chat_format(tokenizer)
+        self.pointer = None
 
     def save_description(self, folder: Path) -> None:
         """Copy the files from which the architecture can be made again; they hold no weights."""
@@ -329,8 +330,8 @@ class SigLIP(nn.Module):
             x = rows @ images @ columns.T  # (n, 3, size, size)
         return x.clamp(-1, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (n, 3, h, w) in [-1, 1] -> visual tokens (n, tokens, D)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        """Images (n, 3, h, w) in [-1, 1] -> visual tokens (n, tokens, D), and nothing for a pointer."""
         x = self.resize(images)  # (n, 3, size, size)
         x = self.patch(x)  # (n, W, side, side)
         x = x.flatten(2).transpose(1, 2)  # (n, side*side, W)
@@ -338,7 +339,7 @@ class SigLIP(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = pixel_shuffle(self.norm(x), self.shuffle)  # (n, side*side / shuffle^2, shuffle^2 * W)
-        return self.connector(x)  # (n, tokens, D)
+        return self.connector(x), None
 
 
 # Published names -> ours, as regular expressions. Tensors that get the same name are stacked.
@@ -472,8 +473,8 @@ class WrappedVLM(PretrainedVLM):
         self.model.disable_input_require_grads()  # else gradients go through a frozen vision tower, too
         self.model.train()  # from_pretrained left it in evaluation mode, in which nothing is checkpointed
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, V, h, w, 3) uint8 -> visual tokens of every view (B, V, n, D).
+    def encode_images(self, images: Tensor) -> Visual:
+        """Images (B, V, h, w, 3) uint8 -> their visual tokens.
 
         The model's own processor prepares the pictures, one by one on the CPU.
         """
@@ -481,7 +482,7 @@ class WrappedVLM(PretrainedVLM):
         inputs = self.processor(images=[list(p.cpu().numpy()) for p in pictures], return_tensors="pt")
         features = self.model.get_image_features(**inputs.to(self.queries.device)).pooler_output
         visual = torch.cat(list(features))  # (B*V*n, D)
-        return visual.view(*images.shape[:2], -1, self.queries.shape[-1])  # (B, V, n, D)
+        return Visual(visual.view(*images.shape[:2], -1, self.queries.shape[-1]))  # (B, V, n, D)
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """As VLM.prefix(), but Qwen's positions are (3, B, P): time, row, column, all equal in text."""

@@ -56,9 +56,9 @@ def make_policy():
     show.
     """
 
-    def make(seed=0, statistics=True, **changes):
+    def make(seed=0, statistics=True, words=WORDS, **changes):
         torch.manual_seed(seed)
-        policy = SyVLA(debug_config(**changes), Tokenizer(WORDS)).eval()
+        policy = SyVLA(debug_config(**changes), Tokenizer(words)).eval()
         for parameter in policy.parameters():
             if not parameter.any() or parameter.ndim == 1 or (parameter == 1).all():
                 parameter.data += 0.3 * torch.randn_like(parameter)

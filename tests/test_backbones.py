@@ -26,7 +26,7 @@ from common import UserError, read_json, read_log
 from data import pack, to_tensors
 from extras import backbones
 from extras.backbones import ChatTokenizer, SmolVLM, WrappedVLM, apply_backbone_config, load_backbone
-from model import PRESETS, SyVLA, load_policy
+from model import PRESETS, SyVLA, Visual, load_policy
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -353,7 +353,7 @@ def test_logits_and_gradients_equal_transformers_in_fp64(checkpoints, root, fp64
     ours = vlm.lm.logits(text)  # (2, T, vocab)
     assert ours.dtype == torch.float64
 
-    head = prefix_ids(policy.tokenizer, views, visual.shape[2], SMOL_TOKENS.index("<image>"))
+    head = prefix_ids(policy.tokenizer, views, visual.tokens.shape[2], SMOL_TOKENS.index("<image>"))
     ids = torch.cat((torch.tensor([head, head]), batch["tokens"]), dim=1)
     there = batch["segments"] >= 0
     mask = torch.cat((torch.ones(2, len(head), dtype=torch.int64), there.long()), dim=1)
@@ -417,7 +417,7 @@ def test_greedy_answers_equal_transformers_generate(family, checkpoints, root, f
     image = theirs.config.image_token_id
     for row, question in enumerate(questions):
         prompt = tokenizer.question(question)
-        ids = torch.tensor([prefix_ids(tokenizer, 2, visual.shape[2], image) + prompt])
+        ids = torch.tensor([prefix_ids(tokenizer, 2, visual.tokens.shape[2], image) + prompt])
         inputs = {"input_ids": ids}
         if family == "smol":
             inputs["pixel_values"] = prepared(vlm, images[row : row + 1])
@@ -427,7 +427,13 @@ def test_greedy_answers_equal_transformers_generate(family, checkpoints, root, f
         text = batch_of([[(prompt, [])]])
         with torch.no_grad():
             expected = theirs(**inputs).logits[:, -len(prompt) :]
-            hidden, _ = vlm(visual[row : row + 1], text["tokens"], text["segments"], text["positions"], False)
+            hidden, _ = vlm(
+                Visual(visual.tokens[row : row + 1]),
+                text["tokens"],
+                text["segments"],
+                text["positions"],
+                False,
+            )
             ours = vlm.lm.logits(hidden)
         assert (ours - expected).abs().max() < 1e-9
         said = theirs.generate(**inputs, max_new_tokens=7, **NO_EOS)[0, ids.shape[1] :]
@@ -451,7 +457,8 @@ def test_cached_reasoning_and_queries_equal_a_full_forward(family, checkpoints, 
     alone = batch_of([[(prompts[1], [6, 7])]])
     hidden = []
     for batch in (packed, alone):
-        out, _ = vlm(visual[:1], batch["tokens"], batch["segments"], batch["positions"], False)
+        text = [batch[name] for name in ("tokens", "segments", "positions")]
+        out, _ = vlm(Visual(visual.tokens[:1]), *text, False)
         hidden.append(out[:, -len(prompts[1]) - 2 :])
     assert (hidden[0] - hidden[1]).abs().max() < 1e-5
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.ship import ShipConfig, ship
 from common import UserError, parse_config, write_json
-from data import pack, statistics
+from data import Tokenizer, pack, statistics
 from model import (
     PRESETS,
     SHIPPED,
@@ -25,11 +25,13 @@ from model import (
     Config,
     LanguageBlock,
     SyVLA,
+    Visual,
     attend,
     checkpoint_folder,
     load_policy,
     pixel_shuffle,
     read_checkpoint_config,
+    recent_words,
     rope,
     rotation,
     save_policy,
@@ -116,7 +118,7 @@ def test_shapes_of_every_part(make_policy):
     policy = make_policy()
     cfg, n = policy.cfg, 3
     visual = policy.vlm.encode_images(pictures(policy, n))
-    assert visual.shape == (n, len(cfg.camera_names), (32 // 8 // 2) ** 2, cfg.width)
+    assert visual.tokens.shape == (n, len(cfg.camera_names), (32 // 8 // 2) ** 2, cfg.width)
     text = packed([[([1, 300], [3])]] * n)
     hidden, states = policy.vlm(visual, text["tokens"], text["segments"], text["positions"], True)
     assert hidden.shape == (n, 3, cfg.width) and states.shape == (n, cfg.queries, cfg.width)
@@ -140,9 +142,10 @@ def test_see_maps_bytes_to_minus_one_to_one_per_view(make_policy):
     policy = make_policy()
     images = pictures(policy, 2)
     expected = torch.stack(
-        [policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1) for v in range(2)], dim=1
+        [policy.vlm.vision((images[:, v].permute(0, 3, 1, 2).float() / 255) * 2 - 1)[0] for v in range(2)],
+        dim=1,
     )
-    assert torch.allclose(policy.vlm.encode_images(images), expected, atol=1e-4)
+    assert torch.allclose(policy.vlm.encode_images(images).tokens, expected, atol=1e-4)
 
 
 def test_pixel_shuffle_gathers_square_neighbourhoods():
@@ -310,8 +313,12 @@ def test_padding_does_not_change_the_query_states(make_policy):
         return policy.vlm(visual, *(packed(rows)[k] for k in ("tokens", "segments", "positions")), True)[1]
 
     together = states(visual, [short, long])
-    assert torch.allclose(together[:1], states(visual[:1], [short]), atol=1e-5)
-    assert torch.allclose(together[1:], states(visual[1:], [long]), atol=1e-5)
+    assert torch.allclose(together[:1], states(one_row(visual, 0), [short]), atol=1e-5)
+    assert torch.allclose(together[1:], states(one_row(visual, 1), [long]), atol=1e-5)
+
+
+def one_row(visual, i):
+    return Visual(*(None if part is None else part[i : i + 1] for part in visual))
 
 
 def greedy(policy, visual, prompt, n):
@@ -328,7 +335,7 @@ def test_cached_generation_equals_full_forward_passes(make_policy):
     policy = make_policy(seed=4)
     visual = policy.vlm.encode_images(pictures(policy, 3))
     prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
-    free = [greedy(policy, visual[i : i + 1], p, limit - 1) for i, p in enumerate(prompts)]
+    free = [greedy(policy, one_row(visual, i), p, limit - 1) for i, p in enumerate(prompts)]
 
     def cut(stop):
         return [w[: w.index(stop)] if stop in w else w for w in free]
@@ -340,8 +347,82 @@ def test_cached_generation_equals_full_forward_passes(make_policy):
     assert written == wanted
     for i, (prompt, words) in enumerate(zip(prompts, written)):
         row = packed([[(prompt, words + [stop])]])  # at the limit the reasoning is closed, as in training
-        full = policy.vlm(visual[i : i + 1], row["tokens"], row["segments"], row["positions"], True)[1]
+        full = policy.vlm(one_row(visual, i), row["tokens"], row["segments"], row["positions"], True)[1]
         assert torch.allclose(states[i : i + 1], full, atol=1e-5)
+
+
+PLACES = [" cube", *(f" x{i}" for i in range(32)), *(f" y{i}" for i in range(32))]
+
+
+def test_words_for_places_cover_the_picture():
+    tokenizer = Tokenizer([" x0", " cube", " y31", " x16", " x", " xy1"])
+    assert tokenizer.places == [(263, 0, -31 / 32), (265, 1, 31 / 32), (266, 0, 1 / 32)]
+
+
+def test_the_pointer_sees_looks_and_not_places(make_policy):
+    policy = make_policy()
+    patches = torch.randn(1, policy.cfg.vision_width, 6, 6)
+    looks = policy.vlm.pointer.look(patches)  # (1, POINT_WIDTH, 6, 6)
+    moved = policy.vlm.pointer.look(patches.roll(1, dims=3))
+    # away from the border, whose neighbours did not all move along
+    assert torch.allclose(moved[..., 1:-1, 2:-1], looks[..., 1:-1, 1:-2], atol=1e-5)
+    # other views do not matter
+    images = pictures(policy, 2)
+    images[:, 1] = 0
+    same = policy.vlm.encode_images(images).looks
+    assert torch.equal(policy.vlm.encode_images(pictures(policy, 2)).looks, same)
+
+
+def test_a_word_is_told_the_mean_place_that_attention_weighs(make_policy):
+    policy = make_policy()
+    pointer = policy.vlm.pointer
+    visual = policy.vlm.encode_images(pictures(policy, 2))
+    recent = torch.randint(1, 264, (2, 5, 3))
+    x = policy.vlm.embed_words(recent, visual)
+    for row in range(2):
+        for i in range(5):
+            query = pointer.query(pointer.words(recent[row, i]).flatten())
+            score = visual.looks[row] @ query  # (m,)
+            weights = score.exp() / score.exp().sum()
+            column, line = (sum(w * place for w, place in zip(weights, pointer.grid[:, k])) for k in (0, 1))
+            waves = []
+            for place in (column, line):
+                angles = [place * math.pi / 2 * 2**k for k in range(4)]
+                waves += [torch.sin(a) for a in angles] + [torch.cos(a) for a in angles]
+            expected = policy.vlm.lm.embed(recent[row, i, -1]) + pointer.out(torch.stack(waves))
+            assert torch.allclose(x[row, i], expected, atol=1e-4)
+
+
+def test_attention_is_taught_places_that_answers_name(make_policy):
+    policy = make_policy(words=PLACES)
+    pointer, ids = policy.vlm.pointer, policy.tokenizer.ids
+    question = [4, ids[" cube"], 5]
+    other = (question, [ids[" cube"], 6])
+    # x19 lies on the third column of patches and a quarter of the way to the fourth
+    rows = [[other, (question, [ids[" x19"], ids[" y12"], 6])], [other]]
+    batch = {**packed(rows), "images": pictures(policy, 2)}
+    visual = policy.vlm.encode_images(batch["images"])
+    query = pointer.query(pointer.words(torch.tensor(question)).flatten())
+    log = (visual.looks[0] @ query).log_softmax(-1).view(4, 4)
+    column = (19.5 / 32) * 4 - 0.5  # in patches from the middle of the first
+    line = (12.5 / 32) * 4 - 0.5
+    error = 0.0
+    for i, share_i in ((1, 2 - line), (2, line - 1)):
+        for j, share_j in ((1, 2 - column), (2, column - 1)):
+            error = error - share_i * share_j * log[i, j]
+    loss, _ = policy.text_loss(batch, with_queries=False)
+    hidden, _ = policy.vlm(visual, *(batch[k] for k in ("tokens", "segments", "positions")), False)
+    logits = policy.vlm.lm.logits(hidden).transpose(1, 2)  # (2, vocab, T)
+    words = F.cross_entropy(logits, batch["labels"], ignore_index=-100, reduction="none").sum(1)
+    count = (batch["labels"] >= 0).sum(1)
+    expected = ((words + torch.stack([error, 0 * error])) / count).mean()
+    assert torch.allclose(loss, expected, atol=1e-5)
+
+
+def test_a_word_points_with_the_two_before_it_in_its_segment():
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    recent = recent_words(torch.tensor([[5, 6, 7, 8, 9, 10]]), positions)
+    assert recent[0].tolist() == [[0, 0, 5], [0, 5, 6], [5, 6, 7], [6, 7, 8], [0, 0, 9], [0, 9, 10]]
 
 
 def test_without_reasoning_the_queries_follow_the_instruction(make_policy):

@@ -1,6 +1,7 @@
 """prepare.py: the scripted expert succeeds, questions tell the truth, nothing held out leaks."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -222,6 +223,9 @@ def true_answer(kind, question, scene):
     if kind == "in hand":
         held = [colour for colour in cubes if cubes[colour]["held"]]
         return f"{held[0]} cube" if held else "none"
+    if kind == "point":
+        things = scene["cubes" if question.endswith("cube") else "pads"]
+        return next(thing["point"] for thing in things if thing["colour"] == named[0])
     return None
 
 
@@ -233,7 +237,24 @@ def test_answers_are_true(scenes):
             if expected is not None:
                 assert answer == expected, (kind, question)
                 checked.add(kind)
-    assert len(checked) == 10
+    assert len(checked) == 11
+
+
+def test_two_names_are_answered_in_the_order_of_the_instruction():
+    colour_of = {
+        f"looks like {thing}": (name, colour)
+        for colour, things in sim_env.WORDS["vague_names"].items()
+        for name, thing in things.items()
+    }
+    for seed in range(50):
+        question, answer = prepare.two_names(np.random.default_rng(seed))
+        found = sorted(
+            (question.index(phrase), *names)
+            for phrase, names in colour_of.items()
+            if re.search(rf"{phrase}\b", question)
+        )
+        (_, one, colour), (_, other, other_colour) = found if len(found) == 2 else found * 2
+        assert answer == f"first , {one} is {colour} , then , {other} is {other_colour}"
 
 
 def test_nothing_held_out_is_asked_in_training(scenes):

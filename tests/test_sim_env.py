@@ -405,6 +405,26 @@ def test_questions_go_where_demonstrations_never_go(env):
     assert asked > 5
 
 
+def test_words_for_a_place_lie_on_the_thing_in_the_front_picture(env):
+    apart = []
+    for seed in range(4):
+        env.reset(seed=seed, options={"family": "sequence"})
+        with mujoco.Renderer(env.model, 96, 96) as renderer:
+            renderer.enable_segmentation_rendering()
+            renderer.update_scene(env.data, "front")
+            geoms = renderer.render()[..., 0]  # (96, 96) the geom at every pixel
+        things = zip(range(env.model.ngeom)[sim_env.CUBES], env.scene()["cubes"])
+        pads = zip(range(env.model.ngeom)[sim_env.PADS], env.scene()["pads"])
+        for geom, thing in [*things, *pads]:
+            rows, columns = np.nonzero(geoms == geom)
+            if not len(rows):  # the arm hides it
+                continue
+            column, row = (int(word[1:]) for word in thing["point"].split())
+            apart.append((abs(columns.mean() / 3 - column - 0.5), abs(rows.mean() / 3 - row - 0.5)))
+    # words name columns and rows of 3 pixels; a cube's corners move its middle, the arm may hide a part
+    assert np.median(apart) < 0.5 and np.quantile(apart, 0.9) < 1.5
+
+
 def test_scenes_amid_work(env):
     """Start scenes have cubes on pads. Goals name free pads, and some have their first leg done already."""
     cubes = 0

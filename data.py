@@ -21,6 +21,7 @@ job draws the same global batch and takes its own rows.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -92,6 +93,17 @@ class Tokenizer:
                 place = (int(match[2]) + 0.5) / POINTS * 2 - 1
                 found.append((token, "xy".index(match[1]), place))
         return found
+
+    @property
+    def scales(self) -> list[list[int]]:
+        """Ids of t0, t1, .. and of r0, r1, .., which name directions and distances."""
+        scales = []
+        for letter in "tr":
+            numbers = (f" {letter}{i}" for i in itertools.count())
+            scale = [self.ids[word] for word in itertools.takewhile(self.ids.__contains__, numbers)]
+            if scale:
+                scales.append(scale)
+        return scales
 
     @classmethod
     def train(cls, texts: Iterable[str], limit: int) -> Tokenizer:

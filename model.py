@@ -83,7 +83,9 @@ class Config:
         "[0, 4096]",
         needs="backbone|init_from",
     )
-    pointer: bool = opt(True, "words know where in the first picture lies what they name")
+    pointer: bool = opt(
+        True, "attention finds what words name in the first picture, where questions teach it to point"
+    )
     queries: int = opt(20, "Q, feature query tokens (paper: 20)", "[2, 1024]")
     expert_width: int = opt(128, "action expert width", "[1, 16384]")
     expert_depth: int = opt(3, "action expert blocks", "[1, 256]")
@@ -194,8 +196,7 @@ class Config:
             identity = text_id(path.read_bytes())
         if config.get("tokenizer", identity) != identity:
             raise UserError(f"{path} is another checkpoint's; copy the one of the run that made {folder}")
-        # the first policies had no pointer
-        return config_of(cls, {"pointer": False} | config, f"{folder}/config.json")
+        return config_of(cls, config, f"{folder}/config.json")
 
 
 def text_id(content: bytes) -> str:
@@ -470,23 +471,28 @@ class LanguageModel(nn.Module):
 
 
 class Visual(NamedTuple):
-    """What the VLM sees of pictures, B rows."""
+    """What the VLM sees of pictures, B rows. The last two are of the first view, for the pointer."""
 
     tokens: Tensor  # visual tokens of every view (B, V, n, D)
-    looks: Tensor | None = None  # of the first view's patches (B, m, POINT_WIDTH), for the pointer
+    looks: Tensor | None = None  # of the patches (B, m, POINT_WIDTH): what they show, not where
+    landmarks: Tensor | None = None  # their places (B, LANDMARKS, 2)
 
 
 POINT_WIDTH = 32  # of what a patch looks like, and of what a word looks for
-POINT_WORDS = 3  # "red cube at" points: a word, with the two before it
+POINT_WORDS = 4  # "red cube at t3" points: a word, with the three before it
+LANDMARKS = 4
 
 
 class Pointer(nn.Module):
-    """Tells every word where in the first picture that lies which it and the words before it name.
+    """Tells words where in the first picture that lies which they name, and says where it lies on a scale.
 
-    Words make a query, attention over the patches finds the thing by its looks, and the mean place that it
-    weighs (spatial softmax, Levine et al. 2016, arXiv 1504.00702) joins the word's embedding. As neither
-    words nor looks know of places, a thing is found where training never showed one. The language model
-    would have to learn every place by itself.
+    The last words make a query, attention over the patches finds the thing by its looks, and the mean place
+    that it weighs (spatial softmax, Levine et al. 2016, arXiv 1504.00702) joins the word's embedding. Of
+    words on a scale, as t0 .. t11, the language model says only that one is due: which one is read off the
+    place, beside those of a few learnt landmarks, because the camera is never quite where it was.
+
+    As neither words nor looks know of places, a thing is found where training never showed one. A language
+    model would have to learn every place by itself.
     """
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer):
@@ -505,53 +511,100 @@ class Pointer(nn.Module):
             nn.SiLU(),
             nn.Linear(2 * POINT_WIDTH, POINT_WIDTH),
         )
+        self.landmarks = nn.Parameter(torch.zeros(LANDMARKS, POINT_WIDTH))  # their queries
         side = cfg.image_size // cfg.patch_size
         middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,) of the patches, -1 .. 1
         y, x = torch.meshgrid(middles, middles, indexing="ij")
         grid = torch.stack((x, y), dim=-1).flatten(0, 1)  # (m, 2)
         self.register_buffer("grid", grid, persistent=False)
-        # waves of four, two, one and a half picture's width
+        # waves of four, two, one and a half picture's half width
         frequency = math.pi / 2 * 2.0 ** torch.arange(4)
         self.register_buffer("frequency", frequency, persistent=False)
         self.out = nn.Linear(2 * 2 * len(frequency), cfg.width)
+
+        # one number for each scale, in words from its middle
+        self.scales = [torch.tensor(ids) for ids in tokenizer.scales]  # token ids in order
+        n_scales = max(1, len(self.scales))  # a layer has at least one output
+        self.numbers = nn.Sequential(
+            nn.Linear(2 + 2 * LANDMARKS, 2 * POINT_WIDTH),
+            nn.SiLU(),
+            nn.Linear(2 * POINT_WIDTH, 2 * POINT_WIDTH),
+            nn.SiLU(),
+            nn.Linear(2 * POINT_WIDTH, n_scales),
+        )
+        self.sharpness = nn.Parameter(torch.full((n_scales,), 0.3))  # logarithms
         # of every word that names a column or a row: (vocab, 2), NaN for all others
         named = torch.full((cfg.vocab_size, 2), math.nan)
         for token, axis, place in tokenizer.places:
             named[token, axis] = place
         self.register_buffer("named", named, persistent=False)
+        said = named.isfinite().any(-1)  # (vocab,) words that tell a place
+        for ids in self.scales:
+            said[ids] = True
+        self.register_buffer("said", said, persistent=False)
+
+    def see(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches of one view (B, vision_width, side, side) -> looks and landmarks of Visual."""
+        looks = self.look(patches).flatten(2).mT  # (B, m, POINT_WIDTH)
+        looks = F.rms_norm(looks, looks.shape[-1:], eps=RMS_EPS)
+        return looks, self.mean_place(self.landmarks @ looks.mT)
+
+    def mean_place(self, scores: Tensor) -> Tensor:
+        """Scores of the patches (..., m) -> the mean place that attention weighs (..., 2)."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return scores.softmax(-1) @ self.grid.to(scores.dtype)
 
     def scores(self, recent: Tensor, looks: Tensor) -> Tensor:
-        """Words with those before them (..., n, POINT_WORDS) and the patches' looks -> fp32 (..., n, m)."""
+        """Words with those before them (..., n, POINT_WORDS), looks (..., m, POINT_WIDTH) -> (..., n, m)."""
+        # a place that has been said must not tell where to look
+        recent = recent.masked_fill(self.said[recent], 0)
         words = self.words(recent).flatten(-2)  # (..., n, POINT_WORDS * POINT_WIDTH)
-        scores = self.query(words) @ looks.mT  # (..., n, m)
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return self.query(words) @ looks.mT
 
     def forward(self, recent: Tensor, looks: Tensor) -> Tensor:
         """What joins the embeddings of words (B, n, POINT_WORDS): the mean place, as waves (B, n, D)."""
-        weights = self.scores(recent, looks).softmax(-1)  # (B, n, m)
-        place = weights @ self.grid.to(weights.dtype)  # (B, n, 2)
+        place = self.mean_place(self.scores(recent, looks))  # (B, n, 2)
         angle = place[..., None] * self.frequency  # (B, n, 2, 4)
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1)  # (B, n, 2, 8)
         return self.out(waves.flatten(2).to(self.out.weight.dtype))
 
-    def loss(self, recent: Tensor, looks: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of the attention where labels (B, n) go on with a place, as in "x17 y22" -> (B,).
+    def read(self, logits: Tensor, scores: Tensor, landmarks: Tensor) -> Tensor:
+        """Logits (k, vocab) whose words on a scale are as likely as they are near to the number read off.
+
+        scores (k, m), landmarks (k, LANDMARKS, 2).
+        """
+        places = torch.cat((self.mean_place(scores)[:, None], landmarks), dim=1)  # (k, 1 + LANDMARKS, 2)
+        places = 4 * places.flatten(1).to(self.sharpness.dtype)  # (k, 2 + 2 LANDMARKS)
+        numbers = self.numbers(places).to(logits.dtype)  # (k, scales)
+        logits = logits.clone()
+        for number, sharpness, ids in zip(numbers.unbind(-1), self.sharpness.exp(), self.scales):
+            ids = ids.to(logits.device)
+            order = torch.arange(len(ids)).to(number)
+            far = (number[:, None] - order + order.mean()).abs()  # (k, words)
+            due = logits[:, ids].logsumexp(-1, keepdim=True)  # (k, 1): that some word of the scale is due
+            logits[:, ids] = due + (-sharpness * far).log_softmax(-1)
+        return logits
+
+    def target(self, labels: Tensor) -> Tensor:
+        """Labels (B, T) -> the places (B, T, 2) that words such as "x17 y22" tell; NaN for other words."""
+        x, y = self.named[labels.clamp(min=0)].unbind(-1)  # 2 x (B, T)
+        earlier = F.pad(x, (1, 0), value=math.nan)[:, :-1]
+        later = F.pad(y, (0, 1), value=math.nan)[:, 1:]
+        x, y = torch.where(x.isfinite(), x, earlier), torch.where(y.isfinite(), y, later)
+        place = torch.stack((x, y), dim=-1)
+        return place.masked_fill((labels < 0)[..., None], math.nan)
+
+    def loss(self, scores: Tensor, place: Tensor) -> Tensor:
+        """Cross-entropy of the attention: scores (k, m), place (k, 2) -> (k,), 0 where the place is NaN.
 
         The target are the four patches around the place, in shares by which their mean is the place.
         """
-        named = self.named[labels.clamp(min=0)]  # (B, n, 2)
-        # a row's word comes behind that of the column
-        place = torch.stack((named[:, :-1, 0], named[:, 1:, 1]), dim=-1)  # (B, n - 1, 2)
-        due = place.isfinite().all(-1) & (labels[:, :-1] >= 0)  # (B, n - 1)
-        rows, columns = due.nonzero(as_tuple=True)
         last = self.grid[-1]  # (2,)
-        place = torch.clamp(place[rows, columns], -last, last)  # (k, 2)
         patch = self.grid[1, 0] - self.grid[0, 0]  # width of a patch
-        apart = (place[:, None] - self.grid).abs() / patch  # (k, m, 2)
+        apart = (torch.clamp(place, -last, last)[:, None] - self.grid).abs() / patch  # (k, m, 2)
         share = (1 - apart).clamp(min=0).prod(-1)  # (k, m)
-        scores = self.scores(recent[rows, columns, None], looks[rows])[:, 0]  # (k, m)
-        error = -(share * scores.log_softmax(-1)).sum(-1)  # (k,)
-        return error.new_zeros(len(labels)).index_add(0, rows, error)
+        scores = scores.to(share.dtype)
+        return -(share.nan_to_num(0.0) * scores.log_softmax(-1)).sum(-1)
 
 
 def checkpoint_blocks(blocks: nn.ModuleList) -> None:
@@ -576,7 +629,9 @@ class VLM(nn.Module):
         self.vision = VisionEncoder(cfg)
         self.lm = LanguageModel(cfg)
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
-        self.pointer = Pointer(cfg, tokenizer) if cfg.pointer else None
+        self.pointer = None
+        if cfg.pointer and tokenizer.places:  # without words for places nothing would teach it
+            self.pointer = Pointer(cfg, tokenizer)
         self.set_chat_format(tokenizer)
 
     def set_chat_format(self, tokenizer: Tokenizer) -> None:
@@ -613,8 +668,7 @@ class VLM(nn.Module):
         if self.pointer is None:
             return Visual(tokens)
         first = patches[:: images.shape[1]]  # (B, vision_width, side, side)
-        looks = self.pointer.look(first).flatten(2).mT  # (B, m, POINT_WIDTH)
-        return Visual(tokens, F.rms_norm(looks, looks.shape[-1:], eps=RMS_EPS))
+        return Visual(tokens, *self.pointer.see(first))
 
     def embed_words(self, recent: Tensor, visual: Visual) -> Tensor:
         """Words with those before them (B, n, POINT_WORDS) -> embeddings (B, n, D)."""
@@ -747,7 +801,11 @@ class VLM(nn.Module):
             alive = (written != stop).all(dim=1)  # (B,)
             if not alive.any():
                 break
-            token = self.lm.logits(last).argmax(-1)  # (B,)
+            logits = self.lm.logits(last)  # (B, vocab)
+            if self.pointer is not None:
+                scores = self.pointer.scores(recent[:, None], visual.looks)[:, 0]  # (B, m)
+                logits = self.pointer.read(logits, scores, visual.landmarks)
+            token = logits.argmax(-1)  # (B,)
             if i == limit - 1:  # too long: close it
                 token = torch.full_like(token, stop)
             written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
@@ -1047,7 +1105,7 @@ class SyVLA(nn.Module):
             # part of that.
             nn.init.normal_(self.vlm.vision.position, std=0.5)
             if self.vlm.pointer is not None:
-                closed.append(self.vlm.pointer.query[-1])  # it begins by looking everywhere alike
+                closed += [self.vlm.pointer.query[-1], self.vlm.pointer.numbers[-1]]  # looks everywhere alike
             for block in self.vlm.lm.blocks:
                 closed += [block.proj, block.down]
             if self.vlm.lm.head is not None:
@@ -1259,11 +1317,15 @@ class SyVLA(nn.Module):
         # the output layer is the widest of all: only where something is to be learnt
         rows, columns = (labels >= 0).nonzero(as_tuple=True)
         logits = self.vlm.lm.logits(text[rows, columns])
-        nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")
-        total = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
         if self.vlm.pointer is not None:
-            recent = recent_words(batch["tokens"], batch["positions"])  # (B, T, POINT_WORDS)
-            total = total + self.vlm.pointer.loss(recent, visual.looks, labels)
+            recent = recent_words(batch["tokens"], batch["positions"])[rows, columns]  # (k, POINT_WORDS)
+            scores = self.vlm.pointer.scores(recent[:, None], visual.looks[rows])[:, 0]  # (k, m)
+            logits = self.vlm.pointer.read(logits, scores, visual.landmarks[rows])
+        nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")  # (k,)
+        if self.vlm.pointer is not None:
+            place = self.vlm.pointer.target(labels)[rows, columns]  # (k, 2)
+            nll = nll + self.vlm.pointer.loss(scores, place)
+        total = nll.new_zeros(len(labels)).index_add(0, rows, nll)  # (B,)
         count = (labels >= 0).sum(1)  # (B,) targets; a row may have none
         per_row = total / count.clamp(min=1)
         loss = per_row.mean()

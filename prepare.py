@@ -312,7 +312,7 @@ def scene_questions(
         yield "where", question, f"{cube['t']} {cube['r']}"
     for pad in pads:
         question = phrase(rng, f"which pad is {pad['colour']}", f"{pad['colour']} pad")
-        yield "pad", question, f"pad {pad['number']} at {pad['t']}"
+        yield "pad", question, f"pad {pad['number']}"
 
     # Naming things by place needs no binding of words to colours. It is learnt first, the rest builds on it.
     yield "describe pads", "describe the pads", " ".join(pad["colour"] for pad in pads)

@@ -514,10 +514,9 @@ class Pointer(nn.Module):
         self.landmarks = nn.Parameter(torch.zeros(LANDMARKS, POINT_WIDTH))  # their queries
         side = cfg.image_size // cfg.patch_size
         middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,) of the patches, -1 .. 1
-        y, x = torch.meshgrid(middles, middles, indexing="ij")
-        grid = torch.stack((x, y), dim=-1).flatten(0, 1)  # (m, 2)
-        self.register_buffer("grid", grid, persistent=False)
-        # waves of four, two, one and a half picture's half width
+        grid = torch.cartesian_prod(middles, middles)  # (m, 2) y, x
+        self.register_buffer("grid", grid.flip(-1), persistent=False)  # (m, 2) x, y
+        # waves two pictures long, one, a half and a quarter
         frequency = math.pi / 2 * 2.0 ** torch.arange(4)
         self.register_buffer("frequency", frequency, persistent=False)
         self.out = nn.Linear(2 * 2 * len(frequency), cfg.width)
@@ -566,23 +565,29 @@ class Pointer(nn.Module):
         place = self.mean_place(self.scores(recent, looks))  # (B, n, 2)
         angle = place[..., None] * self.frequency  # (B, n, 2, 4)
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1)  # (B, n, 2, 8)
-        return self.out(waves.flatten(2).to(self.out.weight.dtype))
+        waves = waves.flatten(2)  # (B, n, 16)
+        return self.out(waves.to(self.out.weight.dtype))
 
     def read(self, logits: Tensor, scores: Tensor, landmarks: Tensor) -> Tensor:
         """Logits (k, vocab) whose words on a scale are as likely as they are near to the number read off.
 
         scores (k, m), landmarks (k, LANDMARKS, 2).
         """
-        places = torch.cat((self.mean_place(scores)[:, None], landmarks), dim=1)  # (k, 1 + LANDMARKS, 2)
-        places = 4 * places.flatten(1).to(self.sharpness.dtype)  # (k, 2 + 2 LANDMARKS)
-        numbers = self.numbers(places).to(logits.dtype)  # (k, scales)
+        place = self.mean_place(scores)  # (k, 2)
+        places = torch.cat((place, landmarks.flatten(1)), dim=1)  # (k, 2 + 2 LANDMARKS)
+        places = 4 * places  # a word is a twentieth of the picture
+        numbers = self.numbers(places.to(self.sharpness.dtype))  # (k, scales)
+        numbers = numbers.to(logits.dtype)
         logits = logits.clone()
-        for number, sharpness, ids in zip(numbers.unbind(-1), self.sharpness.exp(), self.scales):
+        sharpness = self.sharpness.exp()  # (scales,)
+        for i, ids in enumerate(self.scales):
             ids = ids.to(logits.device)
-            order = torch.arange(len(ids)).to(number)
-            far = (number[:, None] - order + order.mean()).abs()  # (k, words)
+            order = torch.arange(len(ids)).to(numbers)
+            middle = order.mean()
+            far = numbers[:, i, None] + middle - order  # (k, words)
+            near = -sharpness[i] * far.abs()
             due = logits[:, ids].logsumexp(-1, keepdim=True)  # (k, 1): that some word of the scale is due
-            logits[:, ids] = due + (-sharpness * far).log_softmax(-1)
+            logits[:, ids] = due + near.log_softmax(-1)
         return logits
 
     def target(self, labels: Tensor) -> Tensor:
@@ -590,9 +595,12 @@ class Pointer(nn.Module):
         x, y = self.named[labels.clamp(min=0)].unbind(-1)  # 2 x (B, T)
         earlier = F.pad(x, (1, 0), value=math.nan)[:, :-1]
         later = F.pad(y, (0, 1), value=math.nan)[:, 1:]
-        x, y = torch.where(x.isfinite(), x, earlier), torch.where(y.isfinite(), y, later)
-        place = torch.stack((x, y), dim=-1)
-        return place.masked_fill((labels < 0)[..., None], math.nan)
+        # each of the two words tells both
+        x = torch.where(x.isfinite(), x, earlier)
+        y = torch.where(y.isfinite(), y, later)
+        place = torch.stack((x, y), dim=-1)  # (B, T, 2)
+        unknown = labels < 0
+        return place.masked_fill(unknown[..., None], math.nan)
 
     def loss(self, scores: Tensor, place: Tensor) -> Tensor:
         """Cross-entropy of the attention: scores (k, m), place (k, 2) -> (k,), 0 where the place is NaN.
@@ -601,10 +609,12 @@ class Pointer(nn.Module):
         """
         last = self.grid[-1]  # (2,)
         patch = self.grid[1, 0] - self.grid[0, 0]  # width of a patch
-        apart = (torch.clamp(place, -last, last)[:, None] - self.grid).abs() / patch  # (k, m, 2)
+        place = torch.clamp(place, -last, last)
+        apart = (place[:, None] - self.grid).abs() / patch  # (k, m, 2)
         share = (1 - apart).clamp(min=0).prod(-1)  # (k, m)
-        scores = scores.to(share.dtype)
-        return -(share.nan_to_num(0.0) * scores.log_softmax(-1)).sum(-1)
+        share = share.nan_to_num(0.0)
+        log = scores.to(share.dtype).log_softmax(-1)  # (k, m)
+        return -(share * log).sum(-1)
 
 
 def checkpoint_blocks(blocks: nn.ModuleList) -> None:

@@ -89,9 +89,9 @@ class TrainConfig(Config):
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
     families: str = opt("place,calculate,sequence", "task families to train on and to evaluate", many=True)
     ground_steps: int = opt(
-        2000, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
+        1400, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
     )
-    steps: int = opt(5500, "steps of phase 2, actions", "[0, 1000000000]")
+    steps: int = opt(4800, "steps of phase 2, actions", "[0, 1000000000]")
     batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, 65536]")
     mix: float = opt(
         0.3,
@@ -173,8 +173,8 @@ class TrainConfig(Config):
 # Grounding goes from easy to hard. To name what lies where, a model only has to look at fixed places: the
 # pads' colours are learnt in a hundred steps. Then places can be found by colour, first the pads' and then
 # the smaller cubes', and only then can instructions be read. All at once takes far longer, and cubes before
-# pads keeps the pads from being found by colour at all. Each lesson starts at a share of grounding; None:
-# every kind of question.
+# pads keeps the pads from being found by colour at all. Pointing disturbs none of it: the pointer's attention
+# is taught from the first step on. Each lesson starts at a share of grounding; None: every kind of question.
 CURRICULUM = (
     # naming what lies at a place
     (0.0, ("point", "describe pads")),

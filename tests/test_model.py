@@ -444,6 +444,38 @@ def test_words_on_a_scale_are_as_likely_as_they_are_near_to_the_number_read_off(
         assert torch.equal(read[row, others], logits[row, others])
 
 
+def test_the_pointer_finds_things_where_training_never_showed_one(make_policy):
+    policy = make_policy(words=PLACES).train()
+    ids = policy.tokenizer.ids
+    rng = np.random.default_rng(0)
+
+    def scenes(n, new):
+        """Red squares of 6 pixels; new: in the quarter that training leaves out."""
+        images = np.full((n, 2, 32, 32, 3), 128, np.uint8)
+        corners = rng.integers(0, 27, (20 * n, 2))  # row, column
+        left_out = (corners >= 14).all(1)
+        corners = corners[left_out == new][:n]
+        for image, (row, column) in zip(images, corners):
+            image[0, row : row + 6, column : column + 6] = (200, 30, 30)
+        return torch.from_numpy(images), corners + 3  # their middles
+
+    question = [4, ids[" cube"], 5]
+    optimizer = torch.optim.Adam(policy.vlm.parameters(), 3e-3)
+    for _ in range(120):
+        images, middles = scenes(32, new=False)
+        rows = [[(question, [ids[f" x{column}"], ids[f" y{row}"]])] for row, column in middles]
+        policy.text_loss({**packed(rows), "images": images}, with_queries=False)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    images, middles = scenes(50, new=True)
+    with torch.no_grad():
+        looks = policy.vlm.encode_images(images).looks
+        recent = torch.tensor([0, *question]).expand(50, 1, -1)
+        place = policy.vlm.pointer.mean_place(policy.vlm.pointer.scores(recent, looks))[:, 0]  # (50, 2) x, y
+    apart = (place + 1) * 16 - torch.from_numpy(middles).flip(1)  # pixels
+    assert apart.norm(dim=1).median() < 3
+
+
 def test_a_word_points_with_the_three_before_it_in_its_segment():
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
     recent = recent_words(torch.tensor([[5, 6, 7, 8, 9, 10, 11]]), positions)

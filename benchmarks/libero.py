@@ -158,6 +158,7 @@ class Libero:
         # Furniture is no part of a start state: the benchmark draws its place, within a centimetre or two,
         # from numpy's global generator. By this seed a state always has the same.
         self.env.seed(seed if state is None else state)
+        self._return_furniture()
         gripper = self.env.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)  # else it begins as the episode before has ended
         self.raw = self.env.reset()
@@ -169,6 +170,18 @@ class Libero:
         self.steps = 0
         self.success = False
         return self.observe(), self._info(0)
+
+    def _return_furniture(self) -> None:
+        """Put furniture where a new model has it, at the origin.
+
+        The benchmark measures drawers and stoves there, then moves them and puts things on them. Where an
+        episode has left them it would measure something else, and things would fall down beside them.
+        """
+        model = self.env.sim.model
+        for furniture in self.env.env.fixtures_dict.values():
+            body = model.body_name2id(furniture.root_body)
+            model.body_pos[body] = 0
+            model.body_quat[body] = (1, 0, 0, 0)
 
     def instruction(self) -> str:
         """The task's sentence."""

@@ -436,8 +436,9 @@ class Controller:
         speeds = raw["robot0_gripper_qvel"]  # (2,)
         grasp = thing + (low + high) / 2  # (3,) the box's middle
         depth = high[2] - DEPTH - (low[2] + high[2]) / 2  # of the grasp, above the middle
-        if high[0] - low[0] > WIDE:
-            grasp[:2] += ((high[0] - low[0]) / 2 - WALL) * self.way
+        width = high[1] - low[1]  # from right to left, as the fingers close; what is wider is round
+        if width > WIDE:
+            grasp[:2] += (width / 2 - WALL) * self.way
             grasp[2] += depth
         else:
             grasp[2] += max(depth, 0)

@@ -231,3 +231,17 @@ def test_rephrased_tasks_have_their_own_words():
     assert obs["task"] == "lift the black bowl between the plate and ramekin and set it on the plate"
     assert info["name"].startswith("pick_up_the_black_bowl_between")
     cls.close()
+
+
+@simulates
+def test_a_box_as_long_as_a_bowl_is_taken_across_its_middle():
+    env = bench.Object(px=16)
+    env.pictures = dict
+    env.reset(seed=REPORT, options={"family": "1"})  # cream cheese, 81 mm long, 43 mm wide and 18 mm high
+    controller = bench.Controller(env)
+    (_, thing, place), *_ = env.env.env.parsed_problem["goal_state"]
+    low, high = controller.boxes[thing]
+    assert high[0] - low[0] > bench.WIDE > high[1] - low[1], "the fingers close along y"
+    grasp = controller.look(thing, place).grasp
+    np.testing.assert_allclose(grasp, controller.position(thing), atol=0.005)
+    env.close()

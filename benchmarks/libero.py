@@ -158,6 +158,7 @@ class Libero:
         # Furniture is no part of a start state: the benchmark draws its place, within a centimetre or two,
         # from numpy's global generator. By this seed a state always has the same.
         self.env.seed(seed if state is None else state)
+        self._return_furniture()
         gripper = self.env.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)  # else it begins as the episode before has ended
         self.raw = self.env.reset()
@@ -169,6 +170,18 @@ class Libero:
         self.steps = 0
         self.success = False
         return self.observe(), self._info(0)
+
+    def _return_furniture(self) -> None:
+        """Put furniture where a new model has it, at the origin.
+
+        The benchmark measures drawers and stoves there, then moves them and puts things on them. Where an
+        episode has left them it would measure something else, and things would fall down beside them.
+        """
+        model = self.env.sim.model
+        for furniture in self.env.env.fixtures_dict.values():
+            body = model.body_name2id(furniture.root_body)
+            model.body_pos[body] = 0
+            model.body_quat[body] = (1, 0, 0, 0)
 
     def instruction(self) -> str:
         """The task's sentence."""
@@ -423,8 +436,9 @@ class Controller:
         speeds = raw["robot0_gripper_qvel"]  # (2,)
         grasp = thing + (low + high) / 2  # (3,) the box's middle
         depth = high[2] - DEPTH - (low[2] + high[2]) / 2  # of the grasp, above the middle
-        if high[0] - low[0] > WIDE:
-            grasp[:2] += ((high[0] - low[0]) / 2 - WALL) * self.way
+        width = high[1] - low[1]  # from right to left, as the fingers close; what is wider is round
+        if width > WIDE:
+            grasp[:2] += (width / 2 - WALL) * self.way
             grasp[2] += depth
         else:
             grasp[2] += max(depth, 0)

@@ -185,6 +185,16 @@ def test_the_official_start_states_and_new_ones(env):
 
 
 @simulates
+def test_things_stand_on_furniture_in_every_scene(env):
+    heights = []
+    # The official state, then scenes that are drawn where the cabinet has been moved before.
+    for seed in (REPORT, 1, 2):
+        env.reset(seed=seed, options={"family": "9"})
+        heights.append(bench.Controller(env).position("akita_black_bowl_1")[2])
+    np.testing.assert_allclose(heights, heights[0], atol=0.002)
+
+
+@simulates
 def test_the_same_seed_gives_the_same_episode(env):
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (20, 7))
@@ -221,3 +231,17 @@ def test_rephrased_tasks_have_their_own_words():
     assert obs["task"] == "lift the black bowl between the plate and ramekin and set it on the plate"
     assert info["name"].startswith("pick_up_the_black_bowl_between")
     cls.close()
+
+
+@simulates
+def test_a_box_as_long_as_a_bowl_is_taken_across_its_middle():
+    env = bench.Object(px=16)
+    env.pictures = dict
+    env.reset(seed=REPORT, options={"family": "1"})  # cream cheese, 81 mm long, 43 mm wide and 18 mm high
+    controller = bench.Controller(env)
+    (_, thing, place), *_ = env.env.env.parsed_problem["goal_state"]
+    low, high = controller.boxes[thing]
+    assert high[0] - low[0] > bench.WIDE > high[1] - low[1], "the fingers close along y"
+    grasp = controller.look(thing, place).grasp
+    np.testing.assert_allclose(grasp, controller.position(thing), atol=0.005)
+    env.close()

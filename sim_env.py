@@ -971,15 +971,8 @@ class SO100Env:
             cubes.append(cube)
         for number, colour in enumerate(self.pad_colours, 1):
             if colour:
-                xy = self.pad_xy(number)
-                phi, _ = xy_to_polar(xy)
-                pad = {
-                    "colour": colour,
-                    "number": number,
-                    "t": direction_bin(phi),
-                    "point": self.point(np.array([*xy, 0.0])),
-                }
-                pads.append(pad)
+                point = self.point(np.array([*self.pad_xy(number), 0.0]))
+                pads.append({"colour": colour, "number": number, "point": point})
         return {"cubes": cubes, "pads": pads}
 
     def point(self, xyz: Array) -> str:

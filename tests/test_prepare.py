@@ -196,7 +196,7 @@ def true_answer(kind, question, scene):
     if kind == "where":
         return f"{cubes[named[0]]['t']} {cubes[named[0]]['r']}"
     if kind == "pad":
-        return f"pad {pads[named[0]]['number']} at {pads[named[0]]['t']}"
+        return f"pad {pads[named[0]]['number']}"
     if kind == "describe pads":
         return " ".join(sorted(pads, key=lambda colour: pads[colour]["number"]))
     if kind == "describe cubes":

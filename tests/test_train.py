@@ -679,7 +679,7 @@ def test_held_out_pictures_are_not_training_pictures(data):
 def test_the_curriculum_goes_from_easy_to_hard():
     cfg = train.TrainConfig(ground_steps=100)
     kinds = [train.curriculum(step, cfg) for step in range(100)]
-    assert kinds[0] == ("describe pads",)  # naming by place comes before finding by colour
+    assert kinds[0] == ("point", "describe pads")  # naming by place comes before finding by colour
 
     def first(kind):
         return next(i for i, k in enumerate(kinds) if k is None or kind in k)

@@ -3,8 +3,8 @@
     images, instruction -> VLM writes <reason> ... </reason> -> the 20 query tokens follow the reasoning
     -> their last hidden states ("feature query states") -> MLP adapter -> action expert -> action chunk
 
-Read it in this order: Config and PRESETS, VisionEncoder, LanguageModel, VLM (its attention mask is the
-interesting part), ActionExpert, then SyVLA: `forward` is training with intention decoupling, `act` is
+Read it in this order: Config and PRESETS, VisionEncoder, LanguageModel, Pointer, VLM (its attention mask is
+the interesting part), ActionExpert, then SyVLA: `forward` is training with intention decoupling, `act` is
 inference.
 
 Shapes.  B batch, V camera views, P prefix tokens, T text tokens, Q feature queries, N = P + T + Q, D width,
@@ -474,13 +474,13 @@ class Visual(NamedTuple):
     """What the VLM sees of pictures, B rows. The last two are of the first view, for the pointer."""
 
     tokens: Tensor  # visual tokens of every view (B, V, n, D)
-    looks: Tensor | None = None  # of the patches (B, m, POINT_WIDTH): what they show, not where
+    looks: Tensor | None = None  # of its m patches (B, m, POINT_WIDTH): what they show, not where
     landmarks: Tensor | None = None  # their places (B, LANDMARKS, 2)
 
 
 POINT_WIDTH = 32  # of what a patch looks like, and of what a word looks for
 POINT_WORDS = 4  # "red cube at t3" points: a word, with the three before it
-LANDMARKS = 4
+LANDMARKS = 4  # things that are looked up in every picture; training finds out which
 
 
 class Pointer(nn.Module):
@@ -531,7 +531,7 @@ class Pointer(nn.Module):
             nn.SiLU(),
             nn.Linear(2 * POINT_WIDTH, n_scales),
         )
-        self.sharpness = nn.Parameter(torch.full((n_scales,), 0.3))  # logarithms
+        self.sharpness = nn.Parameter(torch.full((n_scales,), 0.3))  # its logarithm
         # of every word that names a column or a row: (vocab, 2), NaN for all others
         named = torch.full((cfg.vocab_size, 2), math.nan)
         for token, axis, place in tokenizer.places:
@@ -1115,7 +1115,7 @@ class SyVLA(nn.Module):
             # part of that.
             nn.init.normal_(self.vlm.vision.position, std=0.5)
             if self.vlm.pointer is not None:
-                closed += [self.vlm.pointer.query[-1], self.vlm.pointer.numbers[-1]]  # looks everywhere alike
+                closed += [self.vlm.pointer.query[-1], self.vlm.pointer.numbers[-1]]  # even at first
             for block in self.vlm.lm.blocks:
                 closed += [block.proj, block.down]
             if self.vlm.lm.head is not None:

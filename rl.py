@@ -473,10 +473,10 @@ def load_table(policy: SyVLA, recorded: Episodes, frames: np.ndarray, cfg: RLCon
     table = defaultdict(list)
     for picks in np.array_split(frames, math.ceil(len(frames) / 64)):
         samples = recorded.samples(policy.tokenizer, picks)
-        visual = policy.vlm.encode_images(samples["images"].to(device))  # (64, V, tokens, D)
+        visual = policy.vlm.encode_images(samples["images"].to(device))
         text = [samples[name].to(device) for name in ("tokens", "segments", "positions")]
         _, query_states = policy.vlm(visual, *text, with_queries=True)  # (64, Q, D)
-        table["keys"].append(visual.tokens.flatten(2).half().cpu())
+        table["keys"].append(visual.tokens.flatten(2).half().cpu())  # (64, V, E)
         table["query_states"].append(query_states.float().cpu())
         for name in ("state", "actions", "valid"):
             table[name].append(samples[name])
@@ -690,7 +690,7 @@ def look(learner: Learner, obs: dict) -> Batch:
     cameras = camera_indices(policy, learner.cfg.env)
     images, state = policy.check_inputs(obs["images"][:, cameras], obs["state"], obs["task"])
     # As SyVLA.reason(), but the visual tokens are kept for the retrieval.
-    visual = policy.vlm.encode_images(images)  # (n, V, tokens, D)
+    visual = policy.vlm.encode_images(images)
     prompts = [policy.tokenizer.prompt(task, c.reasoning) for task in obs["task"]]
     limit = c.max_reasoning_tokens if c.reasoning else 0
     _, query_states = policy.vlm.generate(visual, prompts, policy.tokenizer.end_reasoning, limit, True)

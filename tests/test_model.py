@@ -333,7 +333,7 @@ def greedy(policy, visual, prompt, n):
 
 @pytest.mark.parametrize("words", [WORDS, [" x0", " y0", *WORDS]], ids=["plain", "pointer"])
 def test_cached_generation_equals_full_forward_passes(make_policy, words):
-    policy = make_policy(seed=4, words=words)
+    policy = make_policy(seed=1, words=words)
     assert (policy.vlm.pointer is not None) == (words is not WORDS)
     visual = policy.vlm.encode_images(pictures(policy, 3))
     prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
@@ -344,7 +344,7 @@ def test_cached_generation_equals_full_forward_passes(make_policy, words):
 
     stop = free[1][2]  # a word from the middle of one row, so that rows end at different times
     wanted = cut(stop)
-    assert {2, limit - 1} <= {len(w) for w in wanted}
+    assert {len(w) for w in wanted} == {2, limit - 1}
     written, states = policy.vlm.generate(visual, prompts, stop, limit, with_queries=True)
     assert written == wanted
     for i, (prompt, words) in enumerate(zip(prompts, written)):

@@ -522,8 +522,16 @@ class Pointer(nn.Module):
         self.out = nn.Linear(2 * 2 * len(frequency), cfg.width)
 
         # one number for each scale, in words from its middle
-        self.scales = [torch.tensor(ids) for ids in tokenizer.scales]  # token ids in order
-        n_scales = max(1, len(self.scales))  # a layer has at least one output
+        n_scales = max(1, len(tokenizer.scales))  # a layer has at least one output
+        self.lengths = [len(ids) for ids in tokenizer.scales]
+        # their words one behind the other: token, scale, how far from the scale's middle
+        words = []
+        for scale, ids in enumerate(tokenizer.scales):
+            middle = (len(ids) - 1) / 2
+            for i, token in enumerate(ids):
+                words.append((token, scale, i - middle))
+        for name, numbers in zip(("scale_words", "scale", "steps"), zip(*words)):
+            self.register_buffer(name, torch.tensor(numbers), persistent=False)  # (words on scales,)
         self.numbers = nn.Sequential(
             nn.Linear(2 + 2 * LANDMARKS, 2 * POINT_WIDTH),
             nn.SiLU(),
@@ -538,7 +546,7 @@ class Pointer(nn.Module):
             named[token, axis] = place
         self.register_buffer("named", named, persistent=False)
         said = named.isfinite().any(-1)  # (vocab,) words that tell a place
-        for ids in self.scales:
+        for ids in tokenizer.scales:
             said[ids] = True
         self.register_buffer("said", said, persistent=False)
 
@@ -560,9 +568,9 @@ class Pointer(nn.Module):
         words = self.words(recent).flatten(-2)  # (..., n, POINT_WORDS * POINT_WIDTH)
         return self.query(words) @ looks.mT
 
-    def forward(self, recent: Tensor, looks: Tensor) -> Tensor:
-        """What joins the embeddings of words (B, n, POINT_WORDS): the mean place, as waves (B, n, D)."""
-        place = self.mean_place(self.scores(recent, looks))  # (B, n, 2)
+    def forward(self, scores: Tensor) -> Tensor:
+        """Words' scores (B, n, m) -> what joins their embeddings: the mean place, as waves (B, n, D)."""
+        place = self.mean_place(scores)  # (B, n, 2)
         angle = place[..., None] * self.frequency  # (B, n, 2, 4)
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1)  # (B, n, 2, 8)
         waves = waves.flatten(2)  # (B, n, 16)
@@ -573,22 +581,20 @@ class Pointer(nn.Module):
 
         scores (k, m), landmarks (k, LANDMARKS, 2).
         """
+        if not self.lengths:
+            return logits
         place = self.mean_place(scores)  # (k, 2)
         places = torch.cat((place, landmarks.flatten(1)), dim=1)  # (k, 2 + 2 LANDMARKS)
         places = 4 * places  # a word is a twentieth of the picture
         numbers = self.numbers(places.to(self.sharpness.dtype))  # (k, scales)
-        numbers = numbers.to(logits.dtype)
-        logits = logits.clone()
-        sharpness = self.sharpness.exp()  # (scales,)
-        for i, ids in enumerate(self.scales):
-            ids = ids.to(logits.device)
-            order = torch.arange(len(ids)).to(numbers)
-            middle = order.mean()
-            far = numbers[:, i, None] + middle - order  # (k, words)
-            near = -sharpness[i] * far.abs()
-            due = logits[:, ids].logsumexp(-1, keepdim=True)  # (k, 1): that some word of the scale is due
-            logits[:, ids] = due + near.log_softmax(-1)
-        return logits
+        far = numbers.to(logits.dtype)[:, self.scale] - self.steps  # (k, words on scales)
+        near = -self.sharpness.exp()[self.scale] * far.abs()
+        said = logits[:, self.scale_words]  # (k, words on scales)
+        parts = []
+        for words, nearness in zip(said.split(self.lengths, dim=1), near.split(self.lengths, dim=1)):
+            due = words.logsumexp(-1, keepdim=True)  # (k, 1): that some word of the scale is due
+            parts.append(due + nearness.log_softmax(-1))
+        return logits.index_copy(1, self.scale_words, torch.cat(parts, dim=1))
 
     def target(self, labels: Tensor) -> Tensor:
         """Labels (B, T) -> the places (B, T, 2) that words such as "x17 y22" tell; NaN for other words."""
@@ -621,6 +627,14 @@ def checkpoint_blocks(blocks: nn.ModuleList) -> None:
     """Let every block keep only its input in the forward pass, and compute the rest again in the backward."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class Hidden(NamedTuple):
+    """What VLM.forward() gives."""
+
+    text: Tensor  # hidden states of the text (B, T, D)
+    queries: Tensor | None  # of the feature queries (B, Q, D), if asked for
+    scores: Tensor  # of the pointer, of every word for every patch (B, T, m); m is 0 without one
 
 
 class VLM(nn.Module):
@@ -680,12 +694,23 @@ class VLM(nn.Module):
         first = patches[:: images.shape[1]]  # (B, vision_width, side, side)
         return Visual(tokens, *self.pointer.see(first))
 
-    def embed_words(self, recent: Tensor, visual: Visual) -> Tensor:
-        """Words with those before them (B, n, POINT_WORDS) -> embeddings (B, n, D)."""
+    def embed_words(self, recent: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
+        """Words with those before them (B, n, POINT_WORDS) -> embeddings (B, n, D), the pointer's scores.
+
+        Scores (B, n, m); m is 0 without a pointer.
+        """
         x = self.lm.embed(recent[..., -1])  # (B, n, D)
+        if self.pointer is None:
+            return x, x[..., :0]
+        scores = self.pointer.scores(recent, visual.looks)  # (B, n, m)
+        return x + self.pointer(scores), scores
+
+    def logits(self, hidden: Tensor, scores: Tensor, visual: Visual, rows: Tensor) -> Tensor:
+        """Hidden states (k, D), scores (k, m), the pictures that they see (k,) -> logits (k, vocab)."""
+        logits = self.lm.logits(hidden)
         if self.pointer is not None:
-            x = x + self.pointer(recent, visual.looks)
-        return x
+            logits = self.pointer.read(logits, scores, visual.landmarks[rows])
+        return logits
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
         """What all texts follow: visual tokens (B, V, n, D), with what a chat format writes around them.
@@ -724,17 +749,16 @@ class VLM(nn.Module):
     def embed(
         self,
         visual: Visual,
-        tokens: Tensor,
+        text: Tensor,
         segments: Tensor,
         positions: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Images and text in one sequence, see forward().
+        """Images and embeddings of the text (B, T, D) in one sequence, see forward().
 
         -> embeddings (B, P + T, D), segments (B, P + T), positions (B, P + T) or (3, B, P + T), the position
         of the first text token.
         """
         prefix, prefix_positions, first = self.prefix(visual.tokens)
-        text = self.embed_words(recent_words(tokens, positions), visual)  # (B, T, D)
         x = torch.cat((prefix, text), dim=1)
         segments = F.pad(segments, (prefix.shape[1], 0))  # the images are segment 0
         positions = self.append_positions(prefix_positions, first + positions)
@@ -757,15 +781,16 @@ class VLM(nn.Module):
         segments: Tensor,
         positions: Tensor,
         with_queries: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states of the text (B, T, D), and of the queries (B, Q, D) if asked for, else None.
+    ) -> Hidden:
+        """Hidden states of the text, and of the queries if asked for.
 
         tokens, segments, positions (B, T). positions count within a segment from 0:
         every segment starts right behind the images, as if it were alone.
         """
         B, T = tokens.shape
         length = (segments == 1).sum(1)  # (B,) tokens of instruction and reasoning
-        x, segments, positions, first = self.embed(visual, tokens, segments, positions)
+        text, scores = self.embed_words(recent_words(tokens, positions), visual)  # (B, T, D), (B, T, m)
+        x, segments, positions, first = self.embed(visual, text, segments, positions)
         P = x.shape[1] - T
         if with_queries:  # they are the end of segment 1
             Q = len(self.queries)
@@ -775,9 +800,10 @@ class VLM(nn.Module):
             positions = self.append_positions(positions, self.query_positions(first + length))
         hidden = self.lm(x, positions, self.attention_mask(segments))  # (B, N, D)
         text = hidden[:, P : P + T]  # (B, T, D)
-        if not with_queries:
-            return text, None
-        return text, hidden[:, P + T :]
+        query_states = None
+        if with_queries:
+            query_states = hidden[:, P + T :]  # (B, Q, D)
+        return Hidden(text, query_states, scores)
 
     @torch.inference_mode()
     def generate(
@@ -787,56 +813,108 @@ class VLM(nn.Module):
         stop: int,
         limit: int,
         with_queries: bool = False,
+        drafts: list[list[int]] | None = None,
     ) -> tuple[list[list[int]], Tensor | None]:
         """Greedy decoding with a key/value cache; prompts, lists of token ids, may differ in length.
 
         -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
         or None. limit 0 writes nothing: the queries follow the prompt.
+
+        drafts: B guesses at what will be written. A pass reads a whole guess, and of its words those count
+        that would have been written: the same words in fewer passes (speculative decoding, Leviathan et al.
+        2023, arXiv 2211.17192).
         """
+        texts = TextCache(self, visual, prompts)
+        words = texts.words  # every row's next word
+        written = [[] for _ in prompts]
+        while True:
+            # A pass reads the next word of every row, and what a draft has behind it.
+            blocks = []
+            for row, word in enumerate(words):
+                n = len(written[row])
+                if n == limit - 1:  # too long: close it
+                    word = stop
+                block = [word]
+                if drafts and word != stop:
+                    block += drafts[row][n + 1 : limit - 1]
+                if n == limit or stop in written[row]:
+                    block = []
+                blocks.append(block)
+            if not any(blocks):
+                break
+            said = texts.read(blocks)  # the word behind every word
+            for row, block in enumerate(blocks):
+                blocks[row] = holds(block, said[row], stop)
+                written[row] += blocks[row]
+                words[row] = said[row][len(blocks[row]) - 1]
+            texts.keep(blocks)
+        query_states = None
+        if with_queries:
+            query_states = texts.read_queries()
+        return [before(stop, row) for row in written], query_states
+
+
+class TextCache:
+    """B texts behind their pictures, as far as they are read, with a key/value cache."""
+
+    def __init__(self, vlm: VLM, visual: Visual, prompts: list[list[int]]):
         text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
         # each (B, T); there are no labels to learn
         tokens, segments, positions, _ = (ids.to(visual.tokens.device) for ids in text.values())
         B, T = tokens.shape
-        length = (segments == 1).sum(1)  # (B,)
-        recent = recent_words(tokens, positions)[range(B), length - 1]  # (B, POINT_WORDS) at the prompt's end
-        x, segments, positions, first = self.embed(visual, tokens, segments, positions)
-        caches = self.lm.new_caches()
-        hidden = self.lm(x, positions, self.attention_mask(segments), caches)  # (B, P + T, D)
-        last = hidden[range(B), length - 1 - T]  # (B, D) of every prompt's last token
+        self.vlm = vlm
+        self.visual = visual
+        self.caches = vlm.lm.new_caches()
+        self.rows = torch.arange(B, device=tokens.device)
+        self.length = (segments == 1).sum(1)  # (B,)
+        recent = recent_words(tokens, positions)  # (B, T, POINT_WORDS)
+        text, scores = vlm.embed_words(recent, visual)  # (B, T, D), (B, T, m)
+        x, segments, positions, self.first = vlm.embed(visual, text, segments, positions)
+        hidden = vlm.lm(x, positions, vlm.attention_mask(segments), self.caches)  # (B, P + T, D)
+        self.past = segments >= 0  # (B, P + T): what every later token sees
+        end = self.length - 1  # of every prompt
+        self.recent = recent[self.rows, end]  # (B, POINT_WORDS)
+        last = hidden[self.rows, end - T]  # (B, D)
+        logits = vlm.logits(last, scores[self.rows, end], visual, self.rows)  # (B, vocab)
+        self.words = logits.argmax(-1).tolist()  # what comes behind the prompts
 
-        # One token a step; rows that have ended write padding, which nobody sees.
-        past = segments >= 0  # (B, P + T): what every later token sees
-        written = tokens.new_empty(B, 0)
-        for i in range(limit):
-            alive = (written != stop).all(dim=1)  # (B,)
-            if not alive.any():
-                break
-            logits = self.lm.logits(last)  # (B, vocab)
-            if self.pointer is not None:
-                scores = self.pointer.scores(recent[:, None], visual.looks)[:, 0]  # (B, m)
-                logits = self.pointer.read(logits, scores, visual.landmarks)
-            token = logits.argmax(-1)  # (B,)
-            if i == limit - 1:  # too long: close it
-                token = torch.full_like(token, stop)
-            written = torch.cat((written, token[:, None]), dim=1)  # (B, i + 1)
-            past = torch.cat((past, alive[:, None]), dim=1)  # (B, P + T + i + 1)
-            recent = torch.cat((recent[:, 1:], token[:, None]), dim=1)  # (B, POINT_WORDS)
-            x = self.embed_words(recent[:, None], visual)  # (B, 1, D)
-            positions = first + length[:, None]  # (B, 1)
-            last = self.lm(x, positions, past[:, None], caches)[:, 0]  # (B, D)
-            length = length + alive
-        texts = [before(stop, row) for row in written.tolist()]
-        if not with_queries:
-            return texts, None
+    def read(self, blocks: list[list[int]]) -> list[list[int]]:
+        """Words that may come next, a list for every row -> the word behind every one; keep() must follow."""
+        n = max(map(len, blocks))
+        padded = [block + [0] * (n - len(block)) for block in blocks]
+        tokens = torch.tensor(padded, device=self.past.device)  # (B, n)
+        recent = torch.cat((self.recent[:, 1:], tokens), dim=1)  # (B, POINT_WORDS - 1 + n)
+        self.recent = recent.unfold(1, POINT_WORDS, 1)  # (B, n, POINT_WORDS)
+        x, scores = self.vlm.embed_words(self.recent, self.visual)  # (B, n, D), (B, n, m)
+        order = torch.arange(n, device=tokens.device)
+        positions = self.first + self.length[:, None] + order  # (B, n)
+        seen = self.past[:, None].expand(-1, n, -1)  # (B, n, past)
+        earlier = order[:, None] >= order  # (n, n): of the block
+        mask = torch.cat((seen, earlier.expand(len(x), -1, -1)), dim=2)  # (B, n, past + n)
+        hidden = self.vlm.lm(x, positions, mask, self.caches)  # (B, n, D)
+        pictures = self.rows.repeat_interleave(n)  # (B n,)
+        logits = self.vlm.logits(hidden.flatten(0, 1), scores.flatten(0, 1), self.visual, pictures)
+        return logits.argmax(-1).view(-1, n).tolist()
 
-        # The feature queries see everything that was written, and each other causally.
-        Q = len(self.queries)
-        positions = self.query_positions(first + length)
-        seen = F.pad(past, (0, Q), value=True)  # (B, past + Q)
+    def keep(self, blocks: list[list[int]]) -> None:
+        """Of the blocks just read only these count, their beginnings."""
+        count = torch.tensor(list(map(len, blocks)), device=self.past.device)  # (B,)
+        order = torch.arange(self.recent.shape[1], device=count.device)  # (n,)
+        # nobody sees the others, whose keys stay in the cache
+        self.past = torch.cat((self.past, order < count[:, None]), dim=1)  # (B, past + n)
+        self.recent = self.recent[self.rows, count - 1]  # (B, POINT_WORDS)
+        self.length = self.length + count
+
+    def read_queries(self) -> Tensor:
+        """The feature queries' hidden states (B, Q, D): they see all that counts, and each other causally."""
+        B, past = self.past.shape
+        Q = len(self.vlm.queries)
+        positions = self.vlm.query_positions(self.first + self.length)
+        seen = F.pad(self.past, (0, Q), value=True)  # (B, past + Q)
         mask = seen[:, None].expand(-1, Q, -1)
-        mask = mask.tril(past.shape[1])  # (B, Q, past + Q)
-        queries = self.queries.expand(B, -1, -1)  # (B, Q, D)
-        return texts, self.lm(queries, positions, mask, caches)
+        mask = mask.tril(past)  # (B, Q, past + Q)
+        queries = self.vlm.queries.expand(B, -1, -1)  # (B, Q, D)
+        return self.vlm.lm(queries, positions, mask, self.caches)
 
 
 def recent_words(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -847,6 +925,19 @@ def recent_words(tokens: Tensor, positions: Tensor) -> Tensor:
         earlier = F.pad(tokens, (back, 0))[:, :T]
         recent.append(earlier.masked_fill(positions < back, 0))
     return torch.stack(recent, dim=-1)
+
+
+def holds(block: list[int], said: list[int], stop: int) -> list[int]:
+    """The beginning of a block of words that holds: every word is what was said behind the one before it.
+
+    The first word is certain, and nothing follows `stop`.
+    """
+    kept = block[:1]
+    for word, expected in zip(block[1:], said):
+        if word != expected or kept[-1] == stop:
+            break
+        kept.append(word)
+    return kept
 
 
 def before(end: int, ids: list[int]) -> list[int]:
@@ -1320,17 +1411,12 @@ class SyVLA(nn.Module):
         """
         visual = self.vlm.encode_images(batch["images"])
         mark("vision")
-        text, query_states = self.vlm(
-            visual, batch["tokens"], batch["segments"], batch["positions"], with_queries
-        )
+        hidden = self.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], with_queries)
         labels = batch["labels"]
         # the output layer is the widest of all: only where something is to be learnt
         rows, columns = (labels >= 0).nonzero(as_tuple=True)
-        logits = self.vlm.lm.logits(text[rows, columns])
-        if self.vlm.pointer is not None:
-            recent = recent_words(batch["tokens"], batch["positions"])[rows, columns]  # (k, POINT_WORDS)
-            scores = self.vlm.pointer.scores(recent[:, None], visual.looks[rows])[:, 0]  # (k, m)
-            logits = self.vlm.pointer.read(logits, scores, visual.landmarks[rows])
+        scores = hidden.scores[rows, columns]  # (k, m)
+        logits = self.vlm.logits(hidden.text[rows, columns], scores, visual, rows)  # (k, vocab)
         nll = F.cross_entropy(logits, labels[rows, columns], reduction="none")  # (k,)
         if self.vlm.pointer is not None:
             place = self.vlm.pointer.target(labels)[rows, columns]  # (k, 2)
@@ -1340,7 +1426,7 @@ class SyVLA(nn.Module):
         per_row = total / count.clamp(min=1)
         loss = per_row.mean()
         mark("language")
-        return loss, query_states
+        return loss, hidden.queries
 
     # -- acting ---------------------------------------------------------------------------------------------
 
@@ -1381,10 +1467,12 @@ class SyVLA(nn.Module):
         images: Tensor,
         tasks: list[str],
         given: list[str] | None = None,
+        guess: list[str] | None = None,
     ) -> tuple[list[str], Tensor]:
         """images (B, V, px, px, 3) uint8, B tasks -> B reasoning texts, feature query states (B, Q, D).
 
-        given: B reasoning texts in place of the policy's own.
+        given: B reasoning texts in place of the policy's own. guess: what the policy may write, which it then
+        writes faster.
         """
         visual = self.vlm.encode_images(images)
         mark("vision")
@@ -1395,7 +1483,10 @@ class SyVLA(nn.Module):
                 prompt += self.tokenizer.encode(text)
             limit = 1
         end = self.tokenizer.end_reasoning
-        written, query_states = self.vlm.generate(visual, prompts, end, limit, with_queries=True)
+        drafts = None
+        if guess is not None:
+            drafts = [self.tokenizer.reasoning_ids(text) for text in guess]
+        written, query_states = self.vlm.generate(visual, prompts, end, limit, True, drafts)
         mark("reasoning")
         return given or [self.tokenizer.decode(ids) for ids in written], query_states
 
@@ -1407,18 +1498,22 @@ class SyVLA(nn.Module):
         task: list[str],
         seed: int = 0,
         reasoning: list[str] | None = None,
+        guess: list[str] | None = None,
     ) -> tuple[np.ndarray, list[str]]:
         """What to do next: B observations and tasks -> chunk (B, H, A) float32, B reasoning texts.
 
         images (B, V, px, px, 3) uint8; state (B, S) and the chunk in LeRobot units.
 
         Arrays or tensors. The same seed gives the same chunk, at temperature 0 every seed does. reasoning:
-        texts in place of the policy's own. Raises UserError for inputs of other shapes or types.
+        texts in place of the policy's own. guess: what it wrote at the look before, of which most will hold
+        again: the same words, sooner. Raises UserError for inputs of other shapes or types.
         """
         images, state = self.check_inputs(images, state, task)
         if reasoning is not None:
             check_texts("reasoning", reasoning, len(images))
-        texts, query_states = self.reason(images, task, reasoning)
+        if guess is not None:
+            check_texts("guess", guess, len(images))
+        texts, query_states = self.reason(images, task, reasoning, guess)
         return self.plan(query_states, state, seed), texts
 
     @torch.inference_mode()

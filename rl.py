@@ -475,7 +475,7 @@ def load_table(policy: SyVLA, recorded: Episodes, frames: np.ndarray, cfg: RLCon
         samples = recorded.samples(policy.tokenizer, picks)
         visual = policy.vlm.encode_images(samples["images"].to(device))
         text = [samples[name].to(device) for name in ("tokens", "segments", "positions")]
-        _, query_states = policy.vlm(visual, *text, with_queries=True)  # (64, Q, D)
+        query_states = policy.vlm(visual, *text, with_queries=True).queries  # (64, Q, D)
         table["keys"].append(visual.tokens.flatten(2).half().cpu())  # (64, V, E)
         table["query_states"].append(query_states.float().cpu())
         for name in ("state", "actions", "valid"):

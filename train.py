@@ -696,7 +696,7 @@ def cache_query_states(run: Run) -> None:
         batch = to_device(batch, run.device)
         with run.autocast():
             visual = policy.vlm.encode_images(batch["images"])
-            _, states = policy.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], True)
+            states = policy.vlm(visual, batch["tokens"], batch["segments"], batch["positions"], True).queries
         return states.float()
 
     run.episodes.cache_query_states(path, (cfg.queries, cfg.width), query_states_of)

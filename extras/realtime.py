@@ -180,7 +180,8 @@ class Runner:
         state = obs["state"][due]  # (n, S)
         images = obs["images"][due][:, self.views]  # (n, V, px, px, 3)
         images, _ = self.policy.check_inputs(images, state, tasks)
-        batch = self.vlm.submit(self.policy.reason, images, tasks)
+        guess = [arms[i].text for i in due]
+        batch = self.vlm.submit(self.policy.reason, images, tasks, None, guess)
         for row, i in enumerate(due):
             arm = arms[i]
             arm.pending = Look(arm.now, state[row], batch, row)

@@ -349,7 +349,7 @@ def test_logits_and_gradients_equal_transformers_in_fp64(checkpoints, root, fp64
         rows.append([(policy.tokenizer.question(question), policy.tokenizer.answer(question, answer))])
     batch = batch_of(rows)
     visual = vlm.encode_images(images)
-    text, _ = vlm(visual, batch["tokens"], batch["segments"], batch["positions"], False)
+    text, *_ = vlm(visual, batch["tokens"], batch["segments"], batch["positions"], False)
     ours = vlm.lm.logits(text)  # (2, T, vocab)
     assert ours.dtype == torch.float64
 
@@ -427,7 +427,7 @@ def test_greedy_answers_equal_transformers_generate(family, checkpoints, root, f
         text = batch_of([[(prompt, [])]])
         with torch.no_grad():
             expected = theirs(**inputs).logits[:, -len(prompt) :]
-            hidden, _ = vlm(
+            hidden, *_ = vlm(
                 Visual(visual.tokens[row : row + 1]),
                 text["tokens"],
                 text["segments"],
@@ -449,7 +449,7 @@ def test_cached_reasoning_and_queries_equal_a_full_forward(family, checkpoints, 
     visual = vlm.encode_images(two_scenes(root, 56))
     said, query_states = vlm.generate(visual, prompts, stop, 6, with_queries=True)
     rows = batch_of([[(prompt, ids + [stop])] for prompt, ids in zip(prompts, said)])
-    _, full = vlm(visual, rows["tokens"], rows["segments"], rows["positions"], True)
+    _, full, _ = vlm(visual, rows["tokens"], rows["segments"], rows["positions"], True)
     assert (query_states - full).abs().max() < 1e-5  # their rotary tables and norms are in fp32
 
     # questions packed behind one picture do not see each other
@@ -458,7 +458,7 @@ def test_cached_reasoning_and_queries_equal_a_full_forward(family, checkpoints, 
     hidden = []
     for batch in (packed, alone):
         text = [batch[name] for name in ("tokens", "segments", "positions")]
-        out, _ = vlm(Visual(visual.tokens[:1]), *text, False)
+        out, *_ = vlm(Visual(visual.tokens[:1]), *text, False)
         hidden.append(out[:, -len(prompts[1]) - 2 :])
     assert (hidden[0] - hidden[1]).abs().max() < 1e-5
 
@@ -477,7 +477,7 @@ def test_the_wrapper_and_the_native_model_agree(checkpoints, root):
     out = []
     for vlm in (native, wrapped):
         visual = vlm.encode_images(images)
-        out.append(vlm(visual, rows["tokens"], rows["segments"], rows["positions"], True))
+        out.append(vlm(visual, rows["tokens"], rows["segments"], rows["positions"], True)[:2])
     for ours, theirs in zip(*out):
         assert (ours - theirs).abs().max() < 1e-2 * ours.abs().max()  # half a grey level here and there
 

@@ -120,7 +120,7 @@ def test_shapes_of_every_part(make_policy):
     visual = policy.vlm.encode_images(pictures(policy, n))
     assert visual.tokens.shape == (n, len(cfg.camera_names), (32 // 8 // 2) ** 2, cfg.width)
     text = packed([[([1, 300], [3])]] * n)
-    hidden, states = policy.vlm(visual, text["tokens"], text["segments"], text["positions"], True)
+    hidden, states, _ = policy.vlm(visual, text["tokens"], text["segments"], text["positions"], True)
     assert hidden.shape == (n, 3, cfg.width) and states.shape == (n, cfg.queries, cfg.width)
     assert policy.vlm.lm.logits(hidden).shape == (n, 3, cfg.vocab_size)
     inputs = flow_inputs(policy, n)
@@ -274,7 +274,7 @@ def test_packed_questions_equal_each_question_alone(make_policy):
     policy = make_policy()
     visual = policy.vlm.encode_images(pictures(policy, 1))
     together = packed([QUESTIONS])
-    hidden, _ = policy.vlm(visual, together["tokens"], together["segments"], together["positions"], False)
+    hidden, *_ = policy.vlm(visual, together["tokens"], together["segments"], together["positions"], False)
     alone = []
     for question in QUESTIONS:
         one = packed([[question]])
@@ -326,7 +326,7 @@ def greedy(policy, visual, prompt, n):
     written = []
     while len(written) < n:
         row = packed([[(prompt + written, [])]])
-        hidden, _ = policy.vlm(visual, row["tokens"], row["segments"], row["positions"], False)
+        hidden, *_ = policy.vlm(visual, row["tokens"], row["segments"], row["positions"], False)
         written.append(int(policy.vlm.lm.logits(hidden[:, -1]).argmax()))
     return written
 
@@ -351,6 +351,26 @@ def test_cached_generation_equals_full_forward_passes(make_policy, words):
         row = packed([[(prompt, words + [stop])]])  # at the limit the reasoning is closed, as in training
         full = policy.vlm(one_row(visual, i), row["tokens"], row["segments"], row["positions"], True)[1]
         assert torch.allclose(states[i : i + 1], full, atol=1e-5)
+
+
+def test_a_draft_changes_how_soon_words_are_written_and_not_which(make_policy, monkeypatch):
+    policy = make_policy(words=[" x0", " y0", *WORDS])
+    visual = policy.vlm.encode_images(pictures(policy, 3))
+    prompts = [[4, 311], [4, 312, 313, 5], [4]]
+    words, _ = policy.vlm.generate(visual, prompts, 3, 8)  # 3, padding, is never said
+    a, b, c = words
+    assert len(a) == 7 and b[2] not in b[:2]
+    lm, passes = policy.vlm.lm.forward, []
+    monkeypatch.setattr(policy.vlm.lm, "forward", lambda *args: passes.append(0) or lm(*args))
+    wrong = [*a[:3], 9, *a[4:]]
+    for stop in (3, b[2]):  # all rows at the limit, or at different times
+        plain, states = policy.vlm.generate(visual, prompts, stop, 8, with_queries=True)
+        for drafts in ([a, b, c], [wrong, b, c], [[9, *a], [], [7] * 40]):
+            passes.clear()
+            written, again = policy.vlm.generate(visual, prompts, stop, 8, with_queries=True, drafts=drafts)
+            assert written == plain and torch.allclose(again, states, atol=1e-4)
+            if stop == 3 and b in drafts:  # prompts, words, once more behind a wrong one, the end, queries
+                assert len(passes) == 4 + (wrong in drafts)
 
 
 PLACES = [" cube", *(f"{axis}{i}" for axis in (" x", " y") for i in range(32))]
@@ -381,7 +401,7 @@ def test_a_word_is_told_the_mean_place_that_attention_weighs(make_policy):
     pointer = policy.vlm.pointer
     visual = policy.vlm.encode_images(pictures(policy, 2))
     recent = torch.randint(1, 264, (2, 5, 4))
-    x = policy.vlm.embed_words(recent, visual)
+    x, _ = policy.vlm.embed_words(recent, visual)
     for row in range(2):
         for i in range(5):
             query = pointer.query(pointer.words(recent[row, i]).flatten())
@@ -416,7 +436,7 @@ def test_attention_is_taught_places_that_answers_name(make_policy):
         for j, share_j in ((1, 2 - column), (2, column - 1)):
             error = error - share_i * share_j * log[i, j]
     loss, _ = policy.text_loss(batch, with_queries=False)
-    hidden, _ = policy.vlm(visual, *(batch[k] for k in ("tokens", "segments", "positions")), False)
+    hidden, *_ = policy.vlm(visual, *(batch[k] for k in ("tokens", "segments", "positions")), False)
     logits = policy.vlm.lm.logits(hidden).transpose(1, 2)  # (2, vocab, T)
     words = F.cross_entropy(logits, batch["labels"], ignore_index=-100, reduction="none").sum(1)
     count = (batch["labels"] >= 0).sum(1)
@@ -427,20 +447,20 @@ def test_attention_is_taught_places_that_answers_name(make_policy):
 def test_words_on_a_scale_are_as_likely_as_they_are_near_to_the_number_read_off(make_policy):
     policy = make_policy(words=PLACES + SCALES)
     pointer, ids = policy.vlm.pointer, policy.tokenizer.ids
-    assert pointer.scales[0].tolist() == [ids[f" t{i}"] for i in range(12)]
-    assert pointer.scales[1].tolist() == [ids[f" r{i}"] for i in range(8)]
+    scales = [[ids[f" t{i}"] for i in range(12)], [ids[f" r{i}"] for i in range(8)]]
+    assert policy.tokenizer.scales == scales
     logits, scores, landmarks = torch.randn(3, policy.cfg.vocab_size), torch.randn(3, 16), torch.rand(3, 4, 2)
     read = pointer.read(logits, scores, landmarks)
     for row in range(3):
         place = scores[row].softmax(0) @ pointer.grid
         numbers = pointer.numbers(4 * torch.cat((place, *landmarks[row])))
-        for k, (scale, middle) in enumerate(zip(pointer.scales, (5.5, 3.5))):
+        for k, (scale, middle) in enumerate(zip(scales, (5.5, 3.5))):
             far = (numbers[k] + middle - torch.arange(len(scale))).abs()
             near = (-pointer.sharpness[k].exp() * far).softmax(0)
             # that a word of the scale is due stays as likely as the language model says
             due = logits[row].softmax(0)[scale].sum()
             assert torch.allclose(read[row].softmax(0)[scale], due * near, atol=1e-5)
-        others = [i for i in range(policy.cfg.vocab_size) if i not in torch.cat(pointer.scales)]
+        others = [i for i in range(policy.cfg.vocab_size) if i not in sum(scales, [])]
         assert torch.equal(read[row, others], logits[row, others])
 
 
@@ -680,10 +700,10 @@ def test_second_pass_with_the_same_noise_sends_no_gradient_into_a_masked_state(m
     flow_loss, vlm = policy.flow_loss, policy.vlm.forward
 
     def spy_vlm(*args):
-        text, states = vlm(*args)
-        states.retain_grad()
-        queries.append(states)
-        return text, states
+        hidden = vlm(*args)
+        hidden.queries.retain_grad()
+        queries.append(hidden.queries)
+        return hidden
 
     monkeypatch.setattr(policy, "flow_loss", lambda *args: calls.append(args) or flow_loss(*args))
     monkeypatch.setattr(policy.vlm, "forward", spy_vlm)
@@ -717,7 +737,7 @@ def test_text_loss_is_a_mean_over_rows_of_means_over_targets(make_policy):
     policy = make_policy()
     rows = [QUESTIONS, QUESTIONS[:1]]
     batch = packed(rows) | {"images": pictures(policy, 2)}
-    hidden, _ = policy.vlm(
+    hidden, *_ = policy.vlm(
         policy.vlm.encode_images(batch["images"]),
         batch["tokens"],
         batch["segments"],

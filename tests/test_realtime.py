@@ -66,7 +66,7 @@ class Clockwork:
     def check_inputs(self, images, state, tasks):
         return images, state
 
-    def reason(self, images, tasks):
+    def reason(self, images, tasks, given, guess):
         assert self.gate.wait(20)
         return [f"{task} at {n}" for task, n in zip(tasks, images[:, 0])], torch.as_tensor(images)
 
@@ -192,12 +192,13 @@ def test_without_a_delay_it_is_the_synchronous_policy_bit_for_bit(make_policy, m
     policy = make_policy(temperature=0.7)
     runs = []
     for act in (evaluate.policy_fn(policy), Runner(policy, mode)):
-        commands, texts = [], []
+        commands, texts, episode = [], [], Episode(0, {})
         with SingleEnv(SO100Env(px=32), 32, CAMERAS, 6) as vec:
             vec.reset([0], [2_000_000], [{}])
             while len(commands) < 12:
-                actions, (text,) = act(vec.observe([0]) | {"episode": [GO]})
+                actions, (text,) = act(vec.observe([0]) | {"episode": [episode]})
                 vec.step_chunk({0: actions[0]})
+                episode.extras.append(text)
                 commands += list(actions[0])
                 texts += [text] * len(actions[0])
         runs.append((np.stack(commands), texts))

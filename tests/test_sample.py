@@ -182,6 +182,7 @@ def test_a_policy_sees_through_its_cameras_in_its_order(run, monkeypatch):
         "images": images,
         "state": np.zeros((1, 6), np.float32),
         "task": ["put the red cube on the blue pad"],
+        "episode": [evaluate.Episode(0, {})],
     }
     actions, _ = evaluate.policy_fn(policy)(obs)
     assert actions.shape == (1, policy.cfg.n_action_steps, 6)

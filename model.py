@@ -530,8 +530,8 @@ class Pointer(nn.Module):
             middle = (len(ids) - 1) / 2
             for i, token in enumerate(ids):
                 words.append((token, scale, i - middle))
-        for name, numbers in zip(("scale_words", "scale", "steps"), zip(*words)):
-            self.register_buffer(name, torch.tensor(numbers), persistent=False)  # (words on scales,)
+        for name, column in zip(("scale_words", "scale", "steps"), zip(*words)):
+            self.register_buffer(name, torch.tensor(column), persistent=False)  # (words on scales,)
         self.numbers = nn.Sequential(
             nn.Linear(2 + 2 * LANDMARKS, 2 * POINT_WIDTH),
             nn.SiLU(),
@@ -588,10 +588,10 @@ class Pointer(nn.Module):
         places = 4 * places  # a word is a twentieth of the picture
         numbers = self.numbers(places.to(self.sharpness.dtype))  # (k, scales)
         far = numbers.to(logits.dtype)[:, self.scale] - self.steps  # (k, words on scales)
-        near = -self.sharpness.exp()[self.scale] * far.abs()
-        said = logits[:, self.scale_words]  # (k, words on scales)
+        near = -self.sharpness.exp()[self.scale] * far.abs()  # (k, words on scales)
+        language = logits[:, self.scale_words]  # (k, words on scales)
         parts = []
-        for words, nearness in zip(said.split(self.lengths, dim=1), near.split(self.lengths, dim=1)):
+        for words, nearness in zip(language.split(self.lengths, dim=1), near.split(self.lengths, dim=1)):
             due = words.logsumexp(-1, keepdim=True)  # (k, 1): that some word of the scale is due
             parts.append(due + nearness.log_softmax(-1))
         return logits.index_copy(1, self.scale_words, torch.cat(parts, dim=1))
@@ -706,7 +706,7 @@ class VLM(nn.Module):
         return x + self.pointer(scores), scores
 
     def logits(self, hidden: Tensor, scores: Tensor, visual: Visual, rows: Tensor) -> Tensor:
-        """Hidden states (k, D), scores (k, m), the pictures that they see (k,) -> logits (k, vocab)."""
+        """Hidden states (k, D), scores (k, m), their rows of the pictures (k,) -> logits (k, vocab)."""
         logits = self.lm.logits(hidden)
         if self.pointer is not None:
             logits = self.pointer.read(logits, scores, visual.landmarks[rows])
@@ -844,7 +844,7 @@ class VLM(nn.Module):
                 break
             said = texts.read(blocks)  # the word behind every word
             for row, block in enumerate(blocks):
-                blocks[row] = holds(block, said[row], stop)
+                blocks[row] = confirmed(block, said[row], stop)
                 written[row] += blocks[row]
                 words[row] = said[row][len(blocks[row]) - 1]
             texts.keep(blocks)
@@ -855,7 +855,10 @@ class VLM(nn.Module):
 
 
 class TextCache:
-    """B texts behind their pictures, as far as they are read, with a key/value cache."""
+    """B texts behind their pictures, as far as they are read, with a key/value cache.
+
+    `words` come behind the prompts. read() tries blocks of words, keep() says which of them count.
+    """
 
     def __init__(self, vlm: VLM, visual: Visual, prompts: list[list[int]]):
         text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
@@ -927,8 +930,8 @@ def recent_words(tokens: Tensor, positions: Tensor) -> Tensor:
     return torch.stack(recent, dim=-1)
 
 
-def holds(block: list[int], said: list[int], stop: int) -> list[int]:
-    """The beginning of a block of words that holds: every word is what was said behind the one before it.
+def confirmed(block: list[int], said: list[int], stop: int) -> list[int]:
+    """The beginning of a block in which every word is what the model said behind the one before it.
 
     The first word is certain, and nothing follows `stop`.
     """

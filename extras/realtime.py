@@ -181,7 +181,7 @@ class Runner:
         images = obs["images"][due][:, self.views]  # (n, V, px, px, 3)
         images, _ = self.policy.check_inputs(images, state, tasks)
         guess = [arms[i].text for i in due]
-        batch = self.vlm.submit(self.policy.reason, images, tasks, None, guess)
+        batch = self.vlm.submit(self.policy.reason, images, tasks, guess=guess)
         for row, i in enumerate(due):
             arm = arms[i]
             arm.pending = Look(arm.now, state[row], batch, row)

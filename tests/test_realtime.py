@@ -66,7 +66,7 @@ class Clockwork:
     def check_inputs(self, images, state, tasks):
         return images, state
 
-    def reason(self, images, tasks, given, guess):
+    def reason(self, images, tasks, guess):
         assert self.gate.wait(20)
         return [f"{task} at {n}" for task, n in zip(tasks, images[:, 0])], torch.as_tensor(images)
 

@@ -111,6 +111,7 @@ LIMIT = 500  # control steps: SawyerXYZEnv.max_path_length, which LeRobot uses, 
 SHORT_LIMIT = 160  # control steps: a second, harder count of the same episodes
 CAMERA = "corner2"
 CAMERA_XYZ = (0.75, 0.075, 0.7)  # metres; nearer than the benchmark's own, as in LeRobot and arXiv:2206.14244
+HAND_CAMERA = "gripperPOV"  # between the fingers
 INSTALL = "gymnasium scipy imageio && pip install --no-deps metaworld"
 
 
@@ -146,7 +147,7 @@ class MT50:
     gripper is open, 0 to 1. An episode ends at success.
     """
 
-    cameras = (CAMERA,)
+    cameras = (CAMERA, HAND_CAMERA)
     motors = ("step_x", "step_y", "step_z", "close")
     state = ("hand_x", "hand_y", "hand_z", "opening")
     families = dict.fromkeys(GROUPS, LIMIT)
@@ -208,15 +209,19 @@ class MT50:
         """The state (4,) float32: hand xyz in metres, opening of the gripper."""
         return self.raw[:4].astype(np.float32)
 
-    def picture(self) -> ndarray:
-        """What the camera sees now, (px, px, 3) uint8."""
-        self.renderer.update_scene(self.env.data, camera=CAMERA)
-        # The camera hangs upside down: turn its picture by 180 degrees.
-        return self.renderer.render()[::-1, ::-1].copy()  # (px, px, 3)
+    def pictures(self) -> dict[str, ndarray]:
+        """What the cameras see now, (px, px, 3) uint8 each."""
+        found = {}
+        for camera in self.cameras:
+            self.renderer.update_scene(self.env.data, camera=camera)
+            found[camera] = self.renderer.render()  # (px, px, 3)
+        # This camera hangs upside down: turn its picture by 180 degrees.
+        found[CAMERA] = found[CAMERA][::-1, ::-1].copy()
+        return found
 
     def observe(self) -> dict[str, Any]:
         """The observation of now."""
-        return {"images": {CAMERA: self.picture()}, "state": self.hand(), "task": self.task}
+        return {"images": self.pictures(), "state": self.hand(), "task": self.task}
 
     def advance(self, action: ndarray) -> None:
         """One control step, not drawn."""
@@ -280,7 +285,8 @@ def demonstrate(env: MT50, name: str, seed: int, phrases: bool = False) -> tuple
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the scripted policies ask for more than the arm can do
             action = np.clip(expert.get_action(env.raw), -1, 1)  # (4,)
-        found[CAMERA].append(env.picture())  # (px, px, 3)
+        for camera, picture in env.pictures().items():
+            found[camera].append(picture)  # (px, px, 3)
         found["state"].append(env.hand())  # (4,)
         found["action"].append(action.astype(np.float32))  # (4,)
         drift = NOISE_DECAY * drift + rng.normal(0, NOISE, 3)  # (3,)

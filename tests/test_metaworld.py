@@ -135,7 +135,9 @@ def test_the_contract_and_an_episode_that_runs_out_of_time():
     assert environment_class(bench.ENV).families["easy"] == bench.LIMIT
     env = make_env(bench.ENV, px=32)
     obs, _ = env.reset(seed=0, options={"family": "push-v3"})
-    assert obs["images"]["corner2"].shape == (32, 32, 3) and obs["images"]["corner2"].std() > 10
+    pictures = list(obs["images"].values())
+    assert list(obs["images"]) == ["corner2", "gripperPOV"] and not np.array_equal(*pictures)
+    assert all(picture.shape == (32, 32, 3) and picture.std() > 10 for picture in pictures)
     assert obs["state"].shape == (4,) and obs["task"] == bench.INSTRUCTIONS["push-v3"]
     ends = []
     while not ends or not any(ends[-1]):

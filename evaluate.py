@@ -513,44 +513,47 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
 # -----------------------------------------------------------------------------------------------------------
 # The policy's reasoning against the teacher's
 
-# What is said of one leg, `first , tomato is red , blue is pad 4 , red cube at t5 r3`: all names up to the
-# cube's colour, where the cube is, and direction and distance where they are said.
-CLAUSE = r"(?:(?:first|then) , )?(\S.*? is pad \d+ , \w+) cube (there|in hand|at t(\d+) r(\d+))"
+# What is said of one leg, `first , tomato is red , blue pad at t3 , red cube at t5 r3`: all names up to the
+# pad's colour, its direction, the cube's colour, where the cube is, with direction and distance if not known
+# otherwise.
+CLAUSE = r"(?:(?:first|then) , )?(\S.*? pad) at t(\d+) , (\w+) cube (there|in hand|at t(\d+) r(\d+))"
 REASONING = re.compile(rf"{CLAUSE}(?: , {CLAUSE})?(?: , done)?")
 KINDS = ("right", "false_done", "missed_done", "leg", "names", "hand", "near", "far", "other")
 
 
 def first_error(said: str, true: str) -> str:
-    """The first thing wrong in a policy's reasoning, given the teacher's at the same look: one of KINDS.
+    """What is wrong in a policy's reasoning, given the teacher's at the same look: the first of KINDS.
 
-    leg: a leg that is not done is left, or one that is done is not. near: direction and distance are each at
-    most one bin off. other: text that is not of clauses.
+    leg: a leg that is not done is left, or one that is done is not. near: all else is right, directions and
+    distance are at most one bin off. other: text that is not of clauses.
     """
     if said == true:
         return "right"
     if not (REASONING.fullmatch(said) and REASONING.fullmatch(true)):
         return "other"
+    off = []  # bins
     for mine, theirs in zip(re.findall(CLAUSE, said), re.findall(CLAUSE, true)):
-        names, state, *place = mine
-        true_names, true_state, *true_place = theirs
-        if names != true_names:
+        pad, pad_t, cube, state, *place = mine
+        true_pad, true_pad_t, true_cube, true_state, *true_place = theirs
+        if (pad, cube) != (true_pad, true_cube):
             return "names"
-        if state == true_state:
-            continue
-        if "there" in (state, true_state):
+        if "there" in (state, true_state) and state != true_state:
             verdicts = {said: "false_done", true: "missed_done"}
             wrong = [kind for text, kind in verdicts.items() if text.endswith("done")]
             return wrong[0] if wrong else "leg"
-        if "in hand" in (state, true_state):
+        if "in hand" in (state, true_state) and state != true_state:
             return "hand"
-        bins = zip(map(int, place), map(int, true_place))
-        return "near" if all(abs(a - b) <= 1 for a, b in bins) else "far"
-    return "other"
+        for said_bin, true_bin in zip((pad_t, *place), (true_pad_t, *true_place)):
+            if true_bin:  # nothing where no place is said
+                off.append(abs(int(said_bin) - int(true_bin)))
+    if not any(off):
+        return "other"
+    return "near" if max(off) <= 1 else "far"
 
 
 def target_of(reasoning: str) -> tuple[str, str] | None:
-    """The cube and pad of the first leg: `blue is pad 2 , red cube at t5 r3` -> ("red", "2")."""
-    named = re.search(r"is pad (\d+) , (\w+) cube", reasoning)
+    """The cube and pad of the first leg: `blue pad at t3 , red cube at t5 r3` -> ("red", "blue")."""
+    named = re.search(r"(\w+) pad at t\d+ , (\w+) cube", reasoning)
     return (named[2], named[1]) if named else None
 
 

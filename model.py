@@ -480,7 +480,7 @@ class Visual(NamedTuple):
 
 POINT_WIDTH = 32  # of what a patch looks like, and of what a word looks for
 POINT_WORDS = 4  # "red cube at t3" points: a word, with the three before it
-LANDMARKS = 4  # things that are looked up in every picture; training finds out which
+LANDMARKS = 8  # things that are looked up in every picture; training finds out which
 
 
 class Pointer(nn.Module):
@@ -489,7 +489,8 @@ class Pointer(nn.Module):
     The last words make a query, attention over the patches finds the thing by its looks, and the mean place
     that it weighs (spatial softmax, Levine et al. 2016, arXiv 1504.00702) joins the word's embedding. Of
     words on a scale, as t0 .. t11, the language model says only that one is due: which one is read off the
-    place, beside those of a few learnt landmarks, because the camera is never quite where it was.
+    place, beside those of a few learnt landmarks, because the camera is never quite where it was. The place
+    of the last thing whose place is said also joins the feature query states: there the hand has to go.
 
     As neither words nor looks know of places, a thing is found where training never showed one. A language
     model would have to learn every place by itself.
@@ -511,8 +512,10 @@ class Pointer(nn.Module):
             nn.SiLU(),
             nn.Linear(2 * POINT_WIDTH, POINT_WIDTH),
         )
-        self.landmarks = nn.Parameter(torch.zeros(LANDMARKS, POINT_WIDTH))  # their queries
         side = cfg.image_size // cfg.patch_size
+        self.landmarks = nn.Parameter(torch.zeros(LANDMARKS, POINT_WIDTH))  # their queries
+        # and where they usually are: what may lie anywhere is no landmark
+        self.usual = nn.Parameter(torch.zeros(LANDMARKS, side * side))
         middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,) of the patches, -1 .. 1
         grid = torch.cartesian_prod(middles, middles)  # (m, 2) y, x
         self.register_buffer("grid", grid.flip(-1), persistent=False)  # (m, 2) x, y
@@ -540,6 +543,7 @@ class Pointer(nn.Module):
             nn.Linear(2 * POINT_WIDTH, n_scales),
         )
         self.sharpness = nn.Parameter(torch.full((n_scales,), 0.3))  # its logarithm
+        self.aim = nn.Linear(2 + 2 * LANDMARKS, cfg.width)
         # of every word that names a column or a row: (vocab, 2), NaN for all others
         named = torch.full((cfg.vocab_size, 2), math.nan)
         for token, axis, place in tokenizer.places:
@@ -554,7 +558,7 @@ class Pointer(nn.Module):
         """Patches of one view (B, vision_width, side, side) -> looks and landmarks of Visual."""
         looks = self.look(patches).flatten(2).mT  # (B, m, POINT_WIDTH)
         looks = F.rms_norm(looks, looks.shape[-1:], eps=RMS_EPS)
-        return looks, self.mean_place(self.landmarks @ looks.mT)
+        return looks, self.mean_place(self.landmarks @ looks.mT + self.usual)
 
     def mean_place(self, scores: Tensor) -> Tensor:
         """Scores of the patches (..., m) -> the mean place that attention weighs (..., 2)."""
@@ -583,10 +587,7 @@ class Pointer(nn.Module):
         """
         if not self.lengths:
             return logits
-        place = self.mean_place(scores)  # (k, 2)
-        places = torch.cat((place, landmarks.flatten(1)), dim=1)  # (k, 2 + 2 LANDMARKS)
-        places = 4 * places  # a word is a twentieth of the picture
-        numbers = self.numbers(places.to(self.sharpness.dtype))  # (k, scales)
+        numbers = self.numbers(self.places(scores, landmarks))  # (k, scales)
         far = numbers.to(logits.dtype)[:, self.scale] - self.steps  # (k, words on scales)
         near = -self.sharpness.exp()[self.scale] * far.abs()  # (k, words on scales)
         language = logits[:, self.scale_words]  # (k, words on scales)
@@ -595,6 +596,32 @@ class Pointer(nn.Module):
             due = words.logsumexp(-1, keepdim=True)  # (k, 1): that some word of the scale is due
             parts.append(due + nearness.log_softmax(-1))
         return logits.index_copy(1, self.scale_words, torch.cat(parts, dim=1))
+
+    def places(self, scores: Tensor, landmarks: Tensor) -> Tensor:
+        """Scores (k, m), landmarks (k, LANDMARKS, 2) -> the mean place and the landmarks', in a row each."""
+        place = self.mean_place(scores)  # (k, 2)
+        places = torch.cat((place, landmarks.flatten(1)), dim=1)  # (k, 2 + 2 LANDMARKS)
+        places = 4 * places  # a word is a twentieth of the picture
+        return places.to(self.sharpness.dtype)
+
+    def aimed(self, tokens: Tensor, segments: Tensor, positions: Tensor, visual: Visual) -> Tensor:
+        """What joins the feature query states (B, 1, D): the place of the last thing whose place is said.
+
+        That is a cube to be fetched, or its pad once the cube is in the hand. Zero where no place is said.
+        tokens, segments, positions (B, T) as in VLM.forward().
+        """
+        said = self.said[tokens] & (segments == 1)  # (B, T)
+        B, T = said.shape
+        rows = torch.arange(B, device=tokens.device)
+        order = torch.arange(T, device=tokens.device)
+        last = (said * order).amax(1)  # (B,)
+        # the words behind which it was said
+        recent = recent_words(tokens, positions)[rows, last - 1]  # (B, POINT_WORDS)
+        with torch.no_grad():  # questions teach where to look
+            scores = self.scores(recent[:, None], visual.looks)[:, 0]  # (B, m)
+            places = self.places(scores, visual.landmarks)  # (B, 2 + 2 LANDMARKS)
+        aim = self.aim(places) * said.any(1)[:, None]  # (B, D)
+        return aim[:, None]
 
     def target(self, labels: Tensor) -> Tensor:
         """Labels (B, T) -> the places (B, T, 2) that words such as "x17 y22" tell; NaN for other words."""
@@ -790,6 +817,9 @@ class VLM(nn.Module):
         B, T = tokens.shape
         length = (segments == 1).sum(1)  # (B,) tokens of instruction and reasoning
         text, scores = self.embed_words(recent_words(tokens, positions), visual)  # (B, T, D), (B, T, m)
+        aim = 0.0
+        if with_queries and self.pointer is not None:
+            aim = self.pointer.aimed(tokens, segments, positions, visual)  # (B, 1, D)
         x, segments, positions, first = self.embed(visual, text, segments, positions)
         P = x.shape[1] - T
         if with_queries:  # they are the end of segment 1
@@ -802,8 +832,13 @@ class VLM(nn.Module):
         text = hidden[:, P : P + T]  # (B, T, D)
         query_states = None
         if with_queries:
-            query_states = hidden[:, P + T :]  # (B, Q, D)
+            query_states = hidden[:, P + T :] + aim  # (B, Q, D)
         return Hidden(text, query_states, scores)
+
+    def packed(self, texts: list[list[int]]) -> list[Tensor]:
+        """B texts, lists of token ids, each a segment -> tokens, segments, positions (B, T)."""
+        arrays = to_tensors(pack([[(text, [])] for text in texts]))
+        return [arrays[name].to(self.queries.device) for name in ("tokens", "segments", "positions")]
 
     @torch.inference_mode()
     def generate(
@@ -850,7 +885,10 @@ class VLM(nn.Module):
             texts.keep(blocks)
         query_states = None
         if with_queries:
-            query_states = texts.read_queries()
+            query_states = texts.read_queries()  # (B, Q, D)
+            if self.pointer is not None:
+                whole = [prompt + row for prompt, row in zip(prompts, written)]
+                query_states = query_states + self.pointer.aimed(*self.packed(whole), visual)
         return [before(stop, row) for row in written], query_states
 
 
@@ -861,9 +899,7 @@ class TextCache:
     """
 
     def __init__(self, vlm: VLM, visual: Visual, prompts: list[list[int]]):
-        text = to_tensors(pack([[(prompt, [])] for prompt in prompts]))
-        # each (B, T); there are no labels to learn
-        tokens, segments, positions, _ = (ids.to(visual.tokens.device) for ids in text.values())
+        tokens, segments, positions = vlm.packed(prompts)
         B, T = tokens.shape
         self.vlm = vlm
         self.visual = visual

@@ -319,22 +319,24 @@ def instruction(family: str, goal: dict, rng: Generator, split: str = "id") -> s
 
 
 def reasoning(goal: dict, scene: dict) -> str:
-    """The teacher's reasoning, `blue is pad 2 , red cube at t5 r3`, from the truth in SO100Env.scene().
+    """The teacher's reasoning, `blue pad at t3 , red cube at t5 r3`, from the truth in SO100Env.scene().
 
     It goes from leg to leg as far as the first whose cube does not lie on its pad, and ends in `done` where
-    there is none: `first , blue is pad 2 , red cube there , then , green is pad 4 , yellow cube in hand`.
+    there is none: `first , blue pad at t3 , red cube there , then , green pad at t8 , yellow cube in hand`.
     What is seen is said before what follows from it: a policy that had to begin with the verdict would have
     to reach it without thinking.
     """
     cubes = {cube["colour"]: cube for cube in scene["cubes"]}
+    pads = {pad["colour"]: pad for pad in scene["pads"]}
     # The order is said where there are two legs.
     orders = ("first , ", "then , ") if len(goal["legs"]) == 2 else ("",)
     text = ""
     for order, leg in zip(orders, goal["legs"]):
         cube = cubes[leg.cube]
         name = f"{leg.vague} is {leg.cube} , " if leg.vague else ""
-        pad = count_out(goal["sum"]) if goal["sum"] else leg.pad
-        text += f"{order}{name}{pad} is pad {leg.number} , {leg.cube} cube "
+        counted = f"{count_out(goal['sum'])} is pad {leg.number} , " if goal["sum"] else ""
+        pad = f"{leg.pad} pad at {pads[leg.pad]['t']}"
+        text += f"{order}{name}{counted}{pad} , {leg.cube} cube "
         if cube["held"]:
             return text + "in hand"
         if cube["pad"] != leg.number:
@@ -971,8 +973,14 @@ class SO100Env:
             cubes.append(cube)
         for number, colour in enumerate(self.pad_colours, 1):
             if colour:
-                point = self.point(np.array([*self.pad_xy(number), 0.0]))
-                pads.append({"colour": colour, "number": number, "point": point})
+                xy = self.pad_xy(number)
+                pad = {
+                    "colour": colour,
+                    "number": number,
+                    "t": direction_bin(xy_to_polar(xy)[0]),
+                    "point": self.point(np.array([*xy, 0.0])),
+                }
+                pads.append(pad)
         return {"cubes": cubes, "pads": pads}
 
     def point(self, xyz: Array) -> str:

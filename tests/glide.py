@@ -81,7 +81,7 @@ class Telling(Reach):
         return obs, reward, False, self.count == 10, {"reason": self.teach()}
 
     def teach(self):
-        return f"blue is pad 2 , red cube at t{self.count} r1"
+        return f"blue pad at t3 , red cube at t{self.count} r1"
 
 
 class Blocked(Reach):

@@ -89,7 +89,7 @@ def test_run_episodes_keeps_the_order_of_episodes():
         assert not episode.success and episode.steps == 60
         assert episode.extras == [episode.task] * 3 and episode.executed == [20] * 3
         assert episode.final == episode.task  # the time limit ended it
-        assert len(episode.teacher_reasoning) == 3 and " is pad " in episode.teacher_reasoning[0]
+        assert len(episode.teacher_reasoning) == 3 and " pad at t" in episode.teacher_reasoning[0]
 
 
 def test_interval_of_a_success_rate():
@@ -100,16 +100,16 @@ def test_interval_of_a_success_rate():
 
 
 def test_target_of_a_reasoning():
-    assert target_of("first , tomato is red , 3 + 1 is pad 4 , red cube at t5 r3") == ("red", "4")
-    assert target_of("blue is pad 2 , green cube in hand") == ("green", "2")
-    assert target_of("first , blue is pad 2 , red cube") == ("red", "2")  # cut off
+    assert target_of("first , tomato is red , blue pad at t10 , red cube at t5 r3") == ("red", "blue")
+    assert target_of("3 + 1 : 4 1 is pad 4 , red pad at t8 , green cube in hand") == ("green", "red")
+    assert target_of("first , blue pad at t3 , red cube") == ("red", "blue")  # cut off
     assert target_of("done") is None and target_of("") is None
 
 
-AT_T5_R3 = "first , tomato is red , green is pad 4 , red cube at t5 r3"
-SECOND = AT_T5_R3.replace("at t5 r3", "there") + " , then , blue is pad 2 , lime cube in hand"
+AT_T5_R3 = "first , tomato is red , green pad at t8 , red cube at t5 r3"
+SECOND = AT_T5_R3.replace("at t5 r3", "there") + " , then , blue pad at t3 , lime cube in hand"
 DONE = SECOND.replace("in hand", "there , done")
-COUNTED = "3 + 2 : 4 1 5 2 is pad 5 , red cube at t5 r3"
+COUNTED = "3 + 2 : 4 1 5 2 is pad 5 , blue pad at t10 , red cube at t5 r3"
 
 
 @pytest.mark.parametrize(
@@ -123,16 +123,19 @@ COUNTED = "3 + 2 : 4 1 5 2 is pad 5 , red cube at t5 r3"
         (SECOND, DONE, "missed_done"),
         (SECOND, AT_T5_R3, "leg"),
         (AT_T5_R3, SECOND, "leg"),
-        (SECOND.replace("pad 4", "pad 2"), AT_T5_R3, "names"),  # it comes first
+        (SECOND.replace("green pad", "pink pad"), AT_T5_R3, "names"),  # it comes first
         (SECOND.replace("lime", "red"), SECOND, "names"),
         (SECOND.replace("in hand", "at t3 r2"), SECOND, "hand"),
-        ("blue is pad 2 , red cube there , done", "blue is pad 2 , red cube in hand", "false_done"),
+        ("blue pad at t3 , red cube there , done", "blue pad at t3 , red cube in hand", "false_done"),
         (AT_T5_R3.replace("tomato", "cherry"), AT_T5_R3, "names"),
         (AT_T5_R3.replace("tomato is red , ", ""), AT_T5_R3, "names"),
         (AT_T5_R3.replace("green", "blue"), AT_T5_R3, "names"),
-        (AT_T5_R3.replace("pad 4", "pad 3"), AT_T5_R3, "names"),
+        (AT_T5_R3.replace("pad at t8", "pad at t9"), AT_T5_R3, "near"),
+        (AT_T5_R3.replace("pad at t8", "pad at t6"), AT_T5_R3, "far"),
+        (DONE.replace("pad at t8", "pad at t6"), SECOND, "false_done"),  # a wrong place counts less
+        (SECOND.replace("pad at t3", "pad at t2"), SECOND, "near"),
         (AT_T5_R3.replace("red cube at t5 r3", "blue cube in hand"), AT_T5_R3, "names"),
-        ("blue is pad 2 , red cube in hand", "pink is pad 2 , red cube in hand", "names"),
+        ("blue pad at t3 , red cube in hand", "pink pad at t3 , red cube in hand", "names"),
         (COUNTED, COUNTED, "right"),
         (COUNTED.replace("pad 5", "pad 4"), COUNTED, "names"),
         (COUNTED.replace("4 1", "4 2"), COUNTED, "names"),
@@ -161,7 +164,7 @@ def test_reasoning_is_compared_at_the_look_it_was_made_at(reach, capsys, tmp_pat
     def read(obs):
         """Say what the picture's moment is, but two steps too much at the third look."""
         step = int(obs["state"][0, 0])
-        return np.zeros((1, 2, 2)), [f"blue is pad 2 , red cube at t{step + 2 * (step == 4)} r1"]
+        return np.zeros((1, 2, 2)), [f"blue pad at t3 , red cube at t{step + 2 * (step == 4)} r1"]
 
     episodes = run_episodes(env, [Episode(seed, {"family": "reach"}) for seed in (3, 4)], read)
     assert [len(episode.extras) for episode in episodes] == [5, 5]

@@ -18,6 +18,7 @@ from benchmarks.ship import ShipConfig, ship
 from common import UserError, parse_config, write_json
 from data import Tokenizer, pack, statistics
 from model import (
+    LANDMARKS,
     PRESETS,
     SHIPPED,
     UNPACKED,
@@ -333,7 +334,7 @@ def greedy(policy, visual, prompt, n):
 
 @pytest.mark.parametrize("words", [WORDS, [" x0", " y0", *WORDS]], ids=["plain", "pointer"])
 def test_cached_generation_equals_full_forward_passes(make_policy, words):
-    policy = make_policy(seed=1, words=words)
+    policy = make_policy(seed=2, words=words)
     assert (policy.vlm.pointer is not None) == (words is not WORDS)
     visual = policy.vlm.encode_images(pictures(policy, 3))
     prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
@@ -449,7 +450,11 @@ def test_words_on_a_scale_are_as_likely_as_they_are_near_to_the_number_read_off(
     pointer, ids = policy.vlm.pointer, policy.tokenizer.ids
     scales = [[ids[f" t{i}"] for i in range(12)], [ids[f" r{i}"] for i in range(8)]]
     assert policy.tokenizer.scales == scales
-    logits, scores, landmarks = torch.randn(3, policy.cfg.vocab_size), torch.randn(3, 16), torch.rand(3, 4, 2)
+    logits, scores, landmarks = (
+        torch.randn(3, policy.cfg.vocab_size),
+        torch.randn(3, 16),
+        torch.rand(3, LANDMARKS, 2),
+    )
     read = pointer.read(logits, scores, landmarks)
     for row in range(3):
         place = scores[row].softmax(0) @ pointer.grid
@@ -462,6 +467,41 @@ def test_words_on_a_scale_are_as_likely_as_they_are_near_to_the_number_read_off(
             assert torch.allclose(read[row].softmax(0)[scale], due * near, atol=1e-5)
         others = [i for i in range(policy.cfg.vocab_size) if i not in sum(scales, [])]
         assert torch.equal(read[row, others], logits[row, others])
+
+
+def test_the_last_place_that_is_said_joins_the_query_states(make_policy):
+    policy = make_policy(words=PLACES + SCALES + [" pad", " at"])
+    vlm, pointer, ids = policy.vlm, policy.vlm.pointer, policy.tokenizer.ids
+    torch.nn.init.normal_(pointer.query[-1].weight)  # attention is even at first
+    visual = vlm.encode_images(pictures(policy, 3))
+    both = [1, 30, 2, *policy.tokenizer.encode("pad at t3 , cube at t5 r3")]
+    pad = [1, 30, 2, *policy.tokenizer.encode("pad at t3 , cube in")]
+    rows = [[(both, [3])], [(pad, [3]), ([4], [ids[" x3"]])], [([1, 30, 2], [3])]]  # a question is not ours
+    row = packed(rows)
+    text = [row[name] for name in ("tokens", "segments", "positions")]
+    aim = pointer.aimed(*text, visual)[:, 0]  # (3, D)
+    cube_at_t5 = [ids[" cube"], ids[" at"], 0]  # t5 is not to be read
+    for i, words in enumerate((both[-5:-4] + cube_at_t5, [30, 2, ids[" pad"], ids[" at"]])):
+        query = pointer.query(pointer.words(torch.tensor(words)).flatten())
+        place = (visual.looks[i] @ query).softmax(0) @ pointer.grid
+        expected = pointer.aim(4 * torch.cat((place, *visual.landmarks[i])))
+        assert torch.allclose(aim[i], expected, atol=1e-4)
+    assert not aim[2].any()  # no place is said
+    states = vlm(visual, *text, True).queries
+    for parameter in pointer.aim.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert torch.allclose(states - aim[:, None], vlm(visual, *text, True).queries, atol=1e-5)
+
+
+def test_words_written_one_by_one_give_the_same_aim(make_policy):
+    policy = make_policy(words=PLACES + SCALES + [" pad", " at"])
+    torch.nn.init.normal_(policy.vlm.pointer.query[-1].weight)
+    visual = policy.vlm.encode_images(pictures(policy, 1))
+    prompt = [1, 30, 2, *policy.tokenizer.encode("pad at t3 , cube")]
+    row = packed([[(prompt, [3])]])
+    whole = policy.vlm(visual, row["tokens"], row["segments"], row["positions"], True).queries
+    _, states = policy.vlm.generate(visual, [prompt], 3, 1, with_queries=True)
+    assert torch.allclose(states, whole, atol=1e-5)
 
 
 def test_the_pointer_finds_things_where_training_never_showed_one(make_policy):

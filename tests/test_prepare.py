@@ -90,7 +90,7 @@ def test_a_held_cube_is_not_placed(env):
             held_over_pad += over
             assert not terminated
         if env.held("red"):
-            assert sim_env.reasoning(env.goal, env.scene()) == "blue is pad 3 , red cube in hand"
+            assert sim_env.reasoning(env.goal, env.scene()).endswith(" , red cube in hand")
     assert held_over_pad and terminated
 
 

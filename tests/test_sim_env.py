@@ -314,7 +314,7 @@ def test_a_held_cube_is_not_placed(env):
     """While the gripper holds the cube on its pad the episode goes on."""
     begin(env, "tiny")
     pick_up(env, "red")
-    assert env.held("red") and env._info()["reason"] == "blue is pad 3 , red cube in hand"
+    assert env.held("red") and env._info()["reason"] == "blue pad at t6 , red cube in hand"
     phi, r = xy_to_polar(env.pad_xy(3))
     for z in (0.07, CUBE + 0.002):
         for _ in range(10):
@@ -553,19 +553,20 @@ def test_canonical_sentences_and_reasoning():
     assert 0.2 < share < 0.45
     goal = {"legs": [Leg("red", None, "blue", 3)], "sum": None}
     scene = {**SCENE, "cubes": [dict(SCENE["cubes"][0], t="t5")]}
-    assert reasoning(goal, scene) == "blue is pad 3 , red cube at t5 r3"
-    vague = {"legs": [Leg("red", "tomato", "blue", 4)], "sum": "3 + 1"}
-    assert reasoning(vague, scene) == "tomato is red , 3 + 1 : 4 1 is pad 4 , red cube at t5 r3"
+    assert reasoning(goal, scene) == "blue pad at t4 , red cube at t5 r3"
+    vague = {"legs": [Leg("red", "tomato", "yellow", 4)], "sum": "3 + 1"}
+    counted = "tomato is red , 3 + 1 : 4 1 is pad 4 , yellow pad at t6 , red cube at t5 r3"
+    assert reasoning(vague, scene) == counted
     scene["cubes"][0]["held"] = True
-    assert reasoning(goal, scene) == "blue is pad 3 , red cube in hand"
+    assert reasoning(goal, scene) == "blue pad at t4 , red cube in hand"
     both = {"legs": [Leg("green", None, "red", 1), Leg("red", None, "blue", 3)], "sum": None}
-    assert reasoning(both, SCENE) == "first , red is pad 1 , green cube at t1 r3"
+    assert reasoning(both, SCENE) == "first , red pad at t0 , green cube at t1 r3"
     scene["cubes"][0] |= {"held": False, "pad": 3}
-    assert reasoning(goal, scene) == "blue is pad 3 , red cube there , done"
+    assert reasoning(goal, scene) == "blue pad at t4 , red cube there , done"
     turned = {"legs": both["legs"][::-1], "sum": None}
-    then = "then , red is pad 1 , green cube at t1 r3"
+    then = "then , red pad at t0 , green cube at t1 r3"
     scene["cubes"] += SCENE["cubes"][1:]
-    assert reasoning(turned, scene) == f"first , blue is pad 3 , red cube there , {then}"
+    assert reasoning(turned, scene) == f"first , blue pad at t4 , red cube there , {then}"
     assert instruction("tiny", goal, np.random.default_rng(0)) == "put the red cube on the blue pad"
 
 

@@ -98,10 +98,12 @@ class PlanPointer:
         """Behind every prompt: the hidden state (B, D), and the words' logits (B, vocab)."""
         vlm = self.policy.vlm
         tokens, segments, positions = vlm.packed(prompts)
-        hidden, _, scores = vlm(visual, tokens, segments, positions, False)
+        text, _, scores = vlm(visual, tokens, segments, positions, False)  # (B, T, D), -, (B, T, m)
         rows = torch.arange(len(prompts), device=tokens.device)
         last = (segments == 1).sum(1) - 1  # (B,)
-        return hidden[rows, last], vlm.logits(hidden[rows, last], scores[rows, last], visual, rows)
+        hidden = text[rows, last]  # (B, D)
+        logits = vlm.logits(hidden, scores[rows, last], visual, rows)  # (B, vocab)
+        return hidden, logits
 
     def ids(self, task: str, said: str) -> list[int]:
         """The prompt for a task whose reasoning begins with these words."""
@@ -173,22 +175,27 @@ def learn(pointer: PlanPointer, episodes: Episodes, cfg: PlanConfig) -> float:
         visual = pointer.policy.vlm.encode_images(images[rows].to(device))
         features.append(pointer.read(visual, prompts)[0].clone())
     x = torch.cat(features)  # (n, D)
-    y = torch.tensor(labels, device=x.device)  # (n,)
-    held_out = torch.arange(len(y), device=x.device) % 10 == 0
-    weight = len(y) / (
-        len(STATES) * torch.bincount(y, minlength=len(STATES)).clamp(min=1)
-    )  # inverse frequency
+    y = torch.tensor(labels, device=device)  # (n,)
+    held_out = torch.arange(len(y), device=device) % 10 == 0
+    train_x = x[~held_out]
+    train_y = y[~held_out]
+    # rare states weigh as much as frequent ones
+    count = torch.bincount(y, minlength=len(STATES))
+    weight = 1 / count.clamp(min=1)
     optimizer = torch.optim.AdamW(pointer.head.parameters(), lr=1e-3, weight_decay=0.01)
-    train_x, train_y = x[~held_out], y[~held_out]
     for step in range(cfg.steps):
+        # the learning rate falls linearly
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / cfg.steps)
         batch = torch.from_numpy(rng.integers(len(train_y), size=256)).to(device)
-        loss = F.cross_entropy(pointer.head(train_x[batch]), train_y[batch], weight)
+        logits = pointer.head(train_x[batch])  # (256, 3)
+        loss = F.cross_entropy(logits, train_y[batch], weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return (pointer.head(x[held_out]).argmax(-1) == y[held_out]).float().mean().item()
+        said = pointer.head(x[held_out]).argmax(-1)  # (n / 10,)
+    right = said == y[held_out]
+    return right.float().mean().item()
 
 
 def work(cfg: PlanConfig) -> None:

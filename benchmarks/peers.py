@@ -12,13 +12,12 @@ Read it in this order: goal_of, Peer, train, play.
 """
 
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -40,13 +39,21 @@ from common import (
     write_json,
 )
 from data import Episodes, open_images_of, pictures, read_meta
-from evaluate import Episode, VecEnv, environment_class, percent, run_episodes, summarise
+from evaluate import (
+    Episode,
+    VecEnv,
+    camera_indices,
+    check_families,
+    percent,
+    run_episodes,
+    summarise,
+    target_of,
+)
 from model import Config
 from sim_env import SEEDS
 
 INSTALL = "'lerobot==0.4.4'"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # LeRobot's scale of pictures
-LEGS = re.compile(r"(\w+) pad at t\d+ , (\w+) cube")
 LEARNING = ("work=train",)
 
 
@@ -77,12 +84,21 @@ class PeerConfig:
 
     def __post_init__(self):
         check_options(self)
+        if self.policy == "diffusion" and self.chunk_size % 8:
+            raise UserError(
+                f"--policy=diffusion halves its chunk three times: {self.chunk_size} is not 8, 16, .."
+            )
+        if self.work == "evaluate" and not self.eval:
+            raise UserError("--eval=0 plays nothing: set --eval to more")
 
 
 def goal_of(task: str, reasoning: str) -> str:
     """What an instruction means: the cube and pad that a teacher's reasoning names, else its own words."""
-    legs = LEGS.findall(reasoning)
-    return " ".join(legs[0]) if legs else task
+    named = target_of(reasoning)
+    if named is None:
+        return task
+    cube, pad = named
+    return f"{pad} {cube}"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -108,6 +124,9 @@ class Peer:
             chunk_size=cfg.chunk_size,
             n_action_steps=cfg.n_action_steps,
         )
+        # complain of an environment that does not fit before the training, not behind it
+        check_families(cfg.families.split(","), cfg.env)
+        self.views = camera_indices(SimpleNamespace(cfg=self.shape), cfg.env)
         self.episodes = Episodes(cfg.data, self.shape, cfg.families.split(","))
         goals = {goal_of(*self.episodes.reason_at(i)) for i in range(len(self.episodes))}
         self.goals = {goal: number for number, goal in enumerate(sorted(goals))}
@@ -220,12 +239,6 @@ class Peer:
         self.optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["seconds"]
 
-    @cached_property
-    def views(self) -> list[int]:
-        """Rows of the environment's pictures that the policy sees."""
-        cameras = environment_class(self.cfg.env).cameras
-        return [cameras.index(camera) for camera in self.shape.camera_names]
-
     @torch.no_grad()
     def decide(self, obs: dict) -> tuple[np.ndarray, list[None]]:
         """Actions (n, h, A) for n arms, as run_episodes() takes them."""
@@ -284,9 +297,8 @@ def train(cfg: PeerConfig) -> None:
         seconds += time.perf_counter() - began
         if step % 50 == 0:
             mean = np.mean(losses[-50:])
-            print(
-                f"step {step} | loss {mean:.4f} | {seconds / 60:.1f} of {cfg.minutes:g} minutes", flush=True
-            )
+            spent = f"{seconds / 60:.1f} of {cfg.minutes:g} minutes"
+            print(f"step {step} | loss {mean:.4f} | {spent}", flush=True)
         if seconds - saved > SAVE_SECONDS or seconds >= budget:
             saved = seconds
             peer.save(out, step, seconds)

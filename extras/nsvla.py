@@ -207,6 +207,8 @@ def work(cfg: PlanConfig) -> None:
         raise UserError(f"{cfg.run} does not reason: there is no plan to follow")
     pointer = PlanPointer(policy, replan=cfg.replan)
     episodes = Episodes(cfg.data, policy.cfg, cfg.families.split(","))
+    if not all(any(split_reasoning(text) for _, text in e["reason"]) for e in episodes.episodes):
+        raise UserError(f"{cfg.data} has episodes whose reasoning names no leg; choose a set of prepare.py")
     accuracy = learn(pointer, episodes, cfg)
     print(f"head: {percent(accuracy)} % of held-out frames")
     results = {"head": accuracy}

@@ -86,6 +86,11 @@ class Config:
     pointer: bool = opt(
         True, "attention finds what words name in the first picture, where questions teach it to point"
     )
+    query_pointer: bool = opt(
+        False,
+        "every feature query finds something in every picture, which actions teach",
+        needs="not backbone",
+    )
     queries: int = opt(20, "Q, feature query tokens (paper: 20)", "[2, 1024]")
     expert_width: int = opt(128, "action expert width", "[1, 16384]")
     expert_depth: int = opt(3, "action expert blocks", "[1, 256]")
@@ -471,16 +476,71 @@ class LanguageModel(nn.Module):
 
 
 class Visual(NamedTuple):
-    """What the VLM sees of pictures, B rows. The last two are of the first view, for the pointer."""
+    """What the VLM sees of pictures, B rows."""
 
     tokens: Tensor  # visual tokens of every view (B, V, n, D)
-    looks: Tensor | None = None  # of its m patches (B, m, POINT_WIDTH): what they show, not where
-    landmarks: Tensor | None = None  # their places (B, LANDMARKS, 2)
+    looks: Tensor | None = None  # the pointer's, of the first view's patches (B, m, POINT_WIDTH)
+    landmarks: Tensor | None = None  # their places in the first view (B, LANDMARKS, 2)
+    views: Tensor | None = None  # the query pointer's looks, of every view (B, V, m, POINT_WIDTH)
 
 
 POINT_WIDTH = 32  # of what a patch looks like, and of what a word looks for
 POINT_WORDS = 4  # "red cube at t3" points: a word, with the three before it
 LANDMARKS = 8  # things that are looked up in every picture; training finds out which
+
+
+def look_layers(cfg: Config) -> nn.Sequential:
+    """What a patch looks like, by the 3 x 3 around it: they tell a cube from a pad, and where it lies."""
+    width = cfg.vision_width
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * POINT_WIDTH, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(2 * POINT_WIDTH, POINT_WIDTH, 1),
+    )
+
+
+def looks_of(layers: nn.Sequential, patches: Tensor) -> Tensor:
+    """Patches (n, vision_width, side, side) -> what each shows, not where it is (n, m, POINT_WIDTH)."""
+    looks = layers(patches).flatten(2).mT  # (n, m, POINT_WIDTH)
+    return F.rms_norm(looks, looks.shape[-1:], eps=RMS_EPS)
+
+
+def patch_grid(cfg: Config) -> Tensor:
+    """Where the m patches of a picture lie, (m, 2) x, y in -1 .. 1."""
+    side = cfg.image_size // cfg.patch_size
+    middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,)
+    return torch.cartesian_prod(middles, middles).flip(-1)  # (m, 2)
+
+
+def mean_place(scores: Tensor, grid: Tensor) -> Tensor:
+    """Scores of the patches (..., m) -> the mean place that attention weighs (..., 2)."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores.softmax(-1) @ grid.to(scores.dtype)
+
+
+class QueryPointer(nn.Module):
+    """Lets every feature query state look for something in every view, and tells it where that lies.
+
+    What it looks for depends on the state, so on instruction and reasoning. Nothing but the actions teaches
+    it. Mean places as in the Pointer below.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        views = len(cfg.camera_names)
+        self.look = look_layers(cfg)
+        self.query = nn.Linear(cfg.width, views * POINT_WIDTH)
+        self.out = nn.Linear(2 * views, cfg.width)
+        self.register_buffer("grid", patch_grid(cfg), persistent=False)
+
+    def forward(self, states: Tensor, looks: Tensor) -> Tensor:
+        """Query states (B, Q, D), looks (B, V, m, POINT_WIDTH) -> the states, told where (B, Q, D)."""
+        query = self.query(states)  # (B, Q, V POINT_WIDTH)
+        query = query.unflatten(-1, (-1, POINT_WIDTH)).transpose(1, 2)  # (B, V, Q, POINT_WIDTH)
+        place = mean_place(query @ looks.mT, self.grid)  # (B, V, Q, 2)
+        place = 4 * place.transpose(1, 2).flatten(2)  # (B, Q, 2 V)
+        return states + self.out(place.to(states.dtype))
 
 
 class Pointer(nn.Module):
@@ -498,27 +558,18 @@ class Pointer(nn.Module):
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer):
         super().__init__()
-        width = cfg.vision_width
-        # 3 x 3 patches tell a cube from a pad of its colour, and where in its patch it lies.
-        self.look = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * POINT_WIDTH, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(2 * POINT_WIDTH, POINT_WIDTH, 1),
-        )
+        self.look = look_layers(cfg)
         self.words = nn.Embedding(cfg.vocab_size, POINT_WIDTH)
         self.query = nn.Sequential(
             nn.Linear(POINT_WORDS * POINT_WIDTH, 2 * POINT_WIDTH),
             nn.SiLU(),
             nn.Linear(2 * POINT_WIDTH, POINT_WIDTH),
         )
-        side = cfg.image_size // cfg.patch_size
         self.landmarks = nn.Parameter(torch.zeros(LANDMARKS, POINT_WIDTH))  # their queries
         # and where they usually are: what may lie anywhere is no landmark
-        self.usual = nn.Parameter(torch.zeros(LANDMARKS, side * side))
-        middles = (torch.arange(side) + 0.5) / side * 2 - 1  # (side,) of the patches, -1 .. 1
-        grid = torch.cartesian_prod(middles, middles)  # (m, 2) y, x
-        self.register_buffer("grid", grid.flip(-1), persistent=False)  # (m, 2) x, y
+        grid = patch_grid(cfg)  # (m, 2)
+        self.usual = nn.Parameter(torch.zeros(LANDMARKS, len(grid)))
+        self.register_buffer("grid", grid, persistent=False)
         # waves two pictures long, one, a half and a quarter
         frequency = math.pi / 2 * 2.0 ** torch.arange(4)
         self.register_buffer("frequency", frequency, persistent=False)
@@ -556,14 +607,8 @@ class Pointer(nn.Module):
 
     def see(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Patches of one view (B, vision_width, side, side) -> looks and landmarks of Visual."""
-        looks = self.look(patches).flatten(2).mT  # (B, m, POINT_WIDTH)
-        looks = F.rms_norm(looks, looks.shape[-1:], eps=RMS_EPS)
-        return looks, self.mean_place(self.landmarks @ looks.mT + self.usual)
-
-    def mean_place(self, scores: Tensor) -> Tensor:
-        """Scores of the patches (..., m) -> the mean place that attention weighs (..., 2)."""
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return scores.softmax(-1) @ self.grid.to(scores.dtype)
+        looks = looks_of(self.look, patches)  # (B, m, POINT_WIDTH)
+        return looks, mean_place(self.landmarks @ looks.mT + self.usual, self.grid)
 
     def scores(self, recent: Tensor, looks: Tensor) -> Tensor:
         """Words with those before them (..., n, POINT_WORDS), looks (..., m, POINT_WIDTH) -> (..., n, m)."""
@@ -574,7 +619,7 @@ class Pointer(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         """Words' scores (B, n, m) -> what joins their embeddings: the mean place, as waves (B, n, D)."""
-        place = self.mean_place(scores)  # (B, n, 2)
+        place = mean_place(scores, self.grid)  # (B, n, 2)
         angle = place[..., None] * self.frequency  # (B, n, 2, 4)
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1)  # (B, n, 2, 8)
         waves = waves.flatten(2)  # (B, n, 16)
@@ -599,7 +644,7 @@ class Pointer(nn.Module):
 
     def places(self, scores: Tensor, landmarks: Tensor) -> Tensor:
         """Scores (k, m), landmarks (k, LANDMARKS, 2) -> the mean place and the landmarks', in a row each."""
-        place = self.mean_place(scores)  # (k, 2)
+        place = mean_place(scores, self.grid)  # (k, 2)
         places = torch.cat((place, landmarks.flatten(1)), dim=1)  # (k, 2 + 2 LANDMARKS)
         places = 4 * places  # a word is a twentieth of the picture
         return places.to(self.sharpness.dtype)
@@ -680,6 +725,7 @@ class VLM(nn.Module):
         self.vision = VisionEncoder(cfg)
         self.lm = LanguageModel(cfg)
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
+        self.query_pointer = QueryPointer(cfg) if cfg.query_pointer else None
         self.pointer = None
         if cfg.pointer and tokenizer.places:  # without words for places nothing would teach it
             self.pointer = Pointer(cfg, tokenizer)
@@ -696,7 +742,22 @@ class VLM(nn.Module):
         parts = {"vision": self.vision.parameters(), "language": self.lm.parameters()}
         if self.pointer is not None:
             parts["pointer"] = self.pointer.parameters()
+        if self.query_pointer is not None:
+            parts["query pointer"] = self.query_pointer.parameters()
         return parts
+
+    def closed(self) -> list[nn.Module]:
+        """Layers that begin at zero: pointers' attention is even at first, and every block the identity."""
+        layers = []
+        if self.pointer is not None:
+            layers += [self.pointer.query[-1], self.pointer.numbers[-1]]
+        if self.query_pointer is not None:
+            layers.append(self.query_pointer.query)
+        for block in self.lm.blocks:
+            layers += [block.proj, block.down]
+        if self.lm.head is not None:
+            layers.append(self.lm.head)
+        return layers
 
     def freeze_vision(self) -> None:
         """The vision encoder stops learning, but for its connector."""
@@ -716,10 +777,14 @@ class VLM(nn.Module):
         x = x.to(self.queries.dtype)
         tokens, patches = self.vision(x)  # (B*V, n, D), (B*V, vision_width, side, side)
         tokens = tokens.unflatten(0, images.shape[:2])  # (B, V, n, D)
-        if self.pointer is None:
-            return Visual(tokens)
-        first = patches[:: images.shape[1]]  # (B, vision_width, side, side)
-        return Visual(tokens, *self.pointer.see(first))
+        visual = Visual(tokens)
+        if self.pointer is not None:
+            first = patches[:: images.shape[1]]  # (B, vision_width, side, side)
+            visual = Visual(tokens, *self.pointer.see(first))
+        if self.query_pointer is not None:
+            looks = looks_of(self.query_pointer.look, patches)  # (B*V, m, POINT_WIDTH)
+            visual = visual._replace(views=looks.unflatten(0, images.shape[:2]))  # (B, V, m, POINT_WIDTH)
+        return visual
 
     def embed_words(self, recent: Tensor, visual: Visual) -> tuple[Tensor, Tensor]:
         """Words with those before them (B, n, POINT_WORDS) -> embeddings (B, n, D), the pointer's scores.
@@ -833,6 +898,8 @@ class VLM(nn.Module):
         query_states = None
         if with_queries:
             query_states = hidden[:, P + T :] + aim  # (B, Q, D)
+            if self.query_pointer is not None:
+                query_states = self.query_pointer(query_states, visual.views)
         return Hidden(text, query_states, scores)
 
     def packed(self, texts: list[list[int]]) -> list[Tensor]:
@@ -889,6 +956,8 @@ class VLM(nn.Module):
             if self.pointer is not None:
                 whole = [prompt + row for prompt, row in zip(prompts, written)]
                 query_states = query_states + self.pointer.aimed(*self.packed(whole), visual)
+            if self.query_pointer is not None:
+                query_states = self.query_pointer(query_states, visual.views)
         return [before(stop, row) for row in written], query_states
 
 
@@ -1244,12 +1313,7 @@ class SyVLA(nn.Module):
             # As loud as the patches: attention brings a token's content to a word, so where it was must be
             # part of that.
             nn.init.normal_(self.vlm.vision.position, std=0.5)
-            if self.vlm.pointer is not None:
-                closed += [self.vlm.pointer.query[-1], self.vlm.pointer.numbers[-1]]  # even at first
-            for block in self.vlm.lm.blocks:
-                closed += [block.proj, block.down]
-            if self.vlm.lm.head is not None:
-                closed.append(self.vlm.lm.head)
+            closed += self.vlm.closed()
         for module in closed:
             nn.init.zeros_(module.weight)
 

@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator, default_rng
@@ -583,6 +583,21 @@ def resize_image(picture: Image.Image, px: int, fit: str) -> Array:
     return np.asarray(resize(picture.convert("RGB"), (px, px), Image.Resampling.BILINEAR))
 
 
+def picture_point(model: Any, data: Any, name: str, xyz: Array, turned: bool = False) -> str:
+    """Words for where world xyz lies in a camera's square picture: columns x0 .. x31 and rows y0 .. y31.
+
+    turned: the picture is turned by 180 degrees.
+    """
+    camera = data.camera(name)
+    right, down, depth = (xyz - camera.xpos) @ camera.xmat.reshape(3, 3) * [1, -1, -1]  # metres
+    reach = depth * math.tan(math.radians(model.camera(name).fovy[0]) / 2)  # half the picture
+    place = np.array([right, down]) / reach  # (2,) -1 .. 1
+    if turned:
+        place = -place
+    x, y = np.clip((place + 1) / 2 * POINTS, 0, POINTS - 1).astype(int).tolist()
+    return f"x{x} y{y}"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The environment
 
@@ -985,11 +1000,7 @@ class SO100Env:
 
     def point(self, xyz: Array) -> str:
         """Words for where world xyz lies in the front picture: columns x0 .. x31 and rows y0 .. y31."""
-        camera = self.data.camera("front")
-        right, down, depth = (xyz - camera.xpos) @ camera.xmat.reshape(3, 3) * [1, -1, -1]  # metres
-        reach = depth * math.tan(math.radians(self.model.camera("front").fovy[0]) / 2)  # half the picture
-        x, y = (np.array([right, down]) / reach + 1) / 2 * POINTS
-        return f"x{int(np.clip(x, 0, POINTS - 1))} y{int(np.clip(y, 0, POINTS - 1))}"
+        return picture_point(self.model, self.data, "front", xyz)
 
     def _judge(self) -> bool:
         """Is the whole task done? It fails once the second cube rests on its pad before the first."""

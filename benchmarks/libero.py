@@ -498,7 +498,7 @@ def goal_is_known(env: Libero) -> bool:
 
 
 def demonstrate(
-    env: Libero, task: str, seed: int, phrases: bool = False
+    env: Libero, task: str, seed: int, reasoning: str = "none"
 ) -> tuple[dict[str, ndarray], dict[str, Any]]:
     """One episode of the controller -> arrays, and its entry in meta.json.
 
@@ -537,7 +537,7 @@ def demonstrate(
         "kind": "demo",
         "name": task,
     }
-    if phrases and known:
+    if reasoning == "phrases" and known:
         state = arrays["state"]
         opening = (state[:, 6] - state[:, 7]) / 0.08  # (n,) 1: open
         hand = np.column_stack([state[:, :3], opening])  # (n, 4)
@@ -575,7 +575,7 @@ class LiberoConfig(BenchConfig):
 
     def settings(self) -> dict[str, Any]:
         """What the parts of a data set have in common."""
-        kept = ("suite", "demos", "tasks", "image_size", "reasoning_phrases")
+        kept = ("suite", "demos", "tasks", "image_size", "reasoning")
         return {key: getattr(self, key) for key in kept}
 
 
@@ -598,7 +598,7 @@ def evaluate_run(cfg: LiberoConfig) -> None:
     for name, cell in tasks.items():
         print(count_row(name, cell))
     print(count_row("all episodes", everything))
-    path = Path(cfg.run, f"eval_libero_{cfg.suite}.json")
+    path = Path(cfg.run, f"eval_libero_{cfg.suite}_{cfg.seeds}.json")
     write_json(path, {"suite": cfg.suite, "limit": limit, "tasks": tasks, "episodes": everything})
     print(f"wrote {path}")
 

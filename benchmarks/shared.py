@@ -41,8 +41,11 @@ class Bench:
     program: str  # the adapter's file, which claims the folders of its data sets
     env: type  # the environment's class
     spec: str  # its name, as --env takes it
-    # (environment, task, seed, phrases) -> arrays of an episode and its entry in meta.json
-    demonstrate: Callable[[Any, str, int, bool], tuple[dict[str, ndarray], dict]]
+    # (environment, task, seed, reasoning) -> arrays of an episode and its entry in meta.json
+    demonstrate: Callable[[Any, str, int, str], tuple[dict[str, ndarray], dict]]
+
+
+REASONING = ("none", "phrases")
 
 
 @dataclass
@@ -54,11 +57,12 @@ class BenchConfig:
     out: str = opt("", "data set folder to make", needs="work=demonstrate")
     demos: int = opt(50, "successful demonstrations per task", "[1, 10000]", "work=demonstrate")
     image_size: int = opt(96, "pixels per side", "[8, 1024]", "work=demonstrate")
-    reasoning_phrases: bool = opt(
-        False, "phrases such as `move left and down` as the reasoning to learn", needs="work=demonstrate"
+    reasoning: str = opt(
+        "none", "what demonstrations say: phrases as `move left and down`", REASONING, "work=demonstrate"
     )
     run: str = opt("", "run folder to evaluate", needs="work=evaluate")
     episodes: int = opt(10, "episodes per task", f"[1, {len(SEEDS['report'])}]", "work=evaluate")
+    seeds: str = opt("report", "scenes; val: to choose between runs", ("report", "val"), "work=evaluate")
     arms: int = opt(4, "environments that play at once", "[1, 1000]", "work=evaluate")
     threads: int = opt(0, "CPU threads of the policy; 0 lets torch choose", "[0, 1024]", "work=evaluate")
     workers: int = opt(2, "processes that simulate", "[1, 1024]")
@@ -105,7 +109,7 @@ def make_part(bench: Bench, cfg: BenchConfig, name: str) -> None:
     seed = SEEDS["train"].start
     # Seeds go on until enough episodes have succeeded, so a part does not depend on the others.
     while len(entries) < cfg.demos:
-        arrays, entry = bench.demonstrate(env, name, seed, cfg.reasoning_phrases)
+        arrays, entry = bench.demonstrate(env, name, seed, cfg.reasoning)
         seed += 1
         if not entry["success"]:
             failed[name] += 1
@@ -192,14 +196,14 @@ def make_data_set(bench: Bench, cfg: BenchConfig) -> None:
 
 
 def play(bench: Bench, cfg: BenchConfig, title: str) -> list[Episode]:
-    """Episodes of a run on the first scenes of the report range, task by task; the family is the task."""
+    """Episodes of a run on the first scenes of a range of seeds, task by task; the family is the task."""
     fast_cpu(cfg.threads)
     policy = load_policy(cfg.run)
     # One task after the other: an arm that changes its task loads another model, which takes a while.
     jobs = []
     # Every policy plays the same scenes, from the first one on.
     for name in cfg.names():
-        for seed in SEEDS["report"][: cfg.episodes]:
+        for seed in SEEDS[cfg.seeds][: cfg.episodes]:
             jobs.append(Episode(seed, {"family": name, "split": "id"}))
     ended = Counter()
 

@@ -256,7 +256,7 @@ class PretrainedVLM(VLM):
         self.folder = folder
         self.queries = nn.Parameter(torch.randn(cfg.queries, cfg.width))
         self.set_chat_format(tokenizer)
-        self.pointer = None
+        self.pointer = self.query_pointer = None
 
     def save_description(self, folder: Path) -> None:
         """Copy the files from which the architecture can be made again; they hold no weights."""

@@ -213,7 +213,7 @@ def test_replayed_actions_of_the_controller_pass_the_success_test(env, monkeypat
     """Without noise the labels are what was executed, so a policy that repeats them ends at success."""
     monkeypatch.setattr(bench, "NOISE", 0.0)
     monkeypatch.setattr(env, "pictures", dict)  # drawing takes most of the time
-    arrays, entry = bench.demonstrate(env, BETWEEN, REPORT, phrases=True)
+    arrays, entry = bench.demonstrate(env, BETWEEN, REPORT, reasoning="phrases")
     words = [phrase for _, phrase in entry["reason"]]
     assert entry["success"] and "grasp" in words and "lift" in words and entry["name"] == BETWEEN
     assert np.abs(arrays["action"]).max() <= 1

@@ -30,6 +30,7 @@ from model import (
     attend,
     checkpoint_folder,
     load_policy,
+    mean_place,
     pixel_shuffle,
     read_checkpoint_config,
     recent_words,
@@ -332,9 +333,9 @@ def greedy(policy, visual, prompt, n):
     return written
 
 
-@pytest.mark.parametrize("words", [WORDS, [" x0", " y0", *WORDS]], ids=["plain", "pointer"])
+@pytest.mark.parametrize("words", [WORDS, [" x0", " y0", *WORDS]], ids=["plain", "pointers"])
 def test_cached_generation_equals_full_forward_passes(make_policy, words):
-    policy = make_policy(seed=2, words=words)
+    policy = make_policy(seed=1, words=words, query_pointer=words is not WORDS)
     assert (policy.vlm.pointer is not None) == (words is not WORDS)
     visual = policy.vlm.encode_images(pictures(policy, 3))
     prompts, limit = [[1, 300, 2], [1, 301, 302, 303, 304, 2], [1, 305, 306, 2]], 7
@@ -504,9 +505,29 @@ def test_words_written_one_by_one_give_the_same_aim(make_policy):
     assert torch.allclose(states, whole, atol=1e-5)
 
 
+def test_every_query_state_is_told_where_the_views_show_what_it_looks_for(make_policy):
+    policy = make_policy(words=PLACES, query_pointer=True)
+    vlm, pointer = policy.vlm, policy.vlm.query_pointer
+    assert not SyVLA(policy.cfg, policy.tokenizer).vlm.query_pointer.query.weight.any()  # even at first
+    torch.nn.init.normal_(pointer.query.weight, std=0.3)
+    visual = vlm.encode_images(pictures(policy, 2))
+    row = packed([[([1, 30, 2], [3])], [([1, 30, 31, 2], [3])]])
+    told = vlm(visual, row["tokens"], row["segments"], row["positions"], True).queries
+    vlm.query_pointer = None
+    states = vlm(visual, row["tokens"], row["segments"], row["positions"], True).queries
+    for i in range(2):
+        for k in (0, len(vlm.queries) - 1):
+            places = []
+            for view, query in enumerate(pointer.query(states[i, k]).view(2, -1)):
+                weights = (visual.views[i, view] @ query).exp()
+                places.append((weights / weights.sum()) @ pointer.grid)
+            expected = states[i, k] + pointer.out(4 * torch.cat(places))
+            assert torch.allclose(told[i, k], expected, atol=1e-4)
+
+
 def test_the_pointer_finds_things_where_training_never_showed_one(make_policy):
     policy = make_policy(words=PLACES).train()
-    ids = policy.tokenizer.ids
+    pointer, ids = policy.vlm.pointer, policy.tokenizer.ids
     rng = np.random.default_rng(0)
 
     def scenes(n, new):
@@ -531,7 +552,7 @@ def test_the_pointer_finds_things_where_training_never_showed_one(make_policy):
     with torch.no_grad():
         looks = policy.vlm.encode_images(images).looks
         recent = torch.tensor([0, *question]).expand(50, 1, -1)
-        place = policy.vlm.pointer.mean_place(policy.vlm.pointer.scores(recent, looks))[:, 0]  # (50, 2) x, y
+        place = mean_place(pointer.scores(recent, looks), pointer.grid)[:, 0]  # (50, 2) x, y
     apart = (place + 1) * 16 - torch.from_numpy(middles).flip(1)  # pixels
     assert apart.norm(dim=1).median() < 3
 

@@ -539,7 +539,7 @@ class QueryPointer(nn.Module):
         query = self.query(states)  # (B, Q, V POINT_WIDTH)
         query = query.unflatten(-1, (-1, POINT_WIDTH)).transpose(1, 2)  # (B, V, Q, POINT_WIDTH)
         place = mean_place(query @ looks.mT, self.grid)  # (B, V, Q, 2)
-        place = 4 * place.transpose(1, 2).flatten(2)  # (B, Q, 2 V)
+        place = 4 * place.transpose(1, 2).flatten(2)  # (B, Q, 2 V), as loud as in the Pointer
         return states + self.out(place.to(states.dtype))
 
 

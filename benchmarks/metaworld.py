@@ -25,6 +25,7 @@ import numpy as np
 from numpy import ndarray
 
 from benchmarks.shared import (
+    REASONING,
     Bench,
     BenchConfig,
     count,
@@ -228,11 +229,14 @@ class MT50:
         return {"images": self.pictures(), "state": self.hand(), "task": self.task}
 
     def places(self) -> str:
-        """Where the first picture shows the task's target and what the hand must go to, from the truth."""
+        """Where the first picture shows the target and what the hand must go to: the truth, as reasoning.
+
+        As in "puck target at x30 y19 , push the puck at x21 y21".
+        """
         point = partial(picture_point, self.env.model, self.env.data, CAMERA, turned=True)
         thing = point(self.raw[4:7])
         goal = point(self.raw[36:39])
-        first, the, noun, *_ = self.task.split()  # as in "push the puck"
+        first, the, noun, *_ = self.task.split()
         if first == "reach":
             return f"{first} {the} {noun} at {goal}"
         return f"{noun} target at {goal} , {first} {the} {noun} at {thing}"
@@ -300,8 +304,10 @@ def demonstrate(env: MT50, name: str, seed: int, reasoning: str = "none") -> tup
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the scripted policies ask for more than the arm can do
             action = np.clip(expert.get_action(env.raw), -1, 1)  # (4,)
-        if reasoning == "places" and (not places or places[-1][1] != env.places()):
-            places.append([env.steps, env.places()])
+        if reasoning == "places":
+            said = env.places()
+            if not places or places[-1][1] != said:
+                places.append([env.steps, said])
         for camera, picture in env.pictures().items():
             found[camera].append(picture)  # (px, px, 3)
         found["state"].append(env.hand())  # (4,)
@@ -343,11 +349,10 @@ class MetaworldConfig(BenchConfig):
     tasks: str = opt(
         "", "only these tasks, as in reach-v3,push-v3 (default: all)", ("", *INSTRUCTIONS), many=True
     )
-
     reasoning: str = opt(
         "none",
         "what demonstrations say: phrases as `move left and down`, or places of thing and target",
-        ("none", "phrases", "places"),
+        (*REASONING, "places"),
         "work=demonstrate",
     )
 

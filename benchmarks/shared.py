@@ -45,7 +45,7 @@ class Bench:
     demonstrate: Callable[[Any, str, int, str], tuple[dict[str, ndarray], dict]]
 
 
-REASONING = ("none", "phrases")
+REASONING = ("none", "phrases")  # what demonstrations of every adapter can say
 
 
 @dataclass

@@ -583,17 +583,15 @@ def resize_image(picture: Image.Image, px: int, fit: str) -> Array:
     return np.asarray(resize(picture.convert("RGB"), (px, px), Image.Resampling.BILINEAR))
 
 
-def picture_point(model: Any, data: Any, name: str, xyz: Array, turned: bool = False) -> str:
+def picture_point(model: Any, data: Any, name: str, xyz: Array, flips: tuple[int, int] = (1, 1)) -> str:
     """Words for where world xyz lies in a camera's square picture: columns x0 .. x31 and rows y0 .. y31.
 
-    turned: the picture is turned by 180 degrees.
+    flips: -1 where columns, rows of the picture are in reverse order.
     """
     camera = data.camera(name)
     right, down, depth = (xyz - camera.xpos) @ camera.xmat.reshape(3, 3) * [1, -1, -1]  # metres
     reach = depth * math.tan(math.radians(model.camera(name).fovy[0]) / 2)  # half the picture
-    place = np.array([right, down]) / reach  # (2,) -1 .. 1
-    if turned:
-        place = -place
+    place = np.array([right, down]) / reach * flips  # (2,) -1 .. 1
     x, y = np.clip((place + 1) / 2 * POINTS, 0, POINTS - 1).astype(int).tolist()
     return f"x{x} y{y}"
 

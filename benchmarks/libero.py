@@ -15,6 +15,7 @@ with metaworld.py is in shared.py.
 import atexit
 import contextlib
 import io
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from benchmarks.shared import (
     table_row,
 )
 from common import UserError, opt, parse_config, read_json, require, run_program, write_json
-from sim_env import SEEDS, mujoco
+from sim_env import SEEDS, mujoco, picture_point
 
 # -----------------------------------------------------------------------------------------------------------
 # The suites: our name -> the benchmark's name, and the most control steps of an episode. The limits are those
@@ -87,14 +88,22 @@ def renderer_for(xml: str, model: Any, px: int) -> Any:
         atexit.register(close_renderers)
     renderers[key] = renderer
     while len(renderers) > KEPT_RENDERERS:
-        renderers.pop(next(iter(renderers))).close()
+        close_renderer(next(iter(renderers)))
     return renderer
+
+
+def close_renderer(key: tuple[str, int]) -> None:
+    """Free one of them."""
+    renderer = renderers.pop(key)
+    # MuJoCo 3 frees textures of whatever has drawn last. Else they were those of another, still in use.
+    renderer.render()
+    renderer.close()
 
 
 def close_renderers() -> None:
     """Close all of them, before OpenGL's library is gone."""
-    while renderers:
-        renderers.popitem()[1].close()
+    for key in list(renderers):
+        close_renderer(key)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -392,6 +401,8 @@ class Controller:
         self.yaw = np.deg2rad((side % 180) - 90)
         self.boxes = {}
         self.begun = {}  # thing -> its lowest height at first
+        self.phase = ""
+        self.goal = self.world.parsed_problem["goal_state"][0][1:]  # the thing's name and the place's
         for _, *names in self.world.parsed_problem["goal_state"]:
             for name in names:
                 if name in self.world.obj_body_id:
@@ -455,6 +466,21 @@ class Controller:
             high=max(rim, self.begun[name] + OUT) + CLEAR,
         )
 
+    def places(self) -> str:
+        """What to do now, and where the first picture shows that: the truth, as reasoning.
+
+        As in "pick up black bowl on stove at x20 y11", then "place it on plate at x9 y21".
+        """
+        thing, place = self.goal
+        sentence = re.sub(r"\bthe ", "", self.env.task)
+        fetch, _, where = sentence.partition(" and place it")
+        words, xyz = fetch, self.position(thing)
+        if self.phase in ("lift", "across", "lower", "open", "leave"):
+            words, xyz = f"place it{where}", self.place_of(place)[0]
+        simulation = self.env.env.sim
+        model, data = simulation.model._model, simulation.data._data
+        return f"{words} at {picture_point(model, data, 'agentview', xyz, flips=(-1, 1))}"
+
     def turn(self) -> ndarray:
         """The small rotation (3,) that would make the hand point down and its fingers to the side."""
         x, y, z, w = self.env.raw["robot0_eef_quat"]
@@ -470,7 +496,8 @@ class Controller:
         phase, target, gripper = "leave", tool + [0, 0, CLEAR], OPEN
         for predicate in self.world.parsed_problem["goal_state"]:
             if not self.world._eval_predicate(predicate):
-                phase, target, gripper = plan(self.look(*predicate[1:]))
+                self.goal = predicate[1:]
+                phase, target, gripper = plan(self.look(*self.goal))
                 break
         self.phase = phase
         step = GAIN * (target - tool) / 0.05  # (3,) in units of the action
@@ -508,6 +535,7 @@ def demonstrate(
     """
     env.reset(seed=seed, options={"family": task})
     found = defaultdict(list)
+    places = []  # [first step, words]
     known = goal_is_known(env)
     if known:
         controller = Controller(env, SIDES.get((env.suite.split("_")[0], task), 90))
@@ -517,6 +545,10 @@ def demonstrate(
     left = AFTER_SUCCESS + 1  # the step that succeeds counts, too
     while known and env.steps < limit and left:
         action = controller.action()  # (7,)
+        if reasoning == "places":
+            said = controller.places()
+            if not places or places[-1][1] != said:
+                places.append([env.steps, said])
         for camera, picture in env.pictures().items():
             found[camera].append(picture)  # (px, px, 3)
         found["state"].append(env.proprioception())  # (8,)
@@ -530,7 +562,7 @@ def demonstrate(
     entry = {
         "length": env.steps,
         "task": env.task,
-        "reason": [],
+        "reason": places,
         "success": env.success,
         "seed": seed,
         "family": env.suite,

@@ -25,7 +25,6 @@ import numpy as np
 from numpy import ndarray
 
 from benchmarks.shared import (
-    REASONING,
     Bench,
     BenchConfig,
     count,
@@ -233,7 +232,7 @@ class MT50:
 
         As in "puck target at x30 y19 , push the puck at x21 y21".
         """
-        point = partial(picture_point, self.env.model, self.env.data, CAMERA, turned=True)
+        point = partial(picture_point, self.env.model, self.env.data, CAMERA, flips=(-1, -1))
         thing = point(self.raw[4:7])
         goal = point(self.raw[36:39])
         first, the, noun, *_ = self.task.split()
@@ -348,12 +347,6 @@ class MetaworldConfig(BenchConfig):
     out: str = opt("data/mt50", "data set folder to make", needs="work=demonstrate")
     tasks: str = opt(
         "", "only these tasks, as in reach-v3,push-v3 (default: all)", ("", *INSTRUCTIONS), many=True
-    )
-    reasoning: str = opt(
-        "none",
-        "what demonstrations say: phrases as `move left and down`, or places of thing and target",
-        (*REASONING, "places"),
-        "work=demonstrate",
     )
 
     def names(self) -> list[str]:

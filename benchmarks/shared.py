@@ -45,7 +45,7 @@ class Bench:
     demonstrate: Callable[[Any, str, int, str], tuple[dict[str, ndarray], dict]]
 
 
-REASONING = ("none", "phrases")  # what demonstrations of every adapter can say
+REASONING = ("none", "phrases", "places")  # what demonstrations can say
 
 
 @dataclass
@@ -58,7 +58,10 @@ class BenchConfig:
     demos: int = opt(50, "successful demonstrations per task", "[1, 10000]", "work=demonstrate")
     image_size: int = opt(96, "pixels per side", "[8, 1024]", "work=demonstrate")
     reasoning: str = opt(
-        "none", "what demonstrations say: phrases as `move left and down`", REASONING, "work=demonstrate"
+        "none",
+        "what demonstrations say: `move left and down`, or where things are",
+        REASONING,
+        "work=demonstrate",
     )
     run: str = opt("", "run folder to evaluate", needs="work=evaluate")
     episodes: int = opt(10, "episodes per task", f"[1, {len(SEEDS['report'])}]", "work=evaluate")

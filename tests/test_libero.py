@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -245,3 +246,38 @@ def test_a_box_as_long_as_a_bowl_is_taken_across_its_middle():
     grasp = controller.look(thing, place).grasp
     np.testing.assert_allclose(grasp, controller.position(thing), atol=0.005)
     env.close()
+
+
+@simulates
+def test_reasoning_says_what_to_do_and_where_the_picture_shows_it(env, monkeypatch):
+    monkeypatch.setattr(env, "pictures", dict)
+    _, entry = bench.demonstrate(env, "7", 1, reasoning="places")
+    (first, fetch), *_, (_, put) = entry["reason"]
+    assert first == 0
+    assert re.fullmatch(r"pick up black bowl on stove at x\d+ y\d+", fetch)
+    assert re.fullmatch(r"place it on plate at x\d+ y\d+", put)
+
+
+@simulates
+def test_words_for_places_fit_the_mirrored_picture(env):
+    obs, _ = env.reset(seed=REPORT, options={"family": "7"})
+    controller = bench.Controller(env)
+    controller.phase = "lower"
+    column, row = map(int, re.findall(r"[xy](\d+)", controller.places()))
+    # The plate is the lightest thing around, in a picture of one pixel a column and row of words.
+    picture = obs["images"]["agentview"].astype(int).sum(-1)  # (32, 32)
+    around = picture[row - 3 : row + 4, column - 3 : column + 4]  # (7, 7)
+    assert picture[row, column] > np.median(around) + 30
+    mirrored = picture[row, 31 - column]
+    assert picture[row, column] > mirrored + 30
+
+
+@simulates
+def test_closing_what_draws_one_model_leaves_the_pictures_of_another(env):
+    obs, _ = env.reset(seed=REPORT, options={"family": BETWEEN})
+    model = env.env.sim.model._model
+    bench.renderer_for("another", model, 16).render()
+    again = env.pictures()  # this one has drawn last
+    bench.close_renderer(("another", 16))
+    for pictures in (again, env.pictures()):
+        np.testing.assert_array_equal(pictures["agentview"], obs["images"]["agentview"])

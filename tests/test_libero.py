@@ -281,3 +281,21 @@ def test_closing_what_draws_one_model_leaves_the_pictures_of_another(env):
     bench.close_renderer(("another", 16))
     for pictures in (again, env.pictures()):
         np.testing.assert_array_equal(pictures["agentview"], obs["images"]["agentview"])
+
+
+@simulates
+def test_thinned_meshes_look_nearly_the_same_and_leave_the_model_alone(env):
+    env.reset(seed=REPORT, options={"family": BETWEEN})
+    model = env.env.sim.model._model
+    before = model.mesh_facenum.copy()
+    thin = bench.thinned(model, bench.GRAIN / 96)
+    np.testing.assert_array_equal(model.mesh_facenum, before)
+    assert thin.mesh_facenum.sum() < before.sum() / 3
+    drawn = []
+    for shown in (model, thin):
+        renderer = bench.make_renderer(shown, 96)
+        renderer.update_scene(env.env.sim.data._data, "agentview")
+        drawn.append(renderer.render().astype(int))
+        renderer.render()
+        renderer.close()
+    assert 0 < np.abs(drawn[0] - drawn[1]).mean() < 3, "of 255"

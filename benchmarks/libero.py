@@ -19,14 +19,16 @@ import io
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy import ndarray
+from numpy.random import Generator
 
 from benchmarks.shared import (
     Bench,
@@ -543,6 +545,49 @@ DIRECTIONS = (("back", "forward"), ("right", "left"), ("down", "up"))  # of x, y
 SIDES = {("spatial", "4"): 159}  # (suite, task) -> side; in the drawer the walls leave no other
 
 
+# What an instruction may say in place of some of its words.
+OTHERWISE = {
+    "pick up": ("take", "grab", "lift", "get", "pick", "fetch"),
+    "black bowl": ("bowl",),
+    "bowl on": ("bowl from",),
+    "next to": ("beside", "near", "close to"),
+    "wooden cabinet": ("cabinet",),
+    "drawer of the cabinet": ("drawer",),
+    "in the top": ("from the top",),
+    "place it on": ("put it on", "set it on", "put on", "set on", "place on", "lay it on"),
+    "place it in": ("put it in", "put it into", "drop it into", "put into", "place in", "put in"),
+}
+
+
+def rephrase(sentence: str, rng: Generator, apart: Collection[str] = ()) -> str:
+    """An instruction as people might say it, but none of the sentences `apart`."""
+    while True:
+        said = sentence
+        for words, others in OTHERWISE.items():
+            if words in said and rng.random() < 0.5:
+                said = said.replace(words, others[rng.integers(len(others))])
+        if rng.random() < 0.5:
+            said = re.sub(r"\bthe ", "", said)
+        if said not in apart:
+            return said
+
+
+@cache
+def sentences_apart(suite: str) -> set[str]:
+    """The sentences of LIBERO-PRO's suite in other words: they are for tests alone."""
+    name = SUITES.get(f"{suite}_lan", [""])[0]
+    if not name:
+        return set()
+    benchmark, _ = import_libero()
+    with contextlib.redirect_stdout(io.StringIO()):
+        rephrased = benchmark.get_benchmark(name)()
+    found = set()
+    for number in range(len(TASKS)):
+        problem = Path(rephrased.get_task_bddl_file_path(number)).read_text()
+        found.add(re.search(r"\(:language (.*?)\)", problem)[1].strip())
+    return found
+
+
 def goal_is_known(env: Libero) -> bool:
     """Does the task's goal ask only for what the controller can do?"""
     world = env.env.env
@@ -566,6 +611,8 @@ def demonstrate(
     if known:
         controller = Controller(env, SIDES.get((env.suite.split("_")[0], task), 90))
         limit = DEMO_LIMIT * len(env.env.env.parsed_problem["goal_state"])
+    rng = np.random.default_rng([seed, int(task), 8])
+    said_otherwise = rephrase(env.task, rng, sentences_apart(env.suite))
     rng = np.random.default_rng([seed, 7])
     drift = np.zeros(3)
     left = AFTER_SUCCESS + 1  # the step that succeeds counts, too
@@ -587,7 +634,7 @@ def demonstrate(
     arrays = {key: np.stack(values) for key, values in found.items()}
     entry = {
         "length": env.steps,
-        "task": env.task,
+        "task": env.task if seed % 2 else said_otherwise,
         "reason": places,
         "success": env.success,
         "seed": seed,

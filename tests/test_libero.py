@@ -153,6 +153,16 @@ def test_without_the_package_a_line_says_what_to_install(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "set").exists()
 
 
+def test_instructions_in_other_words_name_the_same_things_and_spare_the_sentences_of_the_test():
+    sentence = "pick up the black bowl next to the ramekin and place it on the plate"
+    kept_apart = "take the bowl near the ramekin and put it on the plate"
+    said = {bench.rephrase(sentence, np.random.default_rng(i), [kept_apart]) for i in range(2000)}
+    assert len(said) > 300 and sentence in said and kept_apart not in said
+    assert kept_apart in {bench.rephrase(sentence, np.random.default_rng(i)) for i in range(2000)}
+    for words in said:
+        assert re.fullmatch(r".+ bowl .+ (the )?ramekin and .+ on (the )?plate", words)
+
+
 @simulates
 def test_the_contract_and_ten_steps(env):
     obs, info = env.reset(seed=REPORT, options={"family": BETWEEN})
@@ -231,6 +241,8 @@ def test_rephrased_tasks_have_their_own_words():
     obs, info = cls.reset(seed=REPORT)
     assert obs["task"] == "lift the black bowl between the plate and ramekin and set it on the plate"
     assert info["name"].startswith("pick_up_the_black_bowl_between")
+    apart = bench.sentences_apart("spatial")
+    assert len(apart) == 10 and obs["task"] in apart, "no demonstration says them"
     cls.close()
 
 

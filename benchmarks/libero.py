@@ -359,6 +359,7 @@ CLEAR = 0.05  # metres above the place's edge at which it carries
 OUT = 0.05  # metres by which a thing rises at least, out of a drawer or from among others
 DEPTH = 0.025  # metres from a thing's top to the middle of the fingertips
 WIDE = 0.075  # metres: what is wider does not fit between the fingers and is taken by its rim
+ASIDE = 0.015  # metres from a long box's middle to the grasp, away from its neighbour: the palm is wider
 WALL = 0.008  # metres from a bowl's outer edge to the middle of its wall; so bowls are held 45 mm off centre
 OPEN, CLOSE = -1.0, 1.0  # the gripper's action
 GAIN = 2.5  # the hand covers about a tenth of a commanded step in one control step
@@ -466,6 +467,12 @@ class Controller:
     def position(self, name: str) -> ndarray:
         return self.world.sim.data.body_xpos[self.world.obj_body_id[name]].copy()  # (3,)
 
+    def neighbour(self, name: str) -> ndarray:
+        """Where the thing nearest to a thing is (3,); furniture and baskets are not things here."""
+        thing = self.position(name)
+        others = [other for other in self.world.objects_dict if other != name and "basket" not in other]
+        return min(map(self.position, others), key=lambda xyz: np.linalg.norm(xyz[:2] - thing[:2]))
+
     def look(self, name: str, place: str) -> Sight:
         """What plan() needs to know of a thing and its place."""
         raw = self.env.raw
@@ -481,6 +488,8 @@ class Controller:
             grasp[2] += depth
         else:
             grasp[2] += max(depth, 0)
+            if high[0] - low[0] > WIDE:  # the fingers have room along it
+                grasp[0] -= ASIDE * np.sign(self.neighbour(name)[0] - thing[0])
         target, rim = self.place_of(place)
         return Sight(
             tool=raw["robot0_eef_pos"],

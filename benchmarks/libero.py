@@ -78,7 +78,7 @@ def import_libero() -> tuple[ModuleType, ModuleType]:
 # tasks of a suite often have the same model, and so have all arms of a process that play one task.
 
 KEPT_RENDERERS = 3
-GRAIN = 0.6  # metres: meshes are drawn with details of this by the picture's pixels, 6 mm at 96 px
+GRAIN = 0.6  # metres; by a picture's pixels it is the size of the smallest details drawn, 6 mm at 96 px
 renderers: dict[tuple[str, int], Any] = {}  # (the model's XML, pixels) -> what draws it, the latest last
 
 
@@ -569,7 +569,7 @@ OTHERWISE = {
 
 
 def rephrase(sentence: str, rng: Generator, apart: Collection[str] = ()) -> str:
-    """An instruction as people might say it, but none of the sentences `apart`."""
+    """The same instruction in other words, or its own; never one of the sentences `apart`."""
     while True:
         said = sentence
         for words, others in OTHERWISE.items():

@@ -160,6 +160,7 @@ class RLConfig:
     lr: float = opt(
         3e-4, "AdamW learning rate of adapter and expert, decaying to a tenth along a cosine", "(0, 1]"
     )
+    minibatch: int = opt(256, "decisions per gradient step, over all processes", "[1, 1000000]")
     ppo: bool = opt(
         True, "false: imitation of the expert samples alone, in as many updates of as many chunks"
     )
@@ -199,7 +200,6 @@ class RLConfig:
 
     # Set by presets
     arms: int = opt(32, allowed="[1, inf)")  # simulated at once
-    minibatch: int = opt(256, allowed="[1, inf)")  # decisions per gradient step, over all processes
     critic_warmup: int = opt(2, allowed="[0, inf)")  # iterations in which only the value model learns
     critic_lr: float = opt(5e-4, allowed="(0, 1]")  # AdamW learning rate of the value model
     gamma: float = opt(0.9, allowed="[0, 1]")  # discount per decision

@@ -109,7 +109,7 @@ GROUP_OF = {name: group for group, tasks in GROUPS.items() for name in tasks}
 
 ENV = "benchmarks.metaworld:MT50"
 LIMIT = 500  # control steps: SawyerXYZEnv.max_path_length, which LeRobot uses, too
-SHORT_LIMIT = 160  # control steps: a second, harder count of the same episodes
+SHORT_LIMIT = 160  # a second, harder count of the same episodes; the scripted policies take 77 on average
 CAMERA = "corner2"
 CAMERA_XYZ = (0.75, 0.075, 0.7)  # metres; nearer than the benchmark's own, as in LeRobot and arXiv:2206.14244
 CAMERA_FOVY = 36  # degrees; with its own 60, hand and things lie in the middle quarter of the picture
@@ -140,6 +140,9 @@ def import_metaworld() -> Any:
 # The environment
 
 
+PARKED: list[tuple[str, Any, Any]] = []  # built tasks that no arm plays: name, environment, renderer
+
+
 class MT50:
     """The fifty tasks as one environment of the project's contract (docs/environments.md).
 
@@ -152,7 +155,9 @@ class MT50:
     cameras = (CAMERA, HAND_CAMERA)
     motors = ("step_x", "step_y", "step_z", "close")
     state = ("hand_x", "hand_y", "hand_z", "opening")
-    families = dict.fromkeys(GROUPS, LIMIT)
+    limit = LIMIT
+    families = dict.fromkeys(GROUPS, limit)
+    parked = 0  # built tasks that a process keeps for its arms; each takes 110 MB
     fps = 80  # control steps a second: 5 physics steps of 2.5 ms
 
     def __init__(self, px: int = 96):
@@ -162,9 +167,29 @@ class MT50:
         self.env: Any = None
         self.renderer: Any = None
 
+    def _take(self, name: str) -> None:
+        """Change to a task: one that another arm has left behind, or one built anew."""
+        self._leave()
+        for built in PARKED:
+            if built[0] == name:
+                PARKED.remove(built)
+                self.name, self.env, self.renderer = built
+                return
+        self._build(name)
+
+    def _leave(self) -> None:
+        """Leave the task that is built to other arms of this process, as far as there is room."""
+        if self.env is None:
+            return
+        PARKED.append((self.name, self.env, self.renderer))
+        self.env = None
+        while len(PARKED) > self.parked:
+            _, env, renderer = PARKED.pop(0)  # the oldest
+            renderer.close()
+            env.close()
+
     def _build(self, name: str) -> None:
         """Make the benchmark's environment of a task, and what draws it."""
-        self.close()
         cls = self.metaworld.env_dict.ALL_V3_ENVIRONMENTS[name]
         env = cls()
         # set_task() makes the target's position observable, which the scripted policies need.
@@ -195,7 +220,7 @@ class MT50:
             raise UserError(f"MT50 has no task {family!r}; it has {', '.join([*GROUPS, *INSTRUCTIONS])}")
         # Seeds of one task use the same model.
         if name != self.name:
-            self._build(name)
+            self._take(name)
         self.env.seed(seed)
         self.raw, _ = self.env.reset()  # (39,): what the scripted policies see
         # The benchmark moves targets and furniture in the model after it has computed where things are. Until
@@ -256,9 +281,9 @@ class MT50:
         for action in actions:
             self.advance(action)
             # What follows success is not executed, and a policy sees no picture of it.
-            if self.success or self.steps == LIMIT:
+            if self.success or self.steps == self.limit:
                 break
-        out_of_time = self.steps == LIMIT and not self.success
+        out_of_time = self.steps == self.limit and not self.success
         info = self._info(self.steps - before)
         return self.observe(), float(self.success), self.success, out_of_time, info
 
@@ -273,6 +298,16 @@ class MT50:
             self.env.close()
         self.env = None
         self.name = ""
+
+
+class Practice(MT50):
+    """MT50 for rl.py. Failures end sooner, as they mostly stand still; and tasks are kept, as arms change
+    theirs after every episode and building one takes as long as playing it.
+    """
+
+    limit = SHORT_LIMIT
+    families = dict.fromkeys(GROUPS, limit)
+    parked = 24
 
 
 # -----------------------------------------------------------------------------------------------------------

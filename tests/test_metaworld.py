@@ -1,18 +1,21 @@
-"""Tests of benchmarks/metaworld.py. Those that simulate are skipped where metaworld is not installed."""
+"""Tests of benchmarks/metaworld.py and mini_vla.py. What simulates is skipped without metaworld."""
 
 import importlib
 import importlib.util
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 from common import UserError
 from evaluate import Episode, environment_class, make_env, wilson
 from sim_env import SEEDS, mujoco
 
 bench = importlib.import_module("benchmarks.metaworld")
+mini_vla = importlib.import_module("benchmarks.mini_vla")
 shared = importlib.import_module("benchmarks.shared")
 there = importlib.util.find_spec("metaworld") is not None
 simulates = pytest.mark.skipif(not there, reason="metaworld is not installed")
@@ -133,9 +136,12 @@ def test_every_fourth_seed_of_a_group_meets_all_its_tasks(env):
 
 
 @simulates
-def test_the_contract_and_an_episode_that_runs_out_of_time():
-    assert environment_class(bench.ENV).families["easy"] == bench.LIMIT
-    env = make_env(bench.ENV, px=32)
+@pytest.mark.parametrize(
+    ("spec", "limit"), [(bench.ENV, bench.LIMIT), ("benchmarks.metaworld:Practice", bench.SHORT_LIMIT)]
+)
+def test_the_contract_and_an_episode_that_runs_out_of_time(spec, limit):
+    assert environment_class(spec).families["easy"] == limit
+    env = make_env(spec, px=32)
     obs, _ = env.reset(seed=0, options={"family": "push-v3"})
     pictures = list(obs["images"].values())
     assert list(obs["images"]) == ["corner2", "gripperPOV"] and not np.array_equal(*pictures)
@@ -145,8 +151,8 @@ def test_the_contract_and_an_episode_that_runs_out_of_time():
     while not ends or not any(ends[-1]):
         _, reward, terminated, truncated, info = env.step_chunk(np.zeros((60, 4)))
         ends.append((terminated, truncated))
-    assert ends[-1] == (False, True) and info["steps"] == bench.LIMIT and reward == 0
-    assert info["executed"] == bench.LIMIT % 60
+    assert ends[-1] == (False, True) and info["steps"] == limit and reward == 0
+    assert info["executed"] == limit % 60
     env.close()
 
 
@@ -202,3 +208,69 @@ def test_a_data_set_goes_on_after_a_kill(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(words)
     assert "already holds" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------------------------------------
+# mini-VLA, benchmarks/mini_vla.py
+
+THEIR_MODEL = """
+import torch
+
+class VLADiffusionPolicy(torch.nn.Module):
+    def __init__(self, vocab_size, state_dim, action_dim, d_model, diffusion_T):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+    def act(self, image, text, state):
+        assert image.shape[1] == 3 and 0 <= image.min() and 0 < image.max() <= 1
+        assert text.tolist() == [[2, 3, 4, 5, 6, 3, 7]] * len(text)  # "the" has one number
+        return self.gain * torch.cat((state[:, :3], image.mean((1, 2, 3))[:, None]), dim=1)
+"""
+
+
+def test_what_mini_vla_cannot_use_is_refused(tmp_path):
+    with pytest.raises(UserError, match="git clone"):
+        mini_vla.Policy(str(tmp_path), "model.pt")
+
+
+def test_mini_vla_is_fed_with_its_own_units(tmp_path, monkeypatch):
+    """A stand-in of its interface: pictures in [0, 1], words by its vocabulary, the action as it comes."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "vla_diffusion_policy.py").write_text(THEIR_MODEL)
+    words = ["<pad>", "<unk>", "push", "the", "puck", "forward", "to", "target"]
+    saved = {"vocab": {word: i for i, word in enumerate(words)}, "model_state_dict": {"gain": torch.ones(1)}}
+    saved |= {"state_dim": 39, "action_dim": 4, "d_model": 8, "diffusion_T": 4}
+    torch.save(saved, tmp_path / "model.pt")
+    policy = mini_vla.Policy(str(tmp_path), str(tmp_path / "model.pt"))
+    obs = {
+        "images": np.full((2, 1, 8, 8, 3), 51, np.uint8),
+        "state": np.arange(78, dtype=np.float32).reshape(2, 39),
+        "task": [bench.INSTRUCTIONS["push-v3"]] * 2,
+    }
+    with torch.no_grad():
+        actions, _ = policy.decide(obs)
+    assert actions.tolist() == [[[0, 1, 2, pytest.approx(0.2)]], [[39, 40, 41, pytest.approx(0.2)]]]
+
+
+@simulates
+def test_mini_vla_gets_the_demonstrations_that_we_have(tmp_path, capsys):
+    data, out = tmp_path / "push", tmp_path / "push.npz"
+    bench.main(
+        [
+            "--tasks=push-v3",
+            "--demos=2",
+            "--image_size=16",
+            "--reasoning=places",
+            "--workers=1",
+            f"--out={data}",
+        ]
+    )
+    mini_vla.main([f"--data={data}", f"--out={out}"])
+    given = np.load(out, allow_pickle=True)
+    assert np.array_equal(given["images"], np.load(data / "corner2.npy"))
+    assert np.array_equal(given["actions"], np.load(data / "action.npy"))
+    assert np.array_equal(given["states"][:, :4], np.load(data / "state.npy"))
+    assert given["states"].shape[1] == 39 and given["states"][:, 36:].any(), "the target is hidden"
+    words = {number: word for word, number in given["vocab"].item().items()}
+    assert " ".join(words[i] for i in given["text_ids"][-1]) == bench.INSTRUCTIONS["push-v3"]

@@ -140,7 +140,8 @@ def import_metaworld() -> Any:
 # The environment
 
 
-PARKED: list[tuple[str, Any, Any]] = []  # built tasks that no arm plays: name, environment, renderer
+# Built tasks that no arm of this process plays: (name, pixels), environment, renderer
+PARKED: list[tuple[tuple[str, int], Any, Any]] = []
 
 
 class MT50:
@@ -171,9 +172,10 @@ class MT50:
         """Change to a task: one that another arm has left behind, or one built anew."""
         self._leave()
         for built in PARKED:
-            if built[0] == name:
+            if built[0] == (name, self.px):
                 PARKED.remove(built)
-                self.name, self.env, self.renderer = built
+                _, self.env, self.renderer = built
+                self.name = name
                 return
         self._build(name)
 
@@ -181,8 +183,9 @@ class MT50:
         """Leave the task that is built to other arms of this process, as far as there is room."""
         if self.env is None:
             return
-        PARKED.append((self.name, self.env, self.renderer))
+        PARKED.append(((self.name, self.px), self.env, self.renderer))
         self.env = None
+        self.name = ""
         while len(PARKED) > self.parked:
             _, env, renderer = PARKED.pop(0)  # the oldest
             renderer.close()

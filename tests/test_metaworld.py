@@ -113,6 +113,22 @@ def test_seeds_choose_scenes_and_repeat_them(env):
 
 
 @simulates
+def test_a_task_that_another_arm_has_left_is_as_new(env):
+    first, second, small = bench.Practice(px=32), bench.Practice(px=32), bench.Practice(px=16)
+    first.reset(seed=1, options={"family": "push-v3"})
+    first.step_chunk(np.ones((20, 4)))
+    first.reset(seed=1, options={"family": "reach-v3"})  # leaves push-v3
+    small.reset(seed=5, options={"family": "push-v3"})  # of another size: it builds its own
+    obs, _ = second.reset(seed=5, options={"family": "push-v3"})
+    fresh, _ = env.reset(seed=5, options={"family": "push-v3"})
+    assert not bench.PARKED
+    assert np.array_equal(obs["images"]["corner2"], fresh["images"]["corner2"])
+    assert np.array_equal(second.raw, env.raw)
+    for arm in (first, second, small):
+        arm.close()
+
+
+@simulates
 def test_the_first_picture_shows_the_scene_of_now(env):
     """The benchmark moves its marker in reset() without computing where things are; MT50 does."""
     obs, _ = env.reset(seed=1, options={"family": "reach-v3"})

@@ -8,12 +8,13 @@
 
 Model, loss and training loop are mini-VLA's (Keivalya Pandya, MIT). Its policy sees all 39 numbers of the
 benchmark's state, with the puck's true place and the target's; ours sees the hand alone. docs/benchmarks.md
-has what came out.
+says what else differs.
 
 Read it in this order: WholeState, export, Policy, evaluate_run.
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,16 +83,17 @@ def export(cfg: MiniVLAConfig) -> None:
     if names != {TASK}:
         raise UserError(f"{cfg.data} must hold {TASK} alone: python -m benchmarks.metaworld --tasks={TASK}")
     env = WholeState(px=meta["image_size"])
-    pieces = []
+    pieces = defaultdict(list)
     for episode in meta["episodes"]:
         arrays, again = demonstrate(env, TASK, episode["seed"])
         if again["length"] != episode["length"]:
             raise UserError(f"seed {episode['seed']} of {cfg.data} does not repeat; make the data set anew")
-        pieces.append(arrays)
+        for key, array in arrays.items():
+            pieces[key].append(array)
     env.close()
-    images, states, actions = (
-        np.concatenate([arrays[key] for arrays in pieces]) for key in (CAMERA, "state", "action")
-    )  # (N, px, px, 3), (N, 39), (N, 4)
+    images = np.concatenate(pieces[CAMERA])  # (N, px, px, 3)
+    states = np.concatenate(pieces["state"])  # (N, 39)
+    actions = np.concatenate(pieces["action"])  # (N, 4)
     # One instruction: its words in order, behind the two that mini-VLA's tokenizer begins with.
     words = meta["episodes"][0]["task"].split()
     vocab = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "<unk>", *words]))}
@@ -101,7 +103,7 @@ def export(cfg: MiniVLAConfig) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as temporary, open(temporary, "wb") as file:
         np.savez(file, images=images, states=states, actions=actions, text_ids=text_ids, vocab=vocab)
-    print(f"{out}: {len(images)} frames of {len(pieces)} episodes")
+    print(f"{out}: {len(images)} frames of {len(meta['episodes'])} episodes")
 
 
 class Policy:

@@ -21,7 +21,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -496,15 +496,17 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
     """
     views = camera_indices(policy, env)
     seeds = itertools.count()  # every call draws other noise, and every evaluation the same
+    first = deque(maxlen=16)  # what it wrote at the first looks of earlier episodes
 
     def decide(obs: dict) -> tuple[np.ndarray, list[str]]:
         images = obs["images"][:, views]  # (n, V, px, px, 3)
         texts = {}
         if teacher:
             texts["reasoning"] = obs["teacher_reasoning"]
-        else:  # most of what it wrote at the look before will hold again
-            texts["guess"] = [(episode.extras or [""])[-1] for episode in obs["episode"]]
+        else:  # most of what it wrote at the look before will hold again, and the phrases of other episodes
+            texts["guess"] = [[*first, *episode.extras[-1:]] for episode in obs["episode"]]
         chunk, said = policy.act(images, obs["state"], obs["task"], seed=next(seeds), **texts)
+        first.extend(text for text, episode in zip(said, obs["episode"]) if not episode.extras)
         return chunk[:, : policy.cfg.n_action_steps], said
 
     return decide

@@ -922,15 +922,17 @@ class VLM(nn.Module):
         -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
         or None. limit 0 writes nothing: the queries follow the prompt.
 
-        drafts: B guesses at what will be written. A pass reads a whole guess, and of its words those count
-        that would have been written: the same words in fewer passes (speculative decoding, Leviathan et al.
-        2023, arXiv 2211.17192).
+        drafts: for every row texts such as may be written, one list with `stop` before and behind each. A
+        pass also reads what follows the last two words there, and of it those words count that would have
+        been written: the same words in fewer passes (speculative decoding, Leviathan et al. 2023, arXiv
+        2211.17192, with texts as the draft: He et al. 2023, arXiv 2311.08252).
         """
         texts = TextCache(self, visual, prompts)
         words = texts.words  # every row's next word
         written = [[] for _ in prompts]
+        at = [1] * len(prompts)  # where every row's draft goes on
         while True:
-            # A pass reads the next word of every row, and what a draft has behind it.
+            # A pass reads the next word of every row, and what its draft has behind it.
             blocks = []
             for row, word in enumerate(words):
                 n = len(written[row])
@@ -938,7 +940,10 @@ class VLM(nn.Module):
                     word = stop
                 block = [word]
                 if drafts and word != stop:
-                    block += drafts[row][n + 1 : limit - 1]
+                    last = written[row][-1] if n else stop
+                    at[row] = behind([last, word], drafts[row], at[row])
+                    rest = before(stop, drafts[row][at[row] :])
+                    block += [*rest, stop][: limit - 2 - n]
                 if n == limit or stop in written[row]:
                     block = []
                 blocks.append(block)
@@ -948,6 +953,7 @@ class VLM(nn.Module):
             for row, block in enumerate(blocks):
                 blocks[row] = confirmed(block, said[row], stop)
                 written[row] += blocks[row]
+                at[row] += len(blocks[row]) - 1
                 words[row] = said[row][len(blocks[row]) - 1]
             texts.keep(blocks)
         query_states = None
@@ -1046,6 +1052,14 @@ def confirmed(block: list[int], said: list[int], stop: int) -> list[int]:
             break
         kept.append(word)
     return kept
+
+
+def behind(pair: list[int], draft: list[int], at: int) -> int:
+    """Where a draft goes on: behind the last place with these two words; without one, `at` and a word on."""
+    for i in range(len(draft), 1, -1):
+        if draft[i - 2 : i] == pair:
+            return i
+    return at + 1
 
 
 def before(end: int, ids: list[int]) -> list[int]:
@@ -1244,11 +1258,12 @@ def shapes(tensors: dict[str, Tensor], part: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(part)}
 
 
-def check_texts(what: str, texts: Any, rows: int) -> None:
-    """UserError unless there is a list with a string for every row."""
-    is_list = isinstance(texts, (list, tuple)) and len(texts) == rows
-    if not is_list or {type(text) for text in texts} - {str}:
-        raise UserError(f"{what} must be a list of {rows} strings, one for each row; got {texts!r}"[:300])
+def check_rows(what: str, items: Any, rows: int, kind: type = str) -> None:
+    """UserError unless there is a list with one of a kind, a string or a list, for every row."""
+    is_list = isinstance(items, (list, tuple)) and len(items) == rows
+    if not is_list or {type(item) for item in items} - {kind}:
+        name = {str: "strings", list: "lists of strings"}[kind]
+        raise UserError(f"{what} must be a list of {rows} {name}, one for each row; got {items!r}"[:300])
 
 
 def check_whole(what: str, x: Any, least: int) -> None:
@@ -1570,12 +1585,12 @@ class SyVLA(nn.Module):
         images: Tensor,
         tasks: list[str],
         given: list[str] | None = None,
-        guess: list[str] | None = None,
+        guess: list[list[str]] | None = None,
     ) -> tuple[list[str], Tensor]:
         """images (B, V, px, px, 3) uint8, B tasks -> B reasoning texts, feature query states (B, Q, D).
 
-        given: B reasoning texts in place of the policy's own. guess: what the policy may write, which it then
-        writes faster.
+        given: B reasoning texts in place of the policy's own. guess: B lists of texts such as the policy may
+        write, which it then writes faster; the later in a list, the likelier.
         """
         visual = self.vlm.encode_images(images)
         mark("vision")
@@ -1588,7 +1603,10 @@ class SyVLA(nn.Module):
         end = self.tokenizer.end_reasoning
         drafts = None
         if guess is not None:
-            drafts = [self.tokenizer.reasoning_ids(text) for text in guess]
+            drafts = [[end] for _ in guess]
+            for draft, texts in zip(drafts, guess):
+                for text in texts:
+                    draft += self.tokenizer.reasoning_ids(text)
         written, query_states = self.vlm.generate(visual, prompts, end, limit, True, drafts)
         mark("reasoning")
         return given or [self.tokenizer.decode(ids) for ids in written], query_states
@@ -1601,21 +1619,24 @@ class SyVLA(nn.Module):
         task: list[str],
         seed: int = 0,
         reasoning: list[str] | None = None,
-        guess: list[str] | None = None,
+        guess: list[list[str]] | None = None,
     ) -> tuple[np.ndarray, list[str]]:
         """What to do next: B observations and tasks -> chunk (B, H, A) float32, B reasoning texts.
 
         images (B, V, px, px, 3) uint8; state (B, S) and the chunk in LeRobot units.
 
         Arrays or tensors. The same seed gives the same chunk, at temperature 0 every seed does. reasoning:
-        texts in place of the policy's own. guess: what it wrote at the look before, of which most will hold
-        again: the same words, sooner. Raises UserError for inputs of other shapes or types.
+        texts in place of the policy's own. guess: B lists of what it wrote before, last at the look before,
+        of which most will hold again: the same words, sooner. Raises UserError for inputs of other shapes or
+        types.
         """
         images, state = self.check_inputs(images, state, task)
         if reasoning is not None:
-            check_texts("reasoning", reasoning, len(images))
+            check_rows("reasoning", reasoning, len(images))
         if guess is not None:
-            check_texts("guess", guess, len(images))
+            check_rows("guess", guess, len(images), list)
+            for texts in guess:
+                check_rows("a list in guess", texts, len(texts))
         texts, query_states = self.reason(images, task, reasoning, guess)
         return self.plan(query_states, state, seed), texts
 
@@ -1656,7 +1677,7 @@ class SyVLA(nn.Module):
         """Answers to B questions about images (B, V, px, px, 3) uint8, at most `limit` tokens each."""
         # a pretrained VLM answers about any number of pictures of any size
         images = self.check_images(images, any_size=bool(self.cfg.backbone))
-        check_texts("questions", questions, len(images))
+        check_rows("questions", questions, len(images))
         check_whole("limit", limit, 1)
         visual = self.vlm.encode_images(images)
         prompts = [self.tokenizer.question(question) for question in questions]
@@ -1707,7 +1728,7 @@ class SyVLA(nn.Module):
         """What act() is given -> images and state as tensors on the model's device."""
         images = self.check_images(images)
         state = self.check_state(state, len(images))
-        check_texts("tasks", task, len(images))
+        check_rows("tasks", task, len(images))
         self.check_statistics()
         return images, state
 

@@ -46,7 +46,7 @@ import queue
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -130,6 +130,7 @@ class Runner:
         self.every = policy.cfg.n_action_steps
         self.vlm = ThreadPoolExecutor(1)
         self.arms = {}  # by the number of the episode
+        self.first = deque(maxlen=16)  # what was said at the first looks of episodes, as in policy_fn()
         self.plans = 0  # made so far: the seed of the expert's noise
 
     def __call__(self, obs: dict) -> tuple[np.ndarray, list[str]]:
@@ -165,6 +166,8 @@ class Runner:
             usable = look.batch.done() if self.delay is None else arm.now >= look.picture + self.delay
             if usable:
                 texts, query_states = look.batch.result()
+                if arm.newest is None:
+                    self.first.append(texts[look.row])
                 arm.text = texts[look.row]
                 arm.query_states = query_states[look.row]
                 arm.newest = look
@@ -180,7 +183,7 @@ class Runner:
         state = obs["state"][due]  # (n, S)
         images = obs["images"][due][:, self.views]  # (n, V, px, px, 3)
         images, _ = self.policy.check_inputs(images, state, tasks)
-        guess = [arms[i].text for i in due]
+        guess = [[*self.first, arms[i].text] for i in due]
         batch = self.vlm.submit(self.policy.reason, images, tasks, guess=guess)
         for row, i in enumerate(due):
             arm = arms[i]

@@ -365,14 +365,26 @@ def test_a_draft_changes_how_soon_words_are_written_and_not_which(make_policy, m
     lm, passes = policy.vlm.lm.forward, []
     monkeypatch.setattr(policy.vlm.lm, "forward", lambda *args: passes.append(0) or lm(*args))
     wrong = [*a[:3], 9, *a[4:]]
+    longer = [8, 8, 8, *a[1:]]  # the second pass sees where it goes on
     for stop in (3, b[2]):  # all rows at the limit, or at different times
         plain, states = policy.vlm.generate(visual, prompts, stop, 8, with_queries=True)
-        for drafts in ([a, b, c], [wrong, b, c], [[9, *a], [], [7] * 40]):
+        # a row's drafts, and whether a word has to be read alone
+        for texts, alone in (
+            ([a], 0),
+            ([wrong], 1),
+            ([longer], 2),
+            ([a, [9] * 5], 0),
+            ([a, wrong], 1),
+            ([], None),
+        ):
+            drafts = [[stop], [stop, *b, stop], [stop, *c, stop]]
+            for text in texts:
+                drafts[0] += [*text, stop]
             passes.clear()
             written, again = policy.vlm.generate(visual, prompts, stop, 8, with_queries=True, drafts=drafts)
             assert written == plain and torch.allclose(again, states, atol=1e-4)
-            if stop == 3 and b in drafts:  # prompts, words, once more behind a wrong one, the end, queries
-                assert len(passes) == 4 + (wrong in drafts)
+            if stop == 3 and alone is not None:  # prompts, words, the end, queries
+                assert len(passes) == 4 + alone, texts
 
 
 PLACES = [" cube", *(f"{axis}{i}" for axis in (" x", " y") for i in range(32))]
@@ -927,6 +939,8 @@ def test_inputs_that_do_not_fit_show_both_sides(make_policy):
         ("act", {"state": [[math.inf] * 6]}, "state must be finite"),
         ("act", {"task": [3]}, "tasks must be a list of 1 strings"),
         ("act", {"reasoning": ["a", "b"]}, "reasoning must be a list of 1 strings"),
+        ("act", {"guess": ["cube"]}, "guess must be a list of 1 lists of strings"),
+        ("act", {"guess": [[3]]}, "a list in guess must be a list of 1 strings"),
         ("act", {"seed": 1.5}, "seed must be a whole number"),
         ("answer", {"images": np.zeros((1, 2, 32, 32, 3))}, "images must be (B, 2, 32, 32, 3) uint8"),
         (

@@ -922,17 +922,16 @@ class VLM(nn.Module):
         -> B lists of at most `limit` generated ids without `stop`, query states (B, Q, D)
         or None. limit 0 writes nothing: the queries follow the prompt.
 
-        drafts: for every row texts such as may be written, one list with `stop` before and behind each. A
-        pass also reads what follows the last two words there, and of it those words count that would have
-        been written: the same words in fewer passes (speculative decoding, Leviathan et al. 2023, arXiv
-        2211.17192, with texts as the draft: He et al. 2023, arXiv 2311.08252).
+        drafts: for every row texts such as may be written, in one list with `stop` before each. A pass also
+        reads what follows there, and of it those words count that would have been written: the same words in
+        fewer passes (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192, with texts as the draft:
+        He et al. 2023, arXiv 2311.08252).
         """
         texts = TextCache(self, visual, prompts)
         words = texts.words  # every row's next word
         written = [[] for _ in prompts]
-        at = [1] * len(prompts)  # where every row's draft goes on
         while True:
-            # A pass reads the next word of every row, and what its draft has behind it.
+            # A pass reads the next word of every row, and what a draft has behind it.
             blocks = []
             for row, word in enumerate(words):
                 n = len(written[row])
@@ -940,10 +939,8 @@ class VLM(nn.Module):
                     word = stop
                 block = [word]
                 if drafts and word != stop:
-                    last = written[row][-1] if n else stop
-                    at[row] = behind([last, word], drafts[row], at[row])
-                    rest = before(stop, drafts[row][at[row] :])
-                    block += [*rest, stop][: limit - 2 - n]
+                    ahead = expected([stop, *written[row], word], drafts[row])
+                    block += [*ahead, stop][: limit - 2 - n]
                 if n == limit or stop in written[row]:
                     block = []
                 blocks.append(block)
@@ -953,7 +950,6 @@ class VLM(nn.Module):
             for row, block in enumerate(blocks):
                 blocks[row] = confirmed(block, said[row], stop)
                 written[row] += blocks[row]
-                at[row] += len(blocks[row]) - 1
                 words[row] = said[row][len(blocks[row]) - 1]
             texts.keep(blocks)
         query_states = None
@@ -1054,12 +1050,18 @@ def confirmed(block: list[int], said: list[int], stop: int) -> list[int]:
     return kept
 
 
-def behind(pair: list[int], draft: list[int], at: int) -> int:
-    """Where a draft goes on: behind the last place with these two words; without one, `at` and a word on."""
-    for i in range(len(draft), 1, -1):
-        if draft[i - 2 : i] == pair:
-            return i
-    return at + 1
+def expected(words: list[int], draft: list[int]) -> list[int]:
+    """What follows words, which begin with `stop`, in a draft of texts with `stop` before each.
+
+    It is found behind the last place with the same two words. Where there is none, the words before them are
+    looked up, and the draft goes on as many words further.
+    """
+    for end in range(len(words), 0, -1):
+        pair = words[max(0, end - 2) : end]
+        for i in range(len(draft), 0, -1):
+            if draft[max(0, i - len(pair)) : i] == pair:
+                return before(words[0], draft[i + len(words) - end :])
+    return []
 
 
 def before(end: int, ids: list[int]) -> list[int]:
@@ -1603,10 +1605,10 @@ class SyVLA(nn.Module):
         end = self.tokenizer.end_reasoning
         drafts = None
         if guess is not None:
-            drafts = [[end] for _ in guess]
+            drafts = [[] for _ in guess]
             for draft, texts in zip(drafts, guess):
                 for text in texts:
-                    draft += self.tokenizer.reasoning_ids(text)
+                    draft += [end, *self.tokenizer.encode(text)]
         written, query_states = self.vlm.generate(visual, prompts, end, limit, True, drafts)
         mark("reasoning")
         return given or [self.tokenizer.decode(ids) for ids in written], query_states

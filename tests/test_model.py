@@ -29,6 +29,7 @@ from model import (
     Visual,
     attend,
     checkpoint_folder,
+    expected,
     load_policy,
     mean_place,
     pixel_shuffle,
@@ -368,23 +369,33 @@ def test_a_draft_changes_how_soon_words_are_written_and_not_which(make_policy, m
     longer = [8, 8, 8, *a[1:]]  # the second pass sees where it goes on
     for stop in (3, b[2]):  # all rows at the limit, or at different times
         plain, states = policy.vlm.generate(visual, prompts, stop, 8, with_queries=True)
-        # a row's drafts, and whether a word has to be read alone
-        for texts, alone in (
-            ([a], 0),
-            ([wrong], 1),
-            ([longer], 2),
-            ([a, [9] * 5], 0),
-            ([a, wrong], 1),
-            ([], None),
-        ):
-            drafts = [[stop], [stop, *b, stop], [stop, *c, stop]]
-            for text in texts:
-                drafts[0] += [*text, stop]
+        # a row's draft, and how many words have to be read alone
+        for draft, alone in ((a, 0), (wrong, 1), (longer, 2), ([*a, stop, 9, 9], 0), ([7] * 40, None)):
+            drafts = [[stop, *draft], [stop, *b], [stop, *c]]
             passes.clear()
             written, again = policy.vlm.generate(visual, prompts, stop, 8, with_queries=True, drafts=drafts)
             assert written == plain and torch.allclose(again, states, atol=1e-4)
             if stop == 3 and alone is not None:  # prompts, words, the end, queries
-                assert len(passes) == 4 + alone, texts
+                assert len(passes) == 4 + alone
+        assert policy.vlm.generate(visual, prompts, stop, 8, drafts=[[], [], []])[0] == plain
+
+
+@pytest.mark.parametrize(
+    "words, draft, ahead",
+    [
+        ([0, 5, 6], [0, 5, 6, 7, 8], [7, 8]),
+        ([0, 5, 9], [0, 5, 6, 7, 8], [7, 8]),  # another word at the same place
+        ([0, 5, 9, 9], [0, 5, 6, 7, 8], [8]),
+        ([0, 9], [0, 5, 6], [6]),
+        ([0, 9, 9, 9, 6, 7], [0, 5, 6, 7, 8], [8]),  # more words before it
+        ([0, 6], [0, 6, 7, 0, 6, 8, 0, 5], [8]),  # the last text that begins so, up to its end
+        ([0, 9], [0, 6, 7, 0, 6, 8, 0, 5, 4], [4]),  # like the last text
+        ([0, 9, 9, 9], [0, 5], []),
+        ([0, 5], [], []),
+    ],
+)
+def test_a_draft_goes_on_where_its_last_two_words_were(words, draft, ahead):
+    assert expected(words, draft) == ahead
 
 
 PLACES = [" cube", *(f"{axis}{i}" for axis in (" x", " y") for i in range(32))]

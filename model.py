@@ -1059,7 +1059,7 @@ def expected(words: list[int], draft: list[int]) -> list[int]:
     for end in range(len(words), 0, -1):
         pair = words[max(0, end - 2) : end]
         for i in range(len(draft), 0, -1):
-            if draft[max(0, i - len(pair)) : i] == pair:
+            if draft[i - 1] == pair[-1] and draft[i - len(pair) : i] == pair:
                 return before(words[0], draft[i + len(words) - end :])
     return []
 

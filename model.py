@@ -1051,10 +1051,10 @@ def confirmed(block: list[int], said: list[int], stop: int) -> list[int]:
 
 
 def expected(words: list[int], draft: list[int]) -> list[int]:
-    """What follows words, which begin with `stop`, in a draft of texts with `stop` before each.
+    """What a draft, texts with `stop` before each, has behind words that begin with `stop`, up to the next.
 
-    It is found behind the last place with the same two words. Where there is none, the words before them are
-    looked up, and the draft goes on as many words further.
+    The last place with the same last two words counts. A draft with "at t8" lacks "at t3": then the two words
+    before the last are looked up, and one word of the draft is passed over; and so on.
     """
     for end in range(len(words), 0, -1):
         pair = words[max(0, end - 2) : end]

@@ -478,12 +478,11 @@ class Questions:
         rng: np.random.Generator,
         n: int,
         room: int,
-        kinds: tuple[str, ...] | None = None,
         rows: slice = slice(None),
     ) -> dict[str, Tensor]:
         """n random pictures, each with as many random questions as fit into `room` tokens.
 
-        kinds: of question, None for all. Only `rows` of the batch are built.
+        Only `rows` of the batch are built.
         """
         picks = self.scenes[rng.integers(len(self.scenes), size=n)[rows]]  # (B,)
         # A picture has few questions or many: a seed of its own keeps all later draws where they are.
@@ -491,8 +490,6 @@ class Questions:
         packed = []
         for scene, seed in zip(picks, seeds):
             pool = self.questions[scene]
-            if kinds is not None:
-                pool = [item for item in pool if item[0] in kinds]
             order = np.random.default_rng(seed).permutation(len(pool))
             shuffled = [pool[i] for i in order]
             packed.append(fill_row(tokenizer, shuffled, room))

@@ -547,10 +547,11 @@ class Pointer(nn.Module):
     """Tells words where in the first picture that lies which they name, and says where it lies on a scale.
 
     The last words make a query, attention over the patches finds the thing by its looks, and the mean place
-    that it weighs (spatial softmax, Levine et al. 2016, arXiv 1504.00702) joins the word's embedding. Of
-    words on a scale, as t0 .. t11, the language model says only that one is due: which one is read off the
-    place, beside those of a few learnt landmarks, because the camera is never quite where it was. The place
-    of the last thing whose place is said also joins the feature query states: there the hand has to go.
+    that it weighs (spatial softmax, Levine et al. 2016, arXiv 1504.00702) joins the word's embedding. So does
+    the mean look: a cube on its pad looks other than a cube beside it. Of words on a scale, as t0 .. t11, the
+    language model says only that one is due: which one is read off the place, beside those of a few learnt
+    landmarks, because the camera is never quite where it was. The place of the last thing whose place is said
+    also joins the feature query states: there the hand has to go.
 
     As neither words nor looks know of places, a thing is found where training never showed one. A language
     model would have to learn every place by itself.
@@ -573,7 +574,7 @@ class Pointer(nn.Module):
         # waves two pictures long, one, a half and a quarter
         frequency = math.pi / 2 * 2.0 ** torch.arange(4)
         self.register_buffer("frequency", frequency, persistent=False)
-        self.out = nn.Linear(2 * 2 * len(frequency), cfg.width)
+        self.out = nn.Linear(2 * 2 * len(frequency) + POINT_WIDTH, cfg.width)
 
         # one number for each scale, in words from its middle
         n_scales = max(1, len(tokenizer.scales))  # a layer has at least one output
@@ -617,13 +618,18 @@ class Pointer(nn.Module):
         words = self.words(recent).flatten(-2)  # (..., n, POINT_WORDS * POINT_WIDTH)
         return self.query(words) @ looks.mT
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """Words' scores (B, n, m) -> what joins their embeddings: the mean place, as waves (B, n, D)."""
+    def forward(self, scores: Tensor, looks: Tensor) -> Tensor:
+        """Words' scores (B, n, m), looks (B, m, POINT_WIDTH) -> what joins their embeddings (B, n, D).
+
+        It is made of the mean place, as waves, and of the mean look.
+        """
         place = mean_place(scores, self.grid)  # (B, n, 2)
         angle = place[..., None] * self.frequency  # (B, n, 2, 4)
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1)  # (B, n, 2, 8)
         waves = waves.flatten(2)  # (B, n, 16)
-        return self.out(waves.to(self.out.weight.dtype))
+        look = scores.softmax(-1) @ looks  # (B, n, POINT_WIDTH)
+        found = torch.cat((waves.to(look.dtype), look), dim=-1)  # (B, n, 16 + POINT_WIDTH)
+        return self.out(found)
 
     def read(self, logits: Tensor, scores: Tensor, landmarks: Tensor) -> Tensor:
         """Logits (k, vocab) whose words on a scale are as likely as they are near to the number read off.
@@ -795,7 +801,7 @@ class VLM(nn.Module):
         if self.pointer is None:
             return x, x[..., :0]
         scores = self.pointer.scores(recent, visual.looks)  # (B, n, m)
-        return x + self.pointer(scores), scores
+        return x + self.pointer(scores, visual.looks), scores
 
     def logits(self, hidden: Tensor, scores: Tensor, visual: Visual, rows: Tensor) -> Tensor:
         """Hidden states (k, D), scores (k, m), their rows of the pictures (k,) -> logits (k, vocab)."""

@@ -314,13 +314,7 @@ def scene_questions(
         question = phrase(rng, f"which pad is {pad['colour']}", f"{pad['colour']} pad")
         yield "pad", question, f"pad {pad['number']}"
 
-    # Naming things by place needs no binding of words to colours. It is learnt first, the rest builds on it.
     yield "describe pads", "describe the pads", " ".join(pad["colour"] for pad in pads)
-    seen = dict.fromkeys((f"t{i}" for i in range(12)), "none")  # direction -> colour
-    for cube in sorted(cubes, key=by_distance, reverse=True):
-        seen[cube["t"]] = cube["colour"]  # the nearest cube of a direction hides the others
-    yield "describe cubes", "describe the cubes", " ".join(seen.values())
-
     pad = pads[rng.integers(len(pads))]
     yield "pad colour", f"what colour is pad {pad['number']}", pad["colour"]
     yield "count", "how many cubes are there", str(len(cubes))
@@ -331,10 +325,6 @@ def scene_questions(
     # The rightmost of those to the left is the next one.
     neighbour = max(left, default=(0, "none"))[1]
     yield "left of", f"what colour is the cube left of the {one['colour']} cube", neighbour
-    # What has been done already.
-    on = {cube["pad"]: f"{cube['colour']} cube" for cube in cubes}
-    for number in rng.permutation([pad["number"] for pad in pads])[:2]:
-        yield "on pad", f"what is on pad {number}", on.get(number, "none")
     in_hand = [cube["colour"] for cube in cubes if cube["held"]]
     yield "in hand", "what is in the hand", f"{in_hand[0]} cube" if in_hand else "none"
     yield from sums_and_names(rng, split)

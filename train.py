@@ -170,33 +170,6 @@ class TrainConfig(Config):
 # One step: which samples, which loss, which update
 
 
-# Grounding goes from easy to hard. To name what lies where, a model only has to look at fixed places: the
-# pads' colours are learnt in a hundred steps. Then places can be found by colour, first the pads' and then
-# the smaller cubes', and only then can instructions be read. All at once takes far longer, and cubes before
-# pads keeps the pads from being found by colour at all. Pointing disturbs none of it: the pointer's attention
-# is taught from the first step on. Each lesson starts at a share of grounding; None: every kind of question.
-CURRICULUM = (
-    # naming what lies at a place
-    (0.0, ("point", "describe pads")),
-    # finding a large thing by its colour
-    (0.06, ("point", "describe pads", "pad", "pad colour")),
-    # naming and finding small things
-    (0.2, ("point", "describe pads", "pad", "pad colour", "describe cubes")),
-    (0.4, ("point", "pad", "describe cubes", "where")),
-    # instructions, counting, comparing
-    (0.75, None),
-)
-
-
-def curriculum(step: int, cfg: TrainConfig) -> tuple[str, ...] | None:
-    """The kinds of question that a training step may ask, None for all; after grounding all of them."""
-    allowed = None
-    for start, kinds in CURRICULUM:
-        if step >= start * cfg.ground_steps:
-            allowed = kinds
-    return allowed
-
-
 @dataclass
 class Run:
     """What a training consists of."""
@@ -263,8 +236,7 @@ def batches(run: Run, step: int) -> list[Micro]:
         if n_questions:
             # not from the state of a generator: a resumed run draws the same
             rng = np.random.default_rng([cfg.seed, step, 0])
-            kinds = curriculum(step, cfg)
-            batch = run.questions.batch(tokenizer, rng, n_questions, cfg.question_tokens, kinds, rows)
+            batch = run.questions.batch(tokenizer, rng, n_questions, cfg.question_tokens, rows)
             weighted.append((n_questions, batch))
         if n_actions:
             rng = np.random.default_rng([cfg.seed, step, 1])

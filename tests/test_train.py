@@ -674,23 +674,3 @@ def test_held_out_pictures_are_not_training_pictures(data):
     a, b = Questions(data / "questions", cfg), Questions(data / "questions_val", cfg)
     assert not {x.tobytes() for x in a.images[0]} & {x.tobytes() for x in b.images[0]}
     assert len(Episodes(data, cfg)) > 0
-
-
-def test_the_curriculum_goes_from_easy_to_hard():
-    cfg = train.TrainConfig(ground_steps=100)
-    kinds = [train.curriculum(step, cfg) for step in range(100)]
-    assert kinds[0] == ("point", "describe pads")  # naming by place comes before finding by colour
-
-    def first(kind):
-        return next(i for i, k in enumerate(kinds) if k is None or kind in k)
-
-    assert (
-        first("describe pads")
-        < first("pad")
-        < first("describe cubes")
-        < first("where")
-        < first("instruction")
-    )
-    assert (
-        train.curriculum(100, cfg) is None and train.curriculum(0, train.TrainConfig(ground_steps=0)) is None
-    )  # actions: every kind

@@ -1753,7 +1753,10 @@ class SyVLA(nn.Module):
         here = shapes(self.state_dict(), part)
         for name, _ in sorted(there.items() ^ here.items()):  # the first one will do
             sizes = f"{there.get(name, 'missing')} there, {here.get(name, 'unknown')} here"
-            raise UserError(f"{path} does not fit its config.json: {name} is {sizes}")
+            raise UserError(
+                f"{path} does not fit its config.json: {name} is {sizes}. If another version of this code "
+                "made it, run it with that version or train anew"
+            )
         for name in there:
             tensor = weights[name]
             if not tensor.is_floating_point():

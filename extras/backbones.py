@@ -360,7 +360,7 @@ SMOLVLM_NAMES = {
     r"[qkv]_proj\.": "in_proj_",
     r"(lm.*)self_attn\.in_proj_": r"\1qkv.",
     r"self_attn\.o_proj": "proj",
-    r"mlp\.(gate|up)_proj": "gate_up",
+    r"mlp\.(gate|up)_proj": r"\1",
     r"mlp\.down_proj": "down",
 }
 
@@ -371,7 +371,7 @@ def read_smolvlm(folder: Path) -> dict[str, Tensor]:
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
     stacks = defaultdict(list)
-    # in the order in which they are stacked: q, k, v and gate, up
+    # in the order in which they are stacked: q, k, v
     for theirs in sorted(tensors, key=lambda name: name.replace("q_proj", "a_proj")):
         ours = theirs
         for pattern, replacement in SMOLVLM_NAMES.items():
@@ -538,8 +538,8 @@ def add_lora(vlm: PretrainedVLM, rank: int) -> None:
     peft = require("peft")
     for parameter in vlm.parts()["language"]:
         parameter.requires_grad_(False)
-    # theirs are called q_proj, up_proj and the like, ours by four names
-    targets = r".*(proj|qkv|gate_up|down)"
+    # theirs are called q_proj, up_proj and the like, ours by five names
+    targets = r".*(proj|qkv|gate|up|down)"
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     peft.inject_adapter_in_model(config, getattr(vlm.lm, "text", vlm.lm))
 

@@ -381,12 +381,12 @@ def compare_gradients(vlm, theirs):
     text = "model.text_model."
     tower = "model.vision_model."
     attention = [f"layers.0.self_attn.{part}_proj" for part in "qkv"]
-    gate_up = [f"{text}layers.1.mlp.{part}_proj.weight" for part in ("gate", "up")]
     lm, vision = vlm.lm, vlm.vision
     for ours, names in (
         (lm.embed.weight, [text + "embed_tokens.weight"]),
         (lm.blocks[0].qkv.weight, [f"{text}{part}.weight" for part in attention]),
-        (lm.blocks[1].gate_up.weight, gate_up),
+        (lm.blocks[1].gate.weight, [text + "layers.1.mlp.gate_proj.weight"]),
+        (lm.blocks[1].up.weight, [text + "layers.1.mlp.up_proj.weight"]),
         (lm.blocks[0].norm2.weight, [text + "layers.0.post_attention_layernorm.weight"]),
         (vision.connector.weight, ["model.connector.modality_projection.proj.weight"]),
         (vision.blocks[0].self_attn.in_proj_bias, [f"{tower}encoder.{part}.bias" for part in attention]),

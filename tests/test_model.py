@@ -38,6 +38,7 @@ from model import (
     rope,
     rotation,
     save_policy,
+    unit_scale,
 )
 from sim_env import SO100Env
 
@@ -234,9 +235,20 @@ def test_language_block_against_plain_loops(qk_norm):
                 w * heads[j, nh + nkv + group] for w, j in zip(weights, seen)
             )
     y = x[0] + mixed @ block.proj.weight.T
-    gate, up = ((rms(y) * block.norm2.weight) @ block.gate_up.weight.T).split(cfg.mlp_width, dim=-1)
+    gate, up = (rms(y) * block.norm2.weight @ w.weight.T for w in (block.gate, block.up))
     expected = y + (gate / (1 + (-gate).exp()) * up) @ block.down.weight.T
     assert torch.allclose(got, expected, atol=1e-10)
+
+
+def test_rms_normalisation_and_its_gradient_are_those_of_torch():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    torch.autograd.gradcheck(lambda x: unit_scale(x, 1e-2), x)
+    y = unit_scale(x, 1e-2)
+    assert torch.allclose(y, F.rms_norm(x, (8,), eps=1e-2), rtol=1e-12)
+    rounded = unit_scale(x.bfloat16(), 1e-2)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded.double(), y, atol=0.02)
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -1,27 +1,33 @@
-"""NS-VLA's plan and pointer on a trained policy: what is done is remembered, not read anew at every look.
+"""NS-VLA's parts on a trained policy: a plan with a pointer, and an expert that sees the top-K visual tokens.
 
-    python -m extras.nsvla --run=out/small --data=data/small       # trains the head, then the table
+    python -m extras.nsvla --run=out/small                                  # trains the head, then the table
+    python -m extras.nsvla --run=out/small --solver_steps=2000 --top_k=4    # and a new expert
+    python -m extras.nsvla --run=out/small --solver_steps=2000 --plan=free  # the expert's control
 
 NS-VLA (arXiv 2603.09542) writes a plan of primitives once. A classifier on features of the frozen VLM says
 which primitive a picture shows, and a pointer follows the plan: at every look it stays or advances, never
 back. Here the primitives of a leg are to fetch its cube and to carry it. The plan is what the first reasoning
 names; the policy goes on writing where things are.
 
-Read it in this order: split_reasoning, PlanPointer, learn.
+NS-VLA's solver, which makes the actions, also gets the visual tokens that are most like what the primitive
+asks for. Here a new adapter and a new expert learn on the frozen VLM, from the feature query states and from
+those tokens.
+
+Read it in this order: split_reasoning, PlanPointer, learn, Extractor, Solver.
 """
 
 import itertools
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from common import (
     UserError,
@@ -35,11 +41,13 @@ from common import (
 )
 from data import Episodes, pictures
 from evaluate import Episode, VecEnv, camera_indices, percent, run_episodes, summarise
-from model import SyVLA, Visual, checkpoint_folder, load_policy
+from model import Projection, SyVLA, Visual, checkpoint_folder, load_policy
 from sim_env import FAMILIES, SEEDS, SPLITS
+from train import TrainConfig, learning_rate, make_optimizers, to_device
 
 STATES = ("at", "in hand", "there")  # of a leg's cube: to be fetched, being carried, done
 CUBE = re.compile(rf"(?<= cube )({'|'.join(STATES)})")
+GATE_WIDTH = 0.5  # of the soft gate, in cosines
 DOUBTS = 2  # looks in a row at which the policy sees the cube elsewhere, after which the plan is made anew
 
 
@@ -56,7 +64,14 @@ class PlanConfig:
     ahead: int = opt(
         0, "so many control steps before a primitive ends it counts as ended (NS-VLA: 3)", "[0, 100]"
     )
+    plan: str = opt("pointer", "free: its own words at every look", ("pointer", "free"))
     replan: bool = opt(True, "make the plan anew where the policy sees the cube elsewhere")
+    solver_steps: int = opt(0, "steps of a new adapter and expert; 0: the policy's own", "[0, 1000000]")
+    top_k: int = opt(
+        0,
+        "visual tokens that the new expert gets beside the query states (NS-VLA: one in eight)",
+        "[0, 1024]",
+    )
     eval: int = opt(100, "episodes per family and split", "[1, 1000000]")
     families: str = opt(",".join(FAMILIES), "task families", FAMILIES, many=True)
     splits: str = opt("id", "kinds of scenes, with commas", SPLITS, many=True)
@@ -66,6 +81,8 @@ class PlanConfig:
 
     def __post_init__(self):
         check_options(self)
+        if self.top_k and not self.solver_steps:
+            raise UserError("--top_k is for a new expert: add --solver_steps=2000")
 
 
 def split_reasoning(text: str) -> list[tuple[str, int]]:
@@ -80,8 +97,10 @@ def split_reasoning(text: str) -> list[tuple[str, int]]:
 class PlanPointer:
     """A policy with a head, and what run_episodes() asks of it. Its extras are (reasoning, doubts)."""
 
-    def __init__(self, policy: SyVLA, env: str = "sim", replan: bool = True):
+    def __init__(self, policy: SyVLA, env: str = "sim", free: bool = False, replan: bool = True):
         self.policy = policy
+        self.solver = None  # a Solver in place of the policy's expert
+        self.free = free
         self.replan = replan
         self.views = camera_indices(policy, env)
         width = policy.cfg.width
@@ -137,7 +156,7 @@ class PlanPointer:
             # on the table, neither in the hand nor where it was put
             elsewhere = said and now > 0 and own[row] == 0
             doubts.append(before[row][1] + 1 if elsewhere else 0)
-            if not said or (self.replan and doubts[row] >= DOUBTS):
+            if self.free or not said or (self.replan and doubts[row] >= DOUBTS):
                 beginnings.append("")  # a plan, made freely
                 continue
             ahead = int(shown[row, now : now + 2].argmax())  # stay, or advance by one
@@ -147,7 +166,11 @@ class PlanPointer:
         written, query_states = policy.vlm.generate(visual, prompts, tokenizer.end_reasoning, limit, True)
         texts = [f"{said} {tokenizer.decode(ids)}".strip() for said, ids in zip(beginnings, written)]
         self.looks += 1
-        chunk = policy.plan(query_states, state, self.looks)
+        actor = policy
+        if self.solver is not None:
+            actor = self.solver.actor
+            query_states = self.solver.states(query_states, visual)
+        chunk = actor.plan(query_states, state, self.looks)  # (n, H, A)
         return chunk[:, : policy.cfg.n_action_steps], list(zip(texts, doubts))
 
 
@@ -198,20 +221,108 @@ def learn(pointer: PlanPointer, episodes: Episodes, cfg: PlanConfig) -> float:
     return right.float().mean().item()
 
 
+class Extractor(nn.Module):
+    """Of the visual tokens those that are most like what the primitive asks for.
+
+    It is asked for by the mean query state, which has read the words that name the primitive.
+    """
+
+    def __init__(self, width: int, top_k: int):
+        super().__init__()
+        self.top_k = top_k
+        self.query = Projection(width, width)
+        self.key = Projection(width, width)
+
+    def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Query states (B, Q, D), visual tokens (B, P, D) -> the best tokens (B, K, D).
+
+        In training all of them (B, P, D), weighed by a soft gate that opens at the K-th best.
+        """
+        query = F.normalize(self.query(states.mean(1)), dim=-1)  # (B, D)
+        key = F.normalize(self.key(tokens), dim=-1)  # (B, P, D)
+        score = (key @ query[..., None])[..., 0]  # (B, P) cosines
+        best, which = score.topk(self.top_k)  # (B, K)
+        gate = torch.sigmoid((score - best[:, -1:]) / GATE_WIDTH)  # (B, P)
+        tokens = gate[..., None] * tokens
+        if self.training:
+            return tokens
+        return tokens.take_along_dim(which[..., None], dim=1)
+
+
+class Solver(nn.Module):
+    """A new adapter and expert on a policy's VLM, which stays as it is."""
+
+    def __init__(self, policy: SyVLA, top_k: int):
+        super().__init__()
+        policy.vlm.requires_grad_(False)
+        cfg = replace(policy.cfg, queries=policy.cfg.queries + top_k)
+        self.actor = SyVLA(cfg, policy.tokenizer, policy.vlm).to(policy.action_low.device)
+        for ours, theirs in zip(self.actor.buffers(), policy.buffers()):
+            ours.copy_(theirs)  # the scale of states and actions
+        self.extractor = None
+        if top_k:
+            self.extractor = Extractor(cfg.width, top_k).to(policy.action_low.device)
+
+    def states(self, query_states: Tensor, visual: Visual) -> Tensor:
+        """Query states (B, Q, D) -> all that the expert gets (B, Q + K, D), in training (B, Q + P, D)."""
+        if self.extractor is None:
+            return query_states
+        tokens = self.extractor(query_states, visual.tokens.flatten(1, 2))  # (B, K or P, D)
+        return torch.cat((query_states, tokens), dim=1)
+
+
+def learn_solver(solver: Solver, episodes: Episodes, cfg: PlanConfig) -> None:
+    """Train adapter, expert and extractor on demonstrations, by the recipe of train.py."""
+    recipe = TrainConfig(ground_steps=0, steps=cfg.solver_steps)
+    optimizers = make_optimizers(solver, recipe)
+    vlm = solver.actor.vlm
+    solver.train()
+    for step in trange(cfg.solver_steps, desc="expert", disable=None):
+        rng = np.random.default_rng([cfg.seed, step])
+        batch = episodes.batch(solver.actor.tokenizer, rng, recipe.batch_size)
+        batch = to_device(batch, vlm.queries.device)
+        with torch.no_grad():
+            visual = vlm.encode_images(batch["images"])
+            text = (batch[name] for name in ("tokens", "segments", "positions"))
+            query_states = vlm(visual, *text, with_queries=True).queries  # (B, Q, D)
+        batch["query_states"] = solver.states(query_states, visual)
+        solver.actor(batch)["action"].backward()
+        nn.utils.clip_grad_norm_(solver.parameters(), recipe.max_grad_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, recipe)
+            optimizer.step()
+            optimizer.zero_grad()
+    solver.eval()
+
+
 def work(cfg: PlanConfig) -> None:
-    """Train the head, then play."""
+    """Train the head, and a new expert if asked for, then play."""
     fast_cpu(cfg.threads)
     device, *_ = choose_device("auto")
     policy = load_policy(checkpoint_folder(cfg.run), device)
     if not policy.cfg.reasoning:
         raise UserError(f"{cfg.run} does not reason: there is no plan to follow")
-    pointer = PlanPointer(policy, replan=cfg.replan)
+    size = policy.cfg.image_size
+    blank = torch.zeros(1, len(policy.cfg.camera_names), size, size, 3, dtype=torch.uint8, device=device)
+    n_tokens = policy.vlm.encode_images(blank).tokens.flatten(1, 2).shape[1]
+    if cfg.top_k > n_tokens:
+        raise UserError(
+            f"--top_k={cfg.top_k}, but {cfg.run} has {n_tokens} visual tokens: type a smaller number"
+        )
+    pointer = PlanPointer(policy, free=cfg.plan == "free", replan=cfg.replan)
     episodes = Episodes(cfg.data, policy.cfg, cfg.families.split(","))
     if not all(any(split_reasoning(text) for _, text in e["reason"]) for e in episodes.episodes):
         raise UserError(f"{cfg.data} has episodes whose reasoning names no leg; choose a set of prepare.py")
-    accuracy = learn(pointer, episodes, cfg)
-    print(f"head: {percent(accuracy)} % of held-out frames")
-    results = {"head": accuracy}
+    results = {}
+    if cfg.plan == "pointer":
+        accuracy = learn(pointer, episodes, cfg)
+        print(f"head: {percent(accuracy)} % of held-out frames")
+        results["head"] = accuracy
+    if cfg.solver_steps:
+        torch.manual_seed(cfg.seed)  # its weights are drawn here
+        pointer.solver = Solver(policy, cfg.top_k)
+        learn_solver(pointer.solver, episodes, cfg)
     for family, split in itertools.product(cfg.families.split(","), cfg.splits.split(",")):
         options = {"family": family, "split": split}
         jobs = [Episode(seed, options) for seed in SEEDS[cfg.seeds][: cfg.eval]]

@@ -5,11 +5,12 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import WORDS
 
 from data import Episodes
 from extras import nsvla
-from extras.nsvla import PlanConfig, PlanPointer, learn, split_reasoning
+from extras.nsvla import Extractor, PlanConfig, PlanPointer, Solver, learn, learn_solver, split_reasoning
 
 FETCH = "blue pad at t3 , red cube at t5 r3"
 CARRY = "blue pad at t3 , red cube in hand"
@@ -100,6 +101,48 @@ def test_the_head_learns_what_comes_next(make_policy, data):
     assert labels[-1] == -(-sum(map(len, legs)) // 10)  # a tenth is held out
 
 
+def test_the_extractor_gives_the_tokens_most_like_what_is_asked_for():
+    torch.manual_seed(0)
+    extractor = Extractor(8, top_k=3)
+    states, tokens = torch.randn(2, 5, 8), torch.randn(2, 6, 8)
+    soft = extractor(states, tokens)
+    best = extractor.eval()(states, tokens)
+    for row in range(2):
+        asked = extractor.query.weight @ states[row].mean(0)
+        score = [F.cosine_similarity(extractor.key.weight @ token, asked, dim=0) for token in tokens[row]]
+        third = sorted(score)[-3]
+        gated = [token / (1 + torch.exp((third - cosine) / 0.5)) for token, cosine in zip(tokens[row], score)]
+        assert torch.allclose(soft[row], torch.stack(gated), atol=1e-5)
+        order = sorted(range(6), key=lambda i: -score[i])[:3]
+        assert torch.allclose(best[row], torch.stack([gated[i] for i in order]), atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_new_expert_learns_on_a_vlm_that_stays_as_it_is(make_policy, data, pointer, top_k):
+    policy = pointer.policy
+    episodes = Episodes(data, policy.cfg, ["place"])
+    policy.set_statistics(episodes.meta["statistics"])
+    torch.manual_seed(0)
+    solver = pointer.solver = Solver(policy, top_k)
+    before = {name: p.clone() for name, p in solver.named_parameters()}
+    learn_solver(solver, episodes, PlanConfig(solver_steps=3, top_k=top_k))
+    moved = {name for name, p in solver.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in before if name.startswith("actor.vlm")}.isdisjoint(moved)
+    assert {"actor.adapter.0.weight", "actor.expert.action_out.weight"} <= moved
+    assert ("extractor.key.weight" in moved) == bool(top_k)
+    # it acts in the policy's place, in its units
+    torch.nn.init.normal_(solver.actor.expert.action_out.weight)
+    look(pointer, [FETCH, CARRY], [0, 1])
+    images = torch.randint(256, (2, 2, 32, 32, 3), dtype=torch.uint8)
+    visual = policy.vlm.encode_images(images)
+    states = torch.randn(2, policy.cfg.queries, policy.cfg.width)
+    assert solver.states(states, visual).shape == (2, policy.cfg.queries + top_k, policy.cfg.width)
+    assert torch.equal(solver.actor.action_low, policy.action_low)
+
+
 def test_bad_input_ends_in_a_message(fails, trained):
     assert "--splits" in fails(nsvla.main, ["--splits=moon"])
     assert "nowhere" in fails(nsvla.main, ["--run=nowhere"])
+    assert "--solver_steps" in fails(nsvla.main, ["--top_k=4"])
+    run = [f"--run={trained}", "--solver_steps=1"]
+    assert "visual tokens" in fails(nsvla.main, [*run, "--top_k=1000"])

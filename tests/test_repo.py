@@ -31,7 +31,7 @@ ROOMS = {  # file: which of our files it may import; extras/ only inside functio
     "sample": {"common", "data", "sim_env", "model", "evaluate", "extras"},
     "extras/backbones": {"common", "data", "model"},
     "extras/lerobot_io": {"common", "data", "sim_env"},
-    "extras/nsvla": {"common", "data", "sim_env", "model", "evaluate"},
+    "extras/nsvla": {"common", "data", "sim_env", "model", "evaluate", "train"},
     "extras/real_env": {"common", "sim_env", "evaluate"},
     "extras/realtime": {"common", "sim_env", "model", "evaluate", "extras"},
 }

@@ -236,17 +236,15 @@ class Extractor(nn.Module):
     def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Query states (B, Q, D), visual tokens (B, P, D) -> the best tokens (B, K, D).
 
-        In training all of them (B, P, D), weighed by a soft gate that opens at the K-th best.
+        A soft gate, half open at the K-th best, weighs them, which teaches the layers what to ask for. NS-VLA
+        trains on all tokens so weighed: an expert that learnt so fails on the K that it gets later.
         """
         query = F.normalize(self.query(states.mean(1)), dim=-1)  # (B, D)
         key = F.normalize(self.key(tokens), dim=-1)  # (B, P, D)
         score = (key @ query[..., None])[..., 0]  # (B, P) cosines
         best, which = score.topk(self.top_k)  # (B, K)
-        gate = torch.sigmoid((score - best[:, -1:]) / GATE_WIDTH)  # (B, P)
-        tokens = gate[..., None] * tokens
-        if self.training:
-            return tokens
-        return tokens.take_along_dim(which[..., None], dim=1)
+        gate = torch.sigmoid((best - best[:, -1:]) / GATE_WIDTH)  # (B, K)
+        return gate[..., None] * tokens.take_along_dim(which[..., None], dim=1)
 
 
 class Solver(nn.Module):
@@ -264,10 +262,10 @@ class Solver(nn.Module):
             self.extractor = Extractor(cfg.width, top_k).to(policy.action_low.device)
 
     def states(self, query_states: Tensor, visual: Visual) -> Tensor:
-        """Query states (B, Q, D) -> all that the expert gets (B, Q + K, D), in training (B, Q + P, D)."""
+        """Query states (B, Q, D) -> all that the expert gets (B, Q + K, D)."""
         if self.extractor is None:
             return query_states
-        tokens = self.extractor(query_states, visual.tokens.flatten(1, 2))  # (B, K or P, D)
+        tokens = self.extractor(query_states, visual.tokens.flatten(1, 2))  # (B, K, D)
         return torch.cat((query_states, tokens), dim=1)
 
 

@@ -397,7 +397,7 @@ class UnitScale(torch.autograd.Function):
 
 
 def unit_scale(x: Tensor, eps: float = RMS_EPS) -> Tensor:
-    """RMS normalisation without a gain: x / rms(x) over the last axis."""
+    """RMS normalisation without a gain: x (..., n) -> x / rms(x) over the last axis, of the same shape."""
     if x.device.type == "cpu" and x.requires_grad:
         return UnitScale.apply(x, eps)
     return F.rms_norm(x, x.shape[-1:], eps=eps)
@@ -412,6 +412,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> the same shape."""
         return unit_scale(x, self.eps) * self.weight
 
 

@@ -1,8 +1,8 @@
 """NS-VLA's parts on a trained policy: a plan with a pointer, and an expert that sees the top-K visual tokens.
 
-    python -m extras.nsvla --run=out/small                                  # trains the head, then the table
-    python -m extras.nsvla --run=out/small --solver_steps=2000 --top_k=4    # and a new expert
-    python -m extras.nsvla --run=out/small --solver_steps=2000 --plan=free  # the expert's control
+    python -m extras.nsvla --run=out/small                                           # plan and pointer
+    python -m extras.nsvla --run=out/small --plan=free --solver_steps=800 --top_k=4  # the expert
+    python -m extras.nsvla --run=out/small --plan=free --solver_steps=800            # its control
 
 NS-VLA (arXiv 2603.09542) writes a plan of primitives once. A classifier on features of the frozen VLM says
 which primitive a picture shows, and a pointer follows the plan: at every look it stays or advances, never
@@ -82,7 +82,7 @@ class PlanConfig:
     def __post_init__(self):
         check_options(self)
         if self.top_k and not self.solver_steps:
-            raise UserError("--top_k is for a new expert: add --solver_steps=2000")
+            raise UserError("--top_k is for a new expert: add --solver_steps=800")
 
 
 def split_reasoning(text: str) -> list[tuple[str, int]]:
@@ -224,7 +224,7 @@ def learn(pointer: PlanPointer, episodes: Episodes, cfg: PlanConfig) -> float:
 class Extractor(nn.Module):
     """Of the visual tokens those that are most like what the primitive asks for.
 
-    It is asked for by the mean query state, which has read the words that name the primitive.
+    What it asks for is read off the mean query state, which has seen the words that name the primitive.
     """
 
     def __init__(self, width: int, top_k: int):

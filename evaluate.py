@@ -496,7 +496,7 @@ def policy_fn(policy: Any, env: str = "sim", teacher: bool = False) -> PolicyFn:
     """
     views = camera_indices(policy, env)
     seeds = itertools.count()  # every call draws other noise, and every evaluation the same
-    first = deque(maxlen=16)  # what it wrote at the first looks of earlier episodes
+    first = deque(maxlen=64)  # what it wrote at the first looks of earlier episodes
 
     def decide(obs: dict) -> tuple[np.ndarray, list[str]]:
         images = obs["images"][:, views]  # (n, V, px, px, 3)

@@ -971,6 +971,7 @@ class VLM(nn.Module):
         fewer passes (speculative decoding, Leviathan et al. 2023, arXiv 2211.17192, with texts as the draft:
         He et al. 2023, arXiv 2311.08252).
         """
+        drafts = [np.array(draft) for draft in drafts or []]
         texts = TextCache(self, visual, prompts)
         words = texts.words  # every row's next word
         written = [[] for _ in prompts]
@@ -1094,18 +1095,19 @@ def confirmed(block: list[int], said: list[int], stop: int) -> list[int]:
     return kept
 
 
-def expected(words: list[int], draft: list[int]) -> list[int]:
+def expected(words: list[int], draft: np.ndarray) -> list[int]:
     """What a draft, texts with `stop` before each, has behind words that begin with `stop`, up to the next.
 
-    The last place with the same last two words counts. A draft with "at t8" lacks "at t3": then the two words
-    before the last are looked up, and one word of the draft is passed over; and so on.
+    The place counts whose last eight words are likest, the last of such places. A draft with "at t8" lacks
+    "at t3": the words before are alike.
     """
-    for end in range(len(words), 0, -1):
-        pair = words[max(0, end - 2) : end]
-        for i in range(len(draft), 0, -1):
-            if draft[i - 1] == pair[-1] and draft[i - len(pair) : i] == pair:
-                return before(words[0], draft[i + len(words) - end :])
-    return []
+    n = len(draft) + 1
+    likeness = np.zeros(n)  # of the words before every place
+    for back in range(1, min(8, len(words), len(draft)) + 1):
+        alike = draft[: n - back] == words[-back]
+        likeness[back:] += 0.8**back * alike  # the nearest word counts most
+    place = n - 1 - likeness[::-1].argmax()
+    return before(words[0], draft[place:].tolist())
 
 
 def before(end: int, ids: list[int]) -> list[int]:

@@ -130,7 +130,7 @@ class Runner:
         self.every = policy.cfg.n_action_steps
         self.vlm = ThreadPoolExecutor(1)
         self.arms = {}  # by the number of the episode
-        self.first = deque(maxlen=16)  # what was said at the first looks of episodes, as in policy_fn()
+        self.first = deque(maxlen=64)  # what was said at the first looks of episodes, as in policy_fn()
         self.plans = 0  # made so far: the seed of the expert's noise
 
     def __call__(self, obs: dict) -> tuple[np.ndarray, list[str]]:

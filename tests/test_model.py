@@ -382,7 +382,7 @@ def test_a_draft_changes_how_soon_words_are_written_and_not_which(make_policy, m
     for stop in (3, b[2]):  # all rows at the limit, or at different times
         plain, states = policy.vlm.generate(visual, prompts, stop, 8, with_queries=True)
         # a row's draft, and how many words have to be read alone
-        for draft, alone in ((a, 0), (wrong, 1), (longer, 2), ([*a, stop, 9, 9], 0), ([7] * 40, None)):
+        for draft, alone in ((a, 0), (wrong, 1), (longer, 1), ([*a, stop, 9, 9], 0), ([7] * 40, None)):
             drafts = [[stop, *draft], [stop, *b], [stop, *c]]
             passes.clear()
             written, again = policy.vlm.generate(visual, prompts, stop, 8, with_queries=True, drafts=drafts)
@@ -402,12 +402,15 @@ def test_a_draft_changes_how_soon_words_are_written_and_not_which(make_policy, m
         ([0, 9, 9, 9, 6, 7], [0, 5, 6, 7, 8], [8]),  # more words before it
         ([0, 6], [0, 6, 7, 0, 6, 8, 0, 5], [8]),  # the last text that begins so, up to its end
         ([0, 9], [0, 6, 7, 0, 6, 8, 0, 5, 4], [4]),  # like the last text
-        ([0, 9, 9, 9], [0, 5], []),
+        ([0, 5, 6], [0, 5, 6, 7, 0, 4, 6, 8], [7]),  # two words are as in the first text, one as in the last
+        ([0, 9, 9, 6], [0, 5, 4, 3, 7, 0, 8, 6, 1], [1]),  # the nearer counts more
+        ([0, 5, 4, 6], [0, 5, 4, 3, 7, 0, 8, 6, 1], [7]),  # but not more than all others
+        ([0, 5], [0, 5], []),
         ([0, 5], [], []),
     ],
 )
-def test_a_draft_goes_on_where_its_last_two_words_were(words, draft, ahead):
-    assert expected(words, draft) == ahead
+def test_a_draft_goes_on_where_words_are_likest(words, draft, ahead):
+    assert expected(words, np.array(draft)) == ahead
 
 
 PLACES = [" cube", *(f"{axis}{i}" for axis in (" x", " y") for i in range(32))]

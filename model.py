@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -335,6 +336,14 @@ def pixel_shuffle(x: Tensor, k: int) -> Tensor:
     return x.reshape(n, (side // k) ** 2, k * k * width)
 
 
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers from width to width, with SiLU between them."""
+    layers = []
+    for width, next_width in pairwise(widths):
+        layers += [nn.Linear(width, next_width), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of q (B, nh, n, hd) to k and v (B, nkv, m, hd), nh / nkv neighbours share one -> q's shape.
 
@@ -519,11 +528,14 @@ class Visual(NamedTuple):
     tokens: Tensor  # visual tokens of every view (B, V, n, D)
     looks: Tensor | None = None  # the pointer's, of the first view's patches (B, m, POINT_WIDTH)
     landmarks: Tensor | None = None  # their places in the first view (B, LANDMARKS, 2)
+    picture: Tensor | None = None  # the first view, where the pointer looks closer (B, 3, px, px)
     views: Tensor | None = None  # the query pointer's looks, of every view (B, V, m, POINT_WIDTH)
 
 
 POINT_WIDTH = 32  # of what a patch looks like, and of what a word looks for
 POINT_WORDS = 4  # "red cube at t3" points: a word, with the three before it
+DUE = 0.1  # a word on a scale that is as likely by the language model is read off a place
+GLIMPSE = 3  # patches per side of the window about a place that is looked at closer
 LANDMARKS = 8  # things that are looked up in every picture; training finds out which
 
 
@@ -557,6 +569,12 @@ def mean_place(scores: Tensor, grid: Tensor) -> Tensor:
     return scores.softmax(-1) @ grid.to(scores.dtype)
 
 
+def quarter_turn(x: Tensor) -> Tensor:
+    """Right and down (..., 2), turned to the left as torch.rot90 turns a picture: right becomes up."""
+    right, down = x.unbind(-1)
+    return torch.stack((down, -right), dim=-1)
+
+
 class QueryPointer(nn.Module):
     """Lets every feature query state look for something in every view, and tells it where that lies.
 
@@ -588,8 +606,9 @@ class Pointer(nn.Module):
     that it weighs (spatial softmax, Levine et al. 2016, arXiv 1504.00702) joins the word's embedding. So does
     the mean look: a cube on its pad looks other than a cube beside it. Of words on a scale, as t0 .. t11, the
     language model says only that one is due: which one is read off the place, beside those of a few learnt
-    landmarks, because the camera is never quite where it was. The place of the last thing whose place is said
-    also joins the feature query states: there the hand has to go.
+    landmarks, because the camera is never quite where it was. Such words are finer than patches: the pixels
+    about the place are looked at once more (a glimpse, Mnih et al. 2014, arXiv 1406.6247) and correct it. The
+    place of the last thing whose place is said also joins the feature query states: there the hand has to go.
 
     As neither words nor looks know of places, a thing is found where training never showed one. A language
     model would have to learn every place by itself.
@@ -599,11 +618,7 @@ class Pointer(nn.Module):
         super().__init__()
         self.look = look_layers(cfg)
         self.words = nn.Embedding(cfg.vocab_size, POINT_WIDTH)
-        self.query = nn.Sequential(
-            nn.Linear(POINT_WORDS * POINT_WIDTH, 2 * POINT_WIDTH),
-            nn.SiLU(),
-            nn.Linear(2 * POINT_WIDTH, POINT_WIDTH),
-        )
+        self.query = mlp(POINT_WORDS * POINT_WIDTH, 2 * POINT_WIDTH, POINT_WIDTH)
         self.landmarks = nn.Parameter(torch.zeros(LANDMARKS, POINT_WIDTH))  # their queries
         # and where they usually are: what may lie anywhere is no landmark
         grid = patch_grid(cfg)  # (m, 2)
@@ -625,13 +640,10 @@ class Pointer(nn.Module):
                 words.append((token, scale, i - middle))
         for name, column in zip(("scale_words", "scale", "steps"), zip(*words)):
             self.register_buffer(name, torch.tensor(column), persistent=False)  # (words on scales,)
-        self.numbers = nn.Sequential(
-            nn.Linear(2 + 2 * LANDMARKS, 2 * POINT_WIDTH),
-            nn.SiLU(),
-            nn.Linear(2 * POINT_WIDTH, 2 * POINT_WIDTH),
-            nn.SiLU(),
-            nn.Linear(2 * POINT_WIDTH, n_scales),
-        )
+        # from the pixels of a window, and from where in its middle pixel the place lies
+        self.window = GLIMPSE * cfg.patch_size  # pixels per side
+        self.closer = mlp(3 * self.window**2 + 2, 2 * POINT_WIDTH, POINT_WIDTH, 2)
+        self.numbers = mlp(2 + 2 * LANDMARKS, 4 * POINT_WIDTH, 4 * POINT_WIDTH, n_scales)
         self.sharpness = nn.Parameter(torch.full((n_scales,), 0.3))  # its logarithm
         self.aim = nn.Linear(2 + 2 * LANDMARKS, cfg.width)
         # of every word that names a column or a row: (vocab, 2), NaN for all others
@@ -669,29 +681,56 @@ class Pointer(nn.Module):
         found = torch.cat((waves.to(look.dtype), look), dim=-1)  # (B, n, 16 + POINT_WIDTH)
         return self.out(found)
 
-    def read(self, logits: Tensor, scores: Tensor, landmarks: Tensor) -> Tensor:
+    def read(self, logits: Tensor, scores: Tensor, visual: Visual, rows: Tensor) -> Tensor:
         """Logits (k, vocab) whose words on a scale are as likely as they are near to the number read off.
 
-        scores (k, m), landmarks (k, LANDMARKS, 2).
+        scores (k, m); rows (k,) of the pictures. Logits by which no such word is due stay as they are.
         """
         if not self.lengths:
             return logits
-        numbers = self.numbers(self.places(scores, landmarks))  # (k, scales)
-        far = numbers.to(logits.dtype)[:, self.scale] - self.steps  # (k, words on scales)
-        near = -self.sharpness.exp()[self.scale] * far.abs()  # (k, words on scales)
         language = logits[:, self.scale_words]  # (k, words on scales)
+        chance = language.logsumexp(-1) - logits.logsumexp(-1)  # (k,), its logarithm
+        (due,) = (chance > math.log(DUE)).nonzero(as_tuple=True)  # (j,)
+        numbers = self.numbers(self.places(scores[due], visual, rows[due]))  # (j, scales)
+        far = numbers.to(logits.dtype)[:, self.scale] - self.steps  # (j, words on scales)
+        near = -self.sharpness.exp()[self.scale] * far.abs()  # (j, words on scales)
         parts = []
-        for words, nearness in zip(language.split(self.lengths, dim=1), near.split(self.lengths, dim=1)):
-            due = words.logsumexp(-1, keepdim=True)  # (k, 1): that some word of the scale is due
-            parts.append(due + nearness.log_softmax(-1))
-        return logits.index_copy(1, self.scale_words, torch.cat(parts, dim=1))
+        for words, nearness in zip(language[due].split(self.lengths, dim=1), near.split(self.lengths, dim=1)):
+            some = words.logsumexp(-1, keepdim=True)  # (j, 1): that some word of the scale is due
+            parts.append(some + nearness.log_softmax(-1))
+        language = language.index_copy(0, due, torch.cat(parts, dim=1))
+        return logits.index_copy(1, self.scale_words, language)
 
-    def places(self, scores: Tensor, landmarks: Tensor) -> Tensor:
-        """Scores (k, m), landmarks (k, LANDMARKS, 2) -> the mean place and the landmarks', in a row each."""
-        place = mean_place(scores, self.grid)  # (k, 2)
-        places = torch.cat((place, landmarks.flatten(1)), dim=1)  # (k, 2 + 2 LANDMARKS)
+    def places(self, scores: Tensor, visual: Visual, rows: Tensor) -> Tensor:
+        """Scores (k, m), rows (k,) of the pictures -> the place found and the landmarks', in a row each."""
+        place = self.look_closer(mean_place(scores, self.grid), visual.picture, rows)  # (k, 2)
+        landmarks = visual.landmarks[rows].flatten(1)  # (k, 2 LANDMARKS)
+        places = torch.cat((place, landmarks), dim=1)  # (k, 2 + 2 LANDMARKS)
         places = 4 * places  # a word is a twentieth of the picture
         return places.to(self.sharpness.dtype)
+
+    def look_closer(self, place: Tensor, picture: Tensor, rows: Tensor) -> Tensor:
+        """Places (k, 2) in pictures `rows` (k,) of (B, 3, px, px), corrected by the pixels about them.
+
+        A window is seen from all four sides, and what each look says is turned back (Cohen and Welling 2016,
+        arXiv 1602.07576). A pad looks the same from each: its middle can be told, but not which pad it is.
+        """
+        px = picture.shape[-1]
+        where = (place.detach() + 1) / 2 * px  # (k, 2) in pixels
+        middle = where.round()
+        x, y = middle.long().unbind(-1)  # 2 x (k,)
+        windows = F.pad(picture, [self.window // 2] * 4)  # (B, 3, px + window, px + window)
+        windows = windows.unfold(2, self.window, 1)  # (B, 3, px + 1, px + window, window)
+        windows = windows.unfold(3, self.window, 1)  # (B, 3, px + 1, px + 1, window, window)
+        window = windows[rows, :, y, x]  # (k, 3, window, window)
+        beside = (where - middle).to(window.dtype)  # (k, 2)
+        moved = torch.zeros_like(beside)
+        for _ in range(4):
+            window = window.rot90(dims=(2, 3))
+            beside = quarter_turn(beside)
+            seen = torch.cat((window.flatten(1), beside), dim=1)  # (k, 3 window^2 + 2)
+            moved = quarter_turn(moved) + self.closer(seen)  # (k, 2) in pixels
+        return place + 2 / px * moved.to(place.dtype)
 
     def aimed(self, tokens: Tensor, segments: Tensor, positions: Tensor, visual: Visual) -> Tensor:
         """What joins the feature query states (B, 1, D): the place of the last thing whose place is said.
@@ -708,7 +747,7 @@ class Pointer(nn.Module):
         recent = recent_words(tokens, positions)[rows, last - 1]  # (B, POINT_WORDS)
         with torch.no_grad():  # questions teach where to look
             scores = self.scores(recent[:, None], visual.looks)[:, 0]  # (B, m)
-            places = self.places(scores, visual.landmarks)  # (B, 2 + 2 LANDMARKS)
+            places = self.places(scores, visual, rows)  # (B, 2 + 2 LANDMARKS)
         aim = self.aim(places) * said.any(1)[:, None]  # (B, D)
         return aim[:, None]
 
@@ -794,7 +833,7 @@ class VLM(nn.Module):
         """Layers that begin at zero: pointers' attention is even at first, and every block the identity."""
         layers = []
         if self.pointer is not None:
-            layers += [self.pointer.query[-1], self.pointer.numbers[-1]]
+            layers += [self.pointer.query[-1], self.pointer.numbers[-1], self.pointer.closer[-1]]
         if self.query_pointer is not None:
             layers.append(self.query_pointer.query)
         for block in self.lm.blocks:
@@ -824,7 +863,8 @@ class VLM(nn.Module):
         visual = Visual(tokens)
         if self.pointer is not None:
             first = patches[:: images.shape[1]]  # (B, vision_width, side, side)
-            visual = Visual(tokens, *self.pointer.see(first))
+            picture = x[:: images.shape[1]]  # (B, 3, px, px)
+            visual = Visual(tokens, *self.pointer.see(first), picture)
         if self.query_pointer is not None:
             looks = looks_of(self.query_pointer.look, patches)  # (B*V, m, POINT_WIDTH)
             visual = visual._replace(views=looks.unflatten(0, images.shape[:2]))  # (B, V, m, POINT_WIDTH)
@@ -845,7 +885,7 @@ class VLM(nn.Module):
         """Hidden states (k, D), scores (k, m), their rows of the pictures (k,) -> logits (k, vocab)."""
         logits = self.lm.logits(hidden)
         if self.pointer is not None:
-            logits = self.pointer.read(logits, scores, visual.landmarks[rows])
+            logits = self.pointer.read(logits, scores, visual, rows)
         return logits
 
     def prefix(self, visual: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -1222,11 +1262,7 @@ class ActionExpert(nn.Module):
         self.state_in = nn.Linear(cfg.state_dim, De)
         # of the joint state and every action
         self.position = nn.Parameter(torch.randn(1 + cfg.chunk_size, De) * 0.5)
-        self.time = nn.Sequential(
-            nn.Linear(De, De),
-            nn.SiLU(),
-            nn.Linear(De, De),
-        )
+        self.time = mlp(De, De, De)
         self.age = None
         if cfg.stale:
             self.age = nn.Embedding(cfg.stale + 1, De)

@@ -89,7 +89,7 @@ class TrainConfig(Config):
     env: str = opt("sim", "where to evaluate: sim, or an environment package.module:Class")
     families: str = opt("place,calculate,sequence", "task families to train on and to evaluate", many=True)
     ground_steps: int = opt(
-        1400, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
+        2200, "steps of phase 1, questions only", "[0, 1000000000]", needs="stage=pretrain"
     )
     steps: int = opt(4800, "steps of phase 2, actions", "[0, 1000000000]")
     batch_size: int = opt(64, "samples (pictures) per step over all processes", "[1, 65536]")

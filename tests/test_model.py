@@ -18,7 +18,6 @@ from benchmarks.ship import ShipConfig, ship
 from common import UserError, parse_config, write_json
 from data import Tokenizer, pack, statistics
 from model import (
-    LANDMARKS,
     PRESETS,
     SHIPPED,
     UNPACKED,
@@ -33,6 +32,7 @@ from model import (
     load_policy,
     mean_place,
     pixel_shuffle,
+    quarter_turn,
     read_checkpoint_config,
     recent_words,
     rope,
@@ -371,7 +371,7 @@ def test_cached_generation_equals_full_forward_passes(make_policy, words):
 def test_a_draft_changes_how_soon_words_are_written_and_not_which(make_policy, monkeypatch):
     policy = make_policy(words=[" x0", " y0", *WORDS])
     visual = policy.vlm.encode_images(pictures(policy, 3))
-    prompts = [[4, 311], [4, 312, 313, 5], [4]]
+    prompts = [[4, 313], [4, 314, 315, 5], [4]]
     words, _ = policy.vlm.generate(visual, prompts, 3, 8)  # 3, padding, is never said
     a, b, c = words
     assert len(a) == 7 and b[2] not in b[:2]
@@ -491,15 +491,17 @@ def test_words_on_a_scale_are_as_likely_as_they_are_near_to_the_number_read_off(
     pointer, ids = policy.vlm.pointer, policy.tokenizer.ids
     scales = [[ids[f" t{i}"] for i in range(12)], [ids[f" r{i}"] for i in range(8)]]
     assert policy.tokenizer.scales == scales
-    logits, scores, landmarks = (
-        torch.randn(3, policy.cfg.vocab_size),
-        torch.randn(3, 16),
-        torch.rand(3, LANDMARKS, 2),
-    )
-    read = pointer.read(logits, scores, landmarks)
+    logits, scores = torch.randn(4, policy.cfg.vocab_size), torch.randn(4, 16)
+    logits[:3, sum(scales, [])] += 2  # a word on a scale is due
+    logits[3, sum(scales, [])] -= 2  # and is not
+    visual = policy.vlm.encode_images(pictures(policy, 2))
+    rows = torch.tensor([1, 0, 1, 1])
+    read = pointer.read(logits, scores, visual, rows)
+    assert torch.equal(read[3], logits[3])
     for row in range(3):
         place = scores[row].softmax(0) @ pointer.grid
-        numbers = pointer.numbers(4 * torch.cat((place, *landmarks[row])))
+        place = pointer.look_closer(place[None], visual.picture, rows[row : row + 1])[0]
+        numbers = pointer.numbers(4 * torch.cat((place, *visual.landmarks[rows[row]])))
         for k, (scale, middle) in enumerate(zip(scales, (5.5, 3.5))):
             far = (numbers[k] + middle - torch.arange(len(scale))).abs()
             near = (-pointer.sharpness[k].exp() * far).softmax(0)
@@ -508,6 +510,44 @@ def test_words_on_a_scale_are_as_likely_as_they_are_near_to_the_number_read_off(
             assert torch.allclose(read[row].softmax(0)[scale], due * near, atol=1e-5)
         others = [i for i in range(policy.cfg.vocab_size) if i not in sum(scales, [])]
         assert torch.equal(read[row, others], logits[row, others])
+
+
+def test_the_pixels_about_a_place_correct_it(make_policy):
+    policy = make_policy(words=PLACES + SCALES)
+    pointer, px = policy.vlm.pointer, policy.cfg.image_size
+    assert not SyVLA(policy.cfg, policy.tokenizer).vlm.pointer.closer[-1].weight.any()  # not at first
+    picture = policy.vlm.encode_images(pictures(policy, 2)).picture
+    rows = torch.tensor([1, 0, 1])
+    pixels = torch.tensor([[17.25, 9.0], [16.75, 20.0], [0.25, px]])  # to the right and down
+    place = (2 * pixels / px - 1).requires_grad_()
+    closer = pointer.look_closer(place, picture, rows)
+    half = pointer.window // 2
+    padded = F.pad(picture, [half] * 4)
+    for k, (row, (x, y)) in enumerate(zip(rows, [(17, 9), (17, 20), (0, px)])):
+        window = padded[row, :, y : y + 2 * half, x : x + 2 * half]  # its middle is (x, y) of the picture
+        right, down = pixels[k] - torch.tensor([x, y])
+        moved = torch.zeros(2)
+        for turns, beside in enumerate([(right, down), (down, -right), (-right, -down), (-down, right)]):
+            seen = torch.cat((window.rot90(turns, (1, 2)).flatten(), torch.stack(beside)))
+            says = pointer.closer(seen)
+            for _ in range(turns):  # back to the right
+                says = torch.stack((-says[1], says[0]))
+            moved = moved + says
+        assert torch.allclose(closer[k], 2 * (pixels[k] + moved) / px - 1, atol=1e-5)
+    # attention learns as if nothing had been corrected
+    closer.sum().backward()
+    assert torch.equal(place.grad, torch.ones(3, 2))
+
+
+def test_a_turned_picture_is_corrected_by_the_turned_step(make_policy):
+    policy = make_policy(words=PLACES + SCALES)
+    pointer, px = policy.vlm.pointer, policy.cfg.image_size
+    picture = torch.randn(1, 3, px, px)
+    place = torch.tensor([[0.3, -0.22]])
+    moved = pointer.look_closer(place, picture, torch.tensor([0])) - place
+    assert moved.abs().min() > 1e-3
+    turned = pointer.look_closer(quarter_turn(place), picture.rot90(dims=(2, 3)), torch.tensor([0]))
+    assert torch.allclose(turned - quarter_turn(place), quarter_turn(moved), atol=1e-5)
 
 
 def test_the_last_place_that_is_said_joins_the_query_states(make_policy):
@@ -525,6 +565,7 @@ def test_the_last_place_that_is_said_joins_the_query_states(make_policy):
     for i, words in enumerate((both[-5:-4] + cube_at_t5, [30, 2, ids[" pad"], ids[" at"]])):
         query = pointer.query(pointer.words(torch.tensor(words)).flatten())
         place = (visual.looks[i] @ query).softmax(0) @ pointer.grid
+        place = pointer.look_closer(place[None], visual.picture, torch.tensor([i]))[0]
         expected = pointer.aim(4 * torch.cat((place, *visual.landmarks[i])))
         assert torch.allclose(aim[i], expected, atol=1e-4)
     assert not aim[2].any()  # no place is said

@@ -528,7 +528,7 @@ class Visual(NamedTuple):
     tokens: Tensor  # visual tokens of every view (B, V, n, D)
     looks: Tensor | None = None  # the pointer's, of the first view's patches (B, m, POINT_WIDTH)
     landmarks: Tensor | None = None  # their places in the first view (B, LANDMARKS, 2)
-    picture: Tensor | None = None  # the first view, where the pointer looks closer (B, 3, px, px)
+    windows: Tensor | None = None  # about its pixels (B, 3, px + 1, px + 1, window, window)
     views: Tensor | None = None  # the query pointer's looks, of every view (B, V, m, POINT_WIDTH)
 
 
@@ -567,12 +567,6 @@ def mean_place(scores: Tensor, grid: Tensor) -> Tensor:
     """Scores of the patches (..., m) -> the mean place that attention weighs (..., 2)."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return scores.softmax(-1) @ grid.to(scores.dtype)
-
-
-def quarter_turn(x: Tensor) -> Tensor:
-    """Right and down (..., 2), turned to the left as torch.rot90 turns a picture: right becomes up."""
-    right, down = x.unbind(-1)
-    return torch.stack((down, -right), dim=-1)
 
 
 class QueryPointer(nn.Module):
@@ -643,6 +637,10 @@ class Pointer(nn.Module):
         # from the pixels of a window, and from where in its middle pixel the place lies
         self.window = GLIMPSE * cfg.patch_size  # pixels per side
         self.closer = mlp(3 * self.window**2 + 2, 2 * POINT_WIDTH, POINT_WIDTH, 2)
+        # right and down turn as a picture in torch.rot90: by no, one, two and three quarters
+        quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+        turns = torch.stack([quarter.matrix_power(i) for i in range(4)])  # (4, 2, 2)
+        self.register_buffer("turns", turns, persistent=False)
         self.numbers = mlp(2 + 2 * LANDMARKS, 4 * POINT_WIDTH, 4 * POINT_WIDTH, n_scales)
         self.sharpness = nn.Parameter(torch.full((n_scales,), 0.3))  # its logarithm
         self.aim = nn.Linear(2 + 2 * LANDMARKS, cfg.width)
@@ -656,10 +654,14 @@ class Pointer(nn.Module):
             said[ids] = True
         self.register_buffer("said", said, persistent=False)
 
-    def see(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches of one view (B, vision_width, side, side) -> looks and landmarks of Visual."""
+    def see(self, patches: Tensor, picture: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches (B, vision_width, side, side), pixels (B, 3, px, px) of a view -> what Visual has of it."""
         looks = looks_of(self.look, patches)  # (B, m, POINT_WIDTH)
-        return looks, mean_place(self.landmarks @ looks.mT + self.usual, self.grid)
+        landmarks = mean_place(self.landmarks @ looks.mT + self.usual, self.grid)  # (B, LANDMARKS, 2)
+        windows = F.pad(picture, [self.window // 2] * 4)  # (B, 3, px + window, px + window)
+        windows = windows.unfold(2, self.window, 1)  # (B, 3, px + 1, px + window, window)
+        windows = windows.unfold(3, self.window, 1)  # (B, 3, px + 1, px + 1, window, window), a view
+        return looks, landmarks, windows
 
     def scores(self, recent: Tensor, looks: Tensor) -> Tensor:
         """Words with those before them (..., n, POINT_WORDS), looks (..., m, POINT_WIDTH) -> (..., n, m)."""
@@ -691,6 +693,8 @@ class Pointer(nn.Module):
         language = logits[:, self.scale_words]  # (k, words on scales)
         chance = language.logsumexp(-1) - logits.logsumexp(-1)  # (k,), its logarithm
         (due,) = (chance > math.log(DUE)).nonzero(as_tuple=True)  # (j,)
+        if not len(due) and not logits.requires_grad:  # in training every weight gets a gradient
+            return logits
         numbers = self.numbers(self.places(scores[due], visual, rows[due]))  # (j, scales)
         far = numbers.to(logits.dtype)[:, self.scale] - self.steps  # (j, words on scales)
         near = -self.sharpness.exp()[self.scale] * far.abs()  # (j, words on scales)
@@ -703,33 +707,30 @@ class Pointer(nn.Module):
 
     def places(self, scores: Tensor, visual: Visual, rows: Tensor) -> Tensor:
         """Scores (k, m), rows (k,) of the pictures -> the place found and the landmarks', in a row each."""
-        place = self.look_closer(mean_place(scores, self.grid), visual.picture, rows)  # (k, 2)
+        place = self.look_closer(mean_place(scores, self.grid), visual.windows, rows)  # (k, 2)
         landmarks = visual.landmarks[rows].flatten(1)  # (k, 2 LANDMARKS)
         places = torch.cat((place, landmarks), dim=1)  # (k, 2 + 2 LANDMARKS)
         places = 4 * places  # a word is a twentieth of the picture
         return places.to(self.sharpness.dtype)
 
-    def look_closer(self, place: Tensor, picture: Tensor, rows: Tensor) -> Tensor:
-        """Places (k, 2) in pictures `rows` (k,) of (B, 3, px, px), corrected by the pixels about them.
+    def look_closer(self, place: Tensor, windows: Tensor, rows: Tensor) -> Tensor:
+        """Places (k, 2) in pictures `rows` (k,), corrected by the pixels about them; windows as in Visual.
 
         A window is seen from all four sides, and what each look says is turned back (Cohen and Welling 2016,
         arXiv 1602.07576). A pad looks the same from each: its middle can be told, but not which pad it is.
         """
-        px = picture.shape[-1]
+        px = windows.shape[2] - 1
         where = (place.detach() + 1) / 2 * px  # (k, 2) in pixels
         middle = where.round()
         x, y = middle.long().unbind(-1)  # 2 x (k,)
-        windows = F.pad(picture, [self.window // 2] * 4)  # (B, 3, px + window, px + window)
-        windows = windows.unfold(2, self.window, 1)  # (B, 3, px + 1, px + window, window)
-        windows = windows.unfold(3, self.window, 1)  # (B, 3, px + 1, px + 1, window, window)
         window = windows[rows, :, y, x]  # (k, 3, window, window)
+        sides = [window.rot90(turns, dims=(2, 3)).flatten(1) for turns in range(4)]
+        sides = torch.stack(sides, dim=1)  # (k, 4, 3 window^2)
         beside = (where - middle).to(window.dtype)  # (k, 2)
-        moved = torch.zeros_like(beside)
-        for _ in range(4):
-            window = window.rot90(dims=(2, 3))
-            beside = quarter_turn(beside)
-            seen = torch.cat((window.flatten(1), beside), dim=1)  # (k, 3 window^2 + 2)
-            moved = quarter_turn(moved) + self.closer(seen)  # (k, 2) in pixels
+        beside = (beside @ self.turns).transpose(0, 1)  # (k, 4, 2)
+        seen = torch.cat((sides, beside), dim=2)  # (k, 4, 3 window^2 + 2)
+        moved = self.closer(seen)  # (k, 4, 2) in pixels
+        moved = (moved.transpose(0, 1) @ self.turns.mT).sum(0)  # (k, 2), turned back
         return place + 2 / px * moved.to(place.dtype)
 
     def aimed(self, tokens: Tensor, segments: Tensor, positions: Tensor, visual: Visual) -> Tensor:
@@ -864,7 +865,7 @@ class VLM(nn.Module):
         if self.pointer is not None:
             first = patches[:: images.shape[1]]  # (B, vision_width, side, side)
             picture = x[:: images.shape[1]]  # (B, 3, px, px)
-            visual = Visual(tokens, *self.pointer.see(first), picture)
+            visual = Visual(tokens, *self.pointer.see(first, picture))
         if self.query_pointer is not None:
             looks = looks_of(self.query_pointer.look, patches)  # (B*V, m, POINT_WIDTH)
             visual = visual._replace(views=looks.unflatten(0, images.shape[:2]))  # (B, V, m, POINT_WIDTH)

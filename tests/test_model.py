@@ -32,7 +32,6 @@ from model import (
     load_policy,
     mean_place,
     pixel_shuffle,
-    quarter_turn,
     read_checkpoint_config,
     recent_words,
     rope,
@@ -500,7 +499,7 @@ def test_words_on_a_scale_are_as_likely_as_they_are_near_to_the_number_read_off(
     assert torch.equal(read[3], logits[3])
     for row in range(3):
         place = scores[row].softmax(0) @ pointer.grid
-        place = pointer.look_closer(place[None], visual.picture, rows[row : row + 1])[0]
+        place = pointer.look_closer(place[None], visual.windows, rows[row : row + 1])[0]
         numbers = pointer.numbers(4 * torch.cat((place, *visual.landmarks[rows[row]])))
         for k, (scale, middle) in enumerate(zip(scales, (5.5, 3.5))):
             far = (numbers[k] + middle - torch.arange(len(scale))).abs()
@@ -516,12 +515,13 @@ def test_the_pixels_about_a_place_correct_it(make_policy):
     policy = make_policy(words=PLACES + SCALES)
     pointer, px = policy.vlm.pointer, policy.cfg.image_size
     assert not SyVLA(policy.cfg, policy.tokenizer).vlm.pointer.closer[-1].weight.any()  # not at first
-    picture = policy.vlm.encode_images(pictures(policy, 2)).picture
+    windows = policy.vlm.encode_images(pictures(policy, 2)).windows
     rows = torch.tensor([1, 0, 1])
     pixels = torch.tensor([[17.25, 9.0], [16.75, 20.0], [0.25, px]])  # to the right and down
     place = (2 * pixels / px - 1).requires_grad_()
-    closer = pointer.look_closer(place, picture, rows)
+    closer = pointer.look_closer(place, windows, rows)
     half = pointer.window // 2
+    picture = pictures(policy, 2)[:, 0].permute(0, 3, 1, 2) / 127.5 - 1
     padded = F.pad(picture, [half] * 4)
     for k, (row, (x, y)) in enumerate(zip(rows, [(17, 9), (17, 20), (0, px)])):
         window = padded[row, :, y : y + 2 * half, x : x + 2 * half]  # its middle is (x, y) of the picture
@@ -541,13 +541,16 @@ def test_the_pixels_about_a_place_correct_it(make_policy):
 
 def test_a_turned_picture_is_corrected_by_the_turned_step(make_policy):
     policy = make_policy(words=PLACES + SCALES)
-    pointer, px = policy.vlm.pointer, policy.cfg.image_size
-    picture = torch.randn(1, 3, px, px)
-    place = torch.tensor([[0.3, -0.22]])
-    moved = pointer.look_closer(place, picture, torch.tensor([0])) - place
-    assert moved.abs().min() > 1e-3
-    turned = pointer.look_closer(quarter_turn(place), picture.rot90(dims=(2, 3)), torch.tensor([0]))
-    assert torch.allclose(turned - quarter_turn(place), quarter_turn(moved), atol=1e-5)
+    images = pictures(policy, 1)
+    place = torch.tensor([[0.3, -0.22]])  # to the right and up
+    turned_place = torch.tensor([[-0.22, -0.3]])  # up and to the left
+    steps = []
+    for turned, where in ((images, place), (images.rot90(dims=(2, 3)), turned_place)):
+        windows = policy.vlm.encode_images(turned).windows
+        steps.append(policy.vlm.pointer.look_closer(where, windows, torch.tensor([0])) - where)
+    right, down = steps[0][0]
+    assert min(abs(right), abs(down)) > 1e-3
+    assert torch.allclose(steps[1][0], torch.stack((down, -right)), atol=1e-5)
 
 
 def test_the_last_place_that_is_said_joins_the_query_states(make_policy):
@@ -565,7 +568,7 @@ def test_the_last_place_that_is_said_joins_the_query_states(make_policy):
     for i, words in enumerate((both[-5:-4] + cube_at_t5, [30, 2, ids[" pad"], ids[" at"]])):
         query = pointer.query(pointer.words(torch.tensor(words)).flatten())
         place = (visual.looks[i] @ query).softmax(0) @ pointer.grid
-        place = pointer.look_closer(place[None], visual.picture, torch.tensor([i]))[0]
+        place = pointer.look_closer(place[None], visual.windows, torch.tensor([i]))[0]
         expected = pointer.aim(4 * torch.cat((place, *visual.landmarks[i])))
         assert torch.allclose(aim[i], expected, atol=1e-4)
     assert not aim[2].any()  # no place is said

@@ -726,12 +726,12 @@ class Pointer(nn.Module):
         window = windows[rows, :, y, x]  # (k, 3, window, window)
         sides = [window.rot90(turns, dims=(2, 3)).flatten(1) for turns in range(4)]
         sides = torch.stack(sides, dim=1)  # (k, 4, 3 window^2)
-        beside = (where - middle).to(window.dtype)  # (k, 2)
-        beside = (beside @ self.turns).transpose(0, 1)  # (k, 4, 2)
-        seen = torch.cat((sides, beside), dim=2)  # (k, 4, 3 window^2 + 2)
-        moved = self.closer(seen)  # (k, 4, 2) in pixels
-        moved = (moved.transpose(0, 1) @ self.turns.mT).sum(0)  # (k, 2), turned back
-        return place + 2 / px * moved.to(place.dtype)
+        turns = self.turns.to(place.dtype)
+        beside = ((where - middle) @ turns).transpose(0, 1)  # (k, 4, 2)
+        seen = torch.cat((sides, beside.to(sides.dtype)), dim=2)  # (k, 4, 3 window^2 + 2)
+        moved = self.closer(seen).to(place.dtype)  # (k, 4, 2) in pixels
+        moved = (moved.transpose(0, 1) @ turns.mT).sum(0)  # (k, 2), turned back
+        return place + 2 / px * moved
 
     def aimed(self, tokens: Tensor, segments: Tensor, positions: Tensor, visual: Visual) -> Tensor:
         """What joins the feature query states (B, 1, D): the place of the last thing whose place is said.

@@ -40,6 +40,7 @@ from model import (
     unit_scale,
 )
 from sim_env import SO100Env
+from train import make_bf16_copy
 
 
 def pictures(policy, n, seed=0):
@@ -551,6 +552,18 @@ def test_a_turned_picture_is_corrected_by_the_turned_step(make_policy):
     right, down = steps[0][0]
     assert min(abs(right), abs(down)) > 1e-3
     assert torch.allclose(steps[1][0], torch.stack((down, -right)), atol=1e-5)
+
+
+def test_the_closer_look_trains_in_bf16(make_policy):
+    policy = make_policy(words=PLACES + SCALES)
+    rounded = make_bf16_copy(policy)
+    place = torch.tensor([[0.3, -0.22], [-0.5, 0.61]])
+    steps = []
+    for model in (policy, rounded):
+        windows = model.vlm.encode_images(pictures(policy, 1)).windows
+        steps.append(model.vlm.pointer.look_closer(place, windows, torch.tensor([0, 0])) - place)
+    assert steps[1].dtype == torch.float32  # bf16 would round places to half a pixel
+    assert (steps[1] - steps[0]).abs().max() < 0.05 * steps[0].abs().max()
 
 
 def test_the_last_place_that_is_said_joins_the_query_states(make_policy):

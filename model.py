@@ -724,7 +724,7 @@ class Pointer(nn.Module):
         middle = where.round()
         x, y = middle.long().unbind(-1)  # 2 x (k,)
         window = windows[rows, :, y, x]  # (k, 3, window, window)
-        sides = [window.rot90(turns, dims=(2, 3)).flatten(1) for turns in range(4)]
+        sides = [window.rot90(i, dims=(2, 3)).flatten(1) for i in range(4)]
         sides = torch.stack(sides, dim=1)  # (k, 4, 3 window^2)
         turns = self.turns.to(place.dtype)
         beside = ((where - middle) @ turns).transpose(0, 1)  # (k, 4, 2)

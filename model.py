@@ -534,7 +534,7 @@ class Visual(NamedTuple):
 
 POINT_WIDTH = 32  # of what a patch looks like, and of what a word looks for
 POINT_WORDS = 4  # "red cube at t3" points: a word, with the three before it
-DUE = 0.1  # a word on a scale that is as likely by the language model is read off a place
+DUE = 0.1  # likelihood, by the language model, from which on a word on a scale is read off a place
 GLIMPSE = 3  # patches per side of the window about a place that is looked at closer
 LANDMARKS = 8  # things that are looked up in every picture; training finds out which
 
@@ -726,8 +726,8 @@ class Pointer(nn.Module):
         window = windows[rows, :, y, x]  # (k, 3, window, window)
         sides = [window.rot90(i, dims=(2, 3)).flatten(1) for i in range(4)]
         sides = torch.stack(sides, dim=1)  # (k, 4, 3 window^2)
-        turns = self.turns.to(place.dtype)
-        beside = ((where - middle) @ turns).transpose(0, 1)  # (k, 4, 2)
+        turns = self.turns.to(place.dtype)  # (4, 2, 2)
+        beside = ((where - middle) @ turns).transpose(0, 1)  # (k, 4, 2): within the middle pixel
         seen = torch.cat((sides, beside.to(sides.dtype)), dim=2)  # (k, 4, 3 window^2 + 2)
         moved = self.closer(seen).to(place.dtype)  # (k, 4, 2) in pixels
         moved = (moved.transpose(0, 1) @ turns.mT).sum(0)  # (k, 2), turned back
@@ -1139,11 +1139,11 @@ def confirmed(block: list[int], said: list[int], stop: int) -> list[int]:
 def expected(words: list[int], draft: np.ndarray) -> list[int]:
     """What a draft, texts with `stop` before each, has behind words that begin with `stop`, up to the next.
 
-    The place counts whose last eight words are likest, the last of such places. A draft with "at t8" lacks
-    "at t3": the words before are alike.
+    It goes on at the place before which most of the last eight words stand, at the last of such places. So a
+    draft with "at t8" helps behind "at t3": the words before are the same.
     """
     n = len(draft) + 1
-    likeness = np.zeros(n)  # of the words before every place
+    likeness = np.zeros(n)  # (n,) of the words before every place
     for back in range(1, min(8, len(words), len(draft)) + 1):
         alike = draft[: n - back] == words[-back]
         likeness[back:] += 0.8**back * alike  # the nearest word counts most
